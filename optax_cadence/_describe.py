@@ -1,0 +1,194 @@
+"""What a person wants to see before a run: a table of the groups, a picture of the score."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from optax_cadence import _cadence
+from optax_cadence import _layout
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupSummary:
+  """One row of a `Description`.
+
+  Attributes:
+    period: The cadence, as text.
+    leaves: Paths of the leaves that the group has a part of.
+    parameters: Number of entries.
+    effective_batch: Examples behind each update; None when the period is dynamic.
+    accumulator_bytes: Bytes of the group's accumulators.
+    share: Updates per micro-step, at most 1; None when the period is dynamic.
+  """
+
+  period: str
+  leaves: tuple[str, ...]
+  parameters: int
+  effective_batch: int | None
+  accumulator_bytes: int
+  share: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+  """The groups of a cadence; prints as a table.
+
+  Attributes:
+    groups: One summary per group, in the order of the state.
+    cycle: Micro-steps after which the schedule repeats, or None.
+  """
+
+  groups: tuple[GroupSummary, ...]
+  cycle: int | None
+
+  def __str__(self) -> str:
+    header = ("period", "leaves", "parameters", "effective batch", "accumulators", "updates/step")
+    rows = [_row(g) for g in self.groups]
+    total = (
+      "total",
+      "",
+      sum(g.parameters for g in self.groups),
+      "",
+      _bytes(sum(g.accumulator_bytes for g in self.groups)),
+      "",
+    )
+    cells = [[str(c) for c in row] for row in (header, *rows, total)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+      "  ".join(_align(c, w, i) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+      for row in cells
+    ]
+    cycle = "dynamic" if self.cycle is None else f"{self.cycle} micro-steps"
+    return "\n".join(line.rstrip() for line in [*lines, f"cycle: {cycle}"])
+
+
+def describe(
+  tx: _cadence.CadenceTransformation, params: optax.Params, *, microbatch: int = 1
+) -> Description:
+  """Summarises the groups that a cadence makes of these parameters.
+
+  Args:
+    tx: A cadence, or an `oc.chain` that ends in one.
+    params: Parameters, or their `jax.ShapeDtypeStruct`s; nothing is computed.
+    microbatch: Examples per micro-step, for the column of effective batches.
+
+  Returns:
+    A `Description`.
+
+  >>> import jax.numpy as jnp, optax, optax_cadence as oc
+  >>> tx = oc.cadence(optax.adam(1e-3), {"body": 8, "head": 1})
+  >>> params = {"body": jnp.zeros((100, 100)), "head": jnp.zeros((100, 10))}
+  >>> print(oc.describe(tx, params, microbatch=32))
+  period  leaves  parameters  effective batch  accumulators  updates/step
+  8       body         10000              256       40.0 kB         12.5%
+  1       head          1000               32           0 B        100.0%
+  total                11000                        40.0 kB
+  cycle: 8 micro-steps
+  """
+  cadence = _of(tx)
+  layout = cadence.layout(params)
+  dtypes = [jax.dtypes.result_type(leaf) for leaf in jax.tree.leaves(params)]
+  groups = tuple(_summary(cadence, layout, g, dtypes, microbatch) for g in layout.groups)
+  return Description(groups, tx.cycle)
+
+
+def plot_score(
+  tx: _cadence.CadenceTransformation, params: optax.Params, steps: int, *, ax: Any = None
+) -> Any:
+  """Draws the score: regions down, micro-steps across, a mark where one is due.
+
+  Args:
+    tx: A cadence, or an `oc.chain` that ends in one.
+    params: Parameters, or their `jax.ShapeDtypeStruct`s.
+    steps: Number of micro-steps to draw.
+    ax: Matplotlib axes to draw on; new ones by default.
+
+  Returns:
+    The axes.
+
+  Raises:
+    ImportError: If Matplotlib is not installed (`pip install optax_cadence[plot]`).
+  """
+  import matplotlib.pyplot as plt
+
+  rows = _score(_of(tx).layout(params), steps)
+  if ax is None:
+    size = (min(4 + 0.12 * steps, 16), min(1.2 + 0.24 * len(rows), 24))
+    ax = plt.subplots(figsize=size, layout="constrained")[1]
+  rates = [due.mean() for _, due in rows]
+  colors = plt.get_cmap("viridis_r")([0.15 + 0.75 * r / max([*rates, 1e-9]) for r in rates])
+  for y, ((_, due), color) in enumerate(zip(rows, colors, strict=True)):
+    marks = [(t + 0.6, 0.8) for t in np.flatnonzero(due)]
+    ax.broken_barh(marks, (y - 0.36, 0.72), facecolors=[color], linewidth=0)
+  ax.set_yticks(range(len(rows)), [label for label, _ in rows])
+  ax.set(xlim=(0.4, steps + 0.6), ylim=(len(rows) - 0.4, -0.6), xlabel="micro-step")
+  ax.xaxis.get_major_locator().set_params(integer=True)
+  ax.tick_params(axis="y", length=0)
+  ax.spines[["top", "right", "left"]].set_visible(False)
+  return ax
+
+
+def _of(tx: Any) -> _cadence.Cadence:
+  if not isinstance(tx, _cadence.CadenceTransformation):
+    raise ValueError(f"expected a cadence, or an oc.chain that ends in one, found {tx!r}")
+  return tx.cadence
+
+
+def _summary(
+  cadence: _cadence.Cadence,
+  layout: _layout.Layout,
+  group: _layout.Group,
+  dtypes: list[Any],
+  microbatch: int,
+) -> GroupSummary:
+  sizes = [t.cut.size(layout.shapes[t.leaf]) for t in group.tensors]
+  widths = [cadence.sum_dtype(dtypes[t.leaf]).itemsize for t in group.tensors]
+  period = group.every.period if group.every.static else None
+  batches = period if cadence.accumulate != "latest" else 1
+  return GroupSummary(
+    period=str(group.every),
+    leaves=tuple(layout.paths[i] for i in group.leaves),
+    parameters=sum(sizes),
+    effective_batch=None if batches is None else batches * microbatch,
+    accumulator_bytes=int(np.dot(sizes, widths)) if cadence.accumulates(group.every) else 0,
+    share=None if period is None else 1 / period,
+  )
+
+
+def _row(group: GroupSummary) -> tuple[Any, ...]:
+  names = ", ".join(group.leaves)
+  if len(names) > 40:
+    names = f"{group.leaves[0]}, … ({len(group.leaves)})"
+  return (
+    group.period,
+    names,
+    group.parameters,
+    "varies" if group.effective_batch is None else group.effective_batch,
+    _bytes(group.accumulator_bytes),
+    "varies" if group.share is None else f"{group.share:.1%}",
+  )
+
+
+def _bytes(n: float) -> str:
+  for unit in ("B", "kB", "MB", "GB"):
+    if n < 1000:
+      return f"{n:.1f} {unit}" if unit != "B" else f"{n} B"
+    n /= 1000
+  return f"{n:.1f} TB"
+
+
+def _align(cell: str, width: int, column: int) -> str:
+  return cell.ljust(width) if column < 2 else cell.rjust(width)
+
+
+def _score(layout: _layout.Layout, steps: int) -> list[tuple[str, np.ndarray]]:
+  """A label and the micro-steps that are due (bool [steps]) for every region."""
+  rows: list[list[tuple[str, np.ndarray]]] = [[] for _ in layout.paths]
+  for group in layout.groups:
+    due = group.every.score(steps)
+    for t in group.tensors:
+      rows[t.leaf].append((f"{layout.paths[t.leaf]}{t.cut}", due))
+  return [row for leaf in rows for row in leaf]

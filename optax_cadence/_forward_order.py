@@ -1,0 +1,216 @@
+"""How deep in the network a parameter stands, read from the traced program.
+
+An abstract interpretation of the forward pass: every value has a level, the number
+of contractions with parameters behind it. Nothing here is about time or optimizers.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core as jex_core
+
+from optax_cadence import _paths
+
+
+def forward_order(fn: Callable[..., Any], params: Any, *args: Any) -> Any:
+  r"""Depth of every parameter, read from the program that `fn(params, *args)` traces.
+
+  Names and the order of the tree play no part. The program is walked in the order
+  in which it runs, through every branch and three iterations of every loop:
+
+  1. Data is what is computed from `args` or from an array that `fn` closes over;
+     it has a level, 0 at the start. Scalar constants, literals and `iota` are
+     neutral. The result of an operation on data has the highest level of its inputs.
+  2. What is computed from parameters alone is pending (casts, reshapes, weight
+     normalization, LoRA products). It remains pending when it meets nothing but data
+     of level 0 entry by entry: a constant mask or a stored statistic is no layer.
+  3. An operation between something pending and data of level :math:`l` places
+     each parameter in it that has no depth yet: at :math:`l + 1` for a
+     contraction (matrix product, convolution, table look-up), otherwise at
+     :math:`l`, which is 1 or more. The result is data of that level.
+  4. A parameter that met data of level 0 entry by entry and nothing else has depth 0.
+  5. The levels that occur are renumbered 0, 1, 2, … .
+
+  So a kernel, its bias and the norm that follows share one depth, as do parallel
+  branches (query, key and value); a tied embedding has the depth of its first use;
+  layers stacked for a scan, and cells of a recurrent network, count as one
+  iteration. Code whose result is thrown away counts as well. A weight that is
+  multiplied as a matrix by a constant (power iteration in spectral normalization)
+  reads as a layer on that constant: give such a depth by hand.
+
+  Args:
+    fn: the forward pass; it may return any tree. It is traced, never run.
+    params: tree of arrays or `jax.ShapeDtypeStruct`.
+    *args: further arguments of `fn`, trees of arrays or `jax.ShapeDtypeStruct`;
+      they are traced, so let `fn` close over flags. State that an `nnx` model
+      changes (running statistics) belongs here, since a trace writes no other.
+
+  Returns:
+    Tree of ints like `params`; 0 is nearest the input.
+
+  Raises:
+    ValueError: for a parameter that never meets data.
+
+  >>> import jax.numpy as jnp, optax_cadence as oc
+  >>> params = {"a": jnp.ones((8, 1)), "b": jnp.ones((1, 8)), "z": jnp.ones((3, 8))}
+  >>> def fn(p, x):
+  ...   return jnp.tanh(x @ p["z"] + p["b"]) @ p["a"]
+  >>> oc.forward_order(fn, params, jnp.ones((4, 3)))
+  {'a': 1, 'b': 0, 'z': 0}
+  """
+  leaves, structure = jax.tree_util.tree_flatten(params)
+
+  def flat_fn(leaves: list[Any], args: tuple[Any, ...]) -> list[Any]:
+    outputs = jax.tree_util.tree_leaves(fn(jax.tree.unflatten(structure, leaves), *args))
+    return [output for output in outputs if hasattr(output, "aval")]
+
+  program = jax.make_jaxpr(flat_fn)(leaves, args)
+  pending = [_Value(None, frozenset([i])) for i in range(len(leaves))]
+  data = [_Value(0, frozenset())] * (len(program.jaxpr.invars) - len(leaves))
+  walk = _Walk()
+  walk.run(program, pending + data)
+  _check_all_placed(params, walk.levels)
+  rank = {level: i for i, level in enumerate(sorted(set(walk.levels.values())))}
+  return jax.tree.unflatten(structure, [rank[walk.levels[i]] for i in range(len(leaves))])
+
+
+def _check_all_placed(params: Any, levels: Mapping[int, int]) -> None:
+  paths = [_paths.join(path) for path, _ in _paths.flatten_with_paths(params)]
+  missing = [path for i, path in enumerate(paths) if i not in levels]
+  if missing:
+    raise ValueError(
+      f"forward_order: expected fn to combine every parameter with data, found {missing} "
+      "unused or combined with other parameters alone; leave them out of params or give "
+      "their depths by hand"
+    )
+
+
+class _Value(NamedTuple):
+  """What is known of a variable. Neither level nor pending parameters: neutral."""
+
+  level: int | None
+  pending: frozenset[int]
+
+
+_NEUTRAL = _Value(None, frozenset())
+_CONTRACTIONS = frozenset(
+  {
+    "conv_general_dilated",
+    "dot_general",
+    "gather",
+    "ragged_dot",
+    "ragged_dot_general",
+    "scaled_dot",
+    "scaled_matmul",
+  }
+)
+_LOOP_PASSES = 3
+
+
+class _Walk:
+  """Walks a program; `levels[i]` is that of parameter i, 0 until an operation places it."""
+
+  def __init__(self) -> None:
+    self.levels: dict[int, int] = {}
+
+  def run(self, program: Any, inputs: list[_Value]) -> list[_Value]:
+    jaxpr = _open(program)
+    values = {var: _constant(var) for var in jaxpr.constvars}
+    values.update(zip(jaxpr.invars, inputs, strict=True))
+
+    def read(var: Any) -> _Value:
+      return _constant(var) if isinstance(var, jex_core.Literal) else values[var]
+
+    for eqn in jaxpr.eqns:
+      outputs = self._apply(eqn, [read(var) for var in eqn.invars])
+      values.update(zip(eqn.outvars, outputs, strict=True))
+    return [read(var) for var in jaxpr.outvars]
+
+  def _apply(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
+    special = {"cond": self._cond, "scan": self._scan, "while": self._while}
+    if eqn.primitive.name in special:
+      return special[eqn.primitive.name](eqn, inputs)
+    bodies = _bodies(eqn)
+    if len(bodies) == 1 and _lines_up(bodies[0], eqn):
+      return self.run(bodies[0], inputs)
+    return [self._combine(inputs, _contracts(eqn))] * len(eqn.outvars)
+
+  def _combine(self, inputs: list[_Value], contraction: bool) -> _Value:
+    operands = [value for value in inputs if value != _NEUTRAL]
+    level, pending = joined = _join(operands)
+    if level is None or not pending or len(operands) == 1:
+      return joined
+    level += contraction
+    for i in pending:
+      self.levels[i] = self.levels.get(i) or level
+    return _Value(level, frozenset()) if level else joined
+
+  def _cond(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
+    results = [self.run(branch, inputs[1:]) for branch in eqn.params["branches"]]
+    return [_join(values) for values in zip(*results, strict=True)]
+
+  def _scan(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
+    # From the shapes, as the parameters that hold these numbers differ between JAX versions.
+    body = _open(eqn.params["jaxpr"])
+    end = len(inputs) - _count_stacked(eqn.invars, body.invars)
+    start = end - len(eqn.outvars) + _count_stacked(eqn.outvars, body.outvars)
+    return self._loop(
+      lambda carry: self.run(body, inputs[:start] + carry + inputs[end:]), inputs[start:end]
+    )
+
+  def _while(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
+    start = eqn.params["cond_nconsts"]
+    end = start + eqn.params["body_nconsts"]
+
+    def step(carry: list[_Value]) -> list[_Value]:
+      self.run(eqn.params["cond_jaxpr"], inputs[:start] + carry)
+      return self.run(eqn.params["body_jaxpr"], inputs[start:end] + carry)
+
+    return self._loop(step, inputs[end:])
+
+  def _loop(self, step: Callable, carry: list[_Value]) -> list[_Value]:
+    # A parameter may meet data only in a later iteration, through the carry. A pass that
+    # places nothing is dropped, so that the levels after a loop are those of one iteration.
+    outputs = latest = step(carry)
+    for _ in range(_LOOP_PASSES - 1):
+      before = dict(self.levels)
+      latest = step(latest[: len(carry)])
+      outputs = latest if self.levels != before else outputs
+    return outputs
+
+
+def _constant(var: Any) -> _Value:
+  return _Value(0, frozenset()) if getattr(var.aval, "ndim", 0) else _NEUTRAL
+
+
+def _join(values: Iterable[_Value]) -> _Value:
+  levels = [value.level for value in values if value.level is not None]
+  pending = frozenset().union(*(value.pending for value in values))
+  return _Value(max(levels, default=None), pending)
+
+
+def _open(program: Any) -> Any:
+  return getattr(program, "jaxpr", program)
+
+
+def _bodies(eqn: Any) -> list[Any]:
+  """The programs inside an operation, whatever its parameters are called."""
+  found = []
+  for value in eqn.params.values():
+    items = value if isinstance(value, (tuple, list)) else [value]
+    found += [v for v in items if isinstance(v, (jex_core.ClosedJaxpr, jex_core.Jaxpr))]
+  return [_open(body) for body in found]
+
+
+def _lines_up(body: Any, eqn: Any) -> bool:
+  return len(body.invars) == len(eqn.invars) and len(body.outvars) == len(eqn.outvars)
+
+
+def _count_stacked(outside: list[Any], inside: list[Any]) -> int:
+  return sum(o.aval.ndim != i.aval.ndim for o, i in zip(outside, inside, strict=True))
+
+
+def _contracts(eqn: Any) -> bool:
+  nested = (inner for body in _bodies(eqn) for inner in body.eqns)
+  return eqn.primitive.name in _CONTRACTIONS or any(map(_contracts, nested))

@@ -1,0 +1,170 @@
+"""Which tensors each group trains: the regions of a whole tree, sorted by cadence.
+
+A layout is computed while tracing, from the cadences and the shapes alone. It splits
+a tree into one tree per group, in which the leaves of other groups are `MaskedNode`
+(as `optax.partition` shows them) and a leaf cut into several tensors is a tuple.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from optax_cadence import _paths
+from optax_cadence import _regions
+from optax_cadence import _schedules
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """One tensor of a group: which leaf it lies in, and where."""
+
+  leaf: int
+  cut: _regions.Cut
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """All regions with one cadence; they share an instance of the inner optimizer."""
+
+  every: _schedules.Every
+  tensors: tuple[Tensor, ...]
+
+  def take(self, leaves: Mapping[int, jax.Array]) -> list[jax.Array]:
+    """This group's tensors, out of the leaves of a tree by position."""
+    return [t.cut.take(leaves[t.leaf]) for t in self.tensors]
+
+  def put(
+    self, leaves: Mapping[int, jax.Array], tensors: Sequence[jax.Array]
+  ) -> dict[int, jax.Array]:
+    """The leaves with this group's tensors written into them."""
+    leaves = dict(leaves)
+    for t, tensor in zip(self.tensors, tensors, strict=True):
+      leaves[t.leaf] = t.cut.put(leaves[t.leaf], tensor)
+    return leaves
+
+  @property
+  def leaves(self) -> list[int]:
+    """The leaves that this group has a part of."""
+    return sorted({t.leaf for t in self.tensors})
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """The groups of a tree."""
+
+  treedef: Any
+  paths: tuple[str, ...]
+  shapes: tuple[_regions.Shape, ...]
+  groups: tuple[Group, ...]
+
+  def tree(self, group: Group, tensors: Sequence[Any]) -> Any:
+    """The tree that the group's inner optimizer sees."""
+    slots: list[list[Any]] = [[] for _ in self.paths]
+    for t, tensor in zip(group.tensors, tensors, strict=True):
+      slots[t.leaf].append(tensor)
+    one = {0: lambda _: optax.MaskedNode(), 1: lambda slot: slot[0]}
+    return self.treedef.unflatten([one.get(len(slot), tuple)(slot) for slot in slots])
+
+
+def layout(every: Any, tree: Any) -> Layout:
+  """Resolves the cadences of a tree.
+
+  Args:
+    every: A tree prefix of `tree` whose leaves are cadences, matched by key path; or
+      a callable from `tree` to one.
+    tree: Parameters, or gradients of the same structure; only shapes are read.
+
+  Returns:
+    The layout, groups in order of first appearance.
+
+  Raises:
+    ValueError: If a leaf has no cadence, a cadence no leaf, or one does not fit.
+  """
+  leaves, treedef = jax.tree.flatten(tree)
+  paths = [path for path, _ in _paths.flatten_with_paths(tree)]
+  cadences = _match(every(tree) if callable(every) else every, paths, tree)
+  groups: dict[Hashable, tuple[_schedules.Every, list[Tensor]]] = {}
+  for i, (path, leaf, cadence) in enumerate(zip(paths, leaves, cadences, strict=True)):
+    for one, cut in _cut(path, np.shape(leaf), cadence):
+      groups.setdefault(one.key, (one, []))[1].append(Tensor(i, cut))
+  return Layout(
+    treedef,
+    tuple(map(_paths.join, paths)),
+    tuple(np.shape(leaf) for leaf in leaves),
+    tuple(Group(one, tuple(tensors)) for one, tensors in groups.values()),
+  )
+
+
+def everys(every: Any) -> list[_schedules.Every]:
+  """All cadences that occur in a tree of cadences, repeated ones too.
+
+  Raises:
+    ValueError: If one is malformed.
+  """
+  found = []
+  for path, cadence in _paths.flatten_with_paths(every):
+    found += _named(path, lambda c: [_as_every(p) for p in _regions.periods_of(c)], cadence)
+  return found
+
+
+def _cut(
+  path: _paths.Path, shape: _regions.Shape, cadence: Any
+) -> list[tuple[_schedules.Every, _regions.Cut]]:
+  def cut(cadence: Any) -> list[tuple[_schedules.Every, _regions.Cut]]:
+    cuts = _regions.cut(cadence, shape, lambda cell: _as_every(cell).key)
+    return [(_as_every(one), cut) for one, cut in cuts]
+
+  return _named(path, cut, cadence, f" of shape {shape}")
+
+
+def _as_every(cadence: Any) -> _schedules.Every:
+  return _schedules.as_every(cadence)
+
+
+def _named(path: _paths.Path, fn: Callable[[Any], Any], cadence: Any, what: str = "") -> Any:
+  try:
+    return fn(cadence)
+  except ValueError as error:
+    raise ValueError(f"cadence of {_paths.join(path)!r}{what}: {error}") from None
+
+
+def _match(every: Any, paths: list[_paths.Path], tree: Any) -> list[Any]:
+  """The cadence of each path: the leaf of `every` whose path is a prefix of it."""
+  given = dict(_paths.flatten_with_paths(every))
+  used, cadences = set(), []
+  for path in paths:
+    prefix = next((path[:n] for n in range(len(path) + 1) if path[:n] in given), None)
+    if prefix is None:
+      raise ValueError(
+        f"no cadence for {_paths.join(path)!r}: expected every to be a prefix of the"
+        f" parameters, found cadences for {_listed(given)}"
+      )
+    used.add(prefix)
+    cadences.append(given[prefix])
+  for path in given.keys() - used - {()}:
+    if not _is_masked(path, tree):
+      raise ValueError(
+        f"cadence of {_paths.join(path)!r}: no parameter is there; expected a prefix of"
+        f" {_listed(paths)}"
+      )
+  return cadences
+
+
+def _is_masked(path: _paths.Path, tree: Any) -> bool:
+  """Whether a path lies in, or holds nothing but, subtrees that have no leaves."""
+  empty = _paths.flatten_with_paths(tree, is_leaf=_is_empty)
+  holes = [p for p, node in empty if _is_empty(node)]
+  return any(path[: len(p)] == p or p[: len(path)] == path for p in holes)
+
+
+def _is_empty(node: Any) -> bool:
+  return node is None or isinstance(node, optax.MaskedNode)
+
+
+def _listed(paths: Any) -> str:
+  shown = [repr(_paths.join(p)) for p in list(paths)[:8]]
+  return ", ".join(shown) + (", …" if len(paths) > 8 else "") if shown else "nothing"

@@ -1,0 +1,52 @@
+"""Names for the leaves of a parameter tree, the same for every kind of container.
+
+A dict, a Linen `FrozenDict`, an `nnx.State` and a dataclass that hold the same
+parameters give the same paths, so that cadences written for one fit the other.
+Nothing here looks at the values of the leaves.
+"""
+
+from typing import Any
+
+import jax
+
+Path = tuple[str, ...]
+
+
+def join(path: Path) -> str:
+  """`/`-joined path as errors, globs and tables show it."""
+  return "/".join(path)
+
+
+def flatten_with_paths(tree: Any, is_leaf: Any = None) -> list[tuple[Path, Any]]:
+  """Leaves of `tree` in order, each with its path.
+
+  The attribute under which an `nnx.Variable` keeps its array is not part of the
+  path: the same parameters have the same paths with and without the wrapper.
+  """
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+  wrapped = _variable_paths(tree) if any(_ends_in_value(p) for p, _ in flat) else set()
+  return [(tuple(map(_name, p[:-1] if p[:-1] in wrapped else p)), leaf) for p, leaf in flat]
+
+
+def _name(key: Any) -> str:
+  for attribute in ("key", "name", "idx"):
+    if hasattr(key, attribute):
+      return str(getattr(key, attribute))
+  return str(key)
+
+
+def _ends_in_value(key_path: tuple[Any, ...]) -> bool:
+  return bool(key_path) and _name(key_path[-1]) == "value"
+
+
+def _variable_paths(tree: Any) -> set[tuple[Any, ...]]:
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_nnx_variable)
+  return {p for p, leaf in flat if _is_nnx_variable(leaf)}
+
+
+def _is_nnx_variable(node: Any) -> bool:
+  # By name: the core does not import Flax.
+  return any(
+    c.__name__ in ("Variable", "VariableState") and c.__module__.startswith("flax.nnx")
+    for c in type(node).__mro__
+  )

@@ -1,0 +1,160 @@
+"""When a region is due: periods, offsets, schedules, and the counters that run them.
+
+A cadence without its geometry is an `Every`. Static ones (integers) are known while
+tracing; dynamic ones (schedules, traced integers) are read at the start of a window.
+"""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Every:
+  """Due every `period` micro-steps.
+
+  Attributes:
+    period: An integer of at least 1; or a schedule, `micro_steps_done -> period`,
+      read at the start of each window (below 1 counts as 1, fractions are rounded);
+      or a traced integer scalar, so that `jax.vmap` sweeps periods in one program.
+    offset: Due when t ≡ offset (mod period); the first window is then that long.
+      Only for integer periods.
+
+  Raises:
+    ValueError: If the period is below 1 or the offset outside `[0, period)`.
+
+  >>> import optax_cadence as oc
+  >>> oc.Every(8, offset=3)
+  Every(period=8, offset=3)
+  """
+
+  period: Any
+  offset: int = 0
+
+  def __post_init__(self) -> None:
+    if isinstance(self.period, jax.Array) and self.period.ndim == 0:
+      if not jnp.issubdtype(self.period.dtype, jnp.integer):
+        raise ValueError(f"a period must be an integer, found dtype {self.period.dtype}")
+    elif not callable(self.period):
+      object.__setattr__(self, "period", _integer("a period", self.period))
+      if self.period < 1:
+        raise ValueError(f"a period must be at least 1, found {self.period}")
+    object.__setattr__(self, "offset", _integer("an offset", self.offset))
+    if self.static and not 0 <= self.offset < self.period:
+      raise ValueError(
+        f"an offset must be at least 0 and below the period {self.period}, found {self.offset}"
+      )
+    if not self.static and self.offset:
+      raise ValueError(
+        f"an offset needs an integer period, found {self.offset} beside a"
+        " schedule or a traced period"
+      )
+
+  @property
+  def static(self) -> bool:
+    """Whether the period is known while tracing."""
+    return isinstance(self.period, int)
+
+  @property
+  def always(self) -> bool:
+    """Whether every micro-step is due, as is known while tracing."""
+    return self.static and self.period == 1
+
+  @property
+  def key(self) -> Hashable:
+    """What two regions have in common when they share a group."""
+    return (self.period, self.offset) if self.static else id(self.period)
+
+  def due(self, t: int) -> bool:
+    """Whether micro-step t (1, 2, …, or its phase) is due; for static periods."""
+    return (t - self.offset) % self.period == 0
+
+  def first_window(self) -> jax.Array:
+    """Length of the first window: int32 scalar."""
+    return jnp.int32(self.offset) if self.offset else self.window(jnp.int32(0))
+
+  def window(self, micro_steps: jax.Array) -> jax.Array:
+    """Length of the window that begins after this many micro-steps: int32 scalar."""
+    if self.static:
+      return jnp.int32(self.period)
+    period = self.period(micro_steps) if callable(self.period) else self.period
+    period = jnp.asarray(period)
+    if period.ndim:
+      raise ValueError(f"{self} must give a scalar period, found shape {period.shape}")
+    if jnp.issubdtype(period.dtype, jnp.inexact):
+      period = jnp.rint(period)
+    return jnp.maximum(period.astype(jnp.int32), 1)
+
+  def score(self, steps: int) -> np.ndarray:
+    """Which of the first `steps` micro-steps are due: bool [steps]; not under a trace."""
+    due = np.zeros(steps, bool)
+    t = int(self.first_window())
+    while t <= steps:
+      due[t - 1] = True
+      t += int(self.window(jnp.int32(t)))
+    return due
+
+  def __str__(self) -> str:
+    if self.static:
+      return f"{self.period}" + (f" (offset {self.offset})" if self.offset else "")
+    if not callable(self.period):
+      return "traced"
+    return getattr(self.period, "__name__", type(self.period).__name__)
+
+
+def as_every(cadence: Any) -> Every:
+  """The `Every` that an integer, a schedule or a traced integer stands for.
+
+  Raises:
+    ValueError: If it is none of these.
+  """
+  return cadence if isinstance(cadence, Every) else Every(cadence)
+
+
+def cycle(everys: Iterable[Every]) -> int | None:
+  """Least common multiple of the periods; None when one of them is dynamic."""
+  periods = []
+  for every in everys:
+    if not every.static:
+      return None
+    periods.append(every.period)
+  return math.lcm(*periods)
+
+
+def checked_phase(phase: Any, length: int | None) -> int:
+  """A phase as a Python int.
+
+  Raises:
+    ValueError: If it is traced, outside the cycle, or there is no cycle.
+  """
+  if length is None:
+    raise ValueError(
+      f"phase={phase} needs a static cycle, but a period is a schedule or traced; leave phase out"
+    )
+  if isinstance(phase, jax.core.Tracer):
+    raise ValueError(
+      "phase must be a Python int that is known while tracing, found a traced value;"
+      ' mark it static with jax.jit(..., static_argnames="phase")'
+    )
+  phase = _integer("phase", phase)
+  if not 0 <= phase < length:
+    raise ValueError(
+      f"phase must be t modulo the cycle, at least 0 and below {length}, found {phase}"
+    )
+  return phase
+
+
+def _integer(name: str, value: Any) -> int:
+  if not isinstance(value, bool | np.bool_ | str):
+    try:
+      return operator.index(value)
+    except TypeError:
+      pass
+  kinds = "an integer" if name != "a period" else "an integer, a schedule or a traced integer"
+  raise ValueError(f"{name} must be {kinds}, found {value!r}")

@@ -1,0 +1,236 @@
+"""One micro-step: every group accumulates, and fires if it is due.
+
+Each group is on its own. It cuts its tensors out of the gradients and accumulates them;
+only when it is due, inside a branch that runs zero times or once (`_control.maybe`), are
+parameters and inner state reached.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_cadence import _clocks
+from optax_cadence import _control
+from optax_cadence import _layout
+from optax_cadence import _schedules
+from optax_cadence import _windows
+from optax_cadence._state import CadenceState
+from optax_cadence._state import GroupState
+
+# A tree as a dict from the position of a leaf to its array.
+Leaves = dict[int, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """One call of `update`, `apply` or `flush`: all that its groups have in common.
+
+  A group that fires writes into `targets`: zeros that become the updates, or, where
+  `in_place`, the parameters themselves.
+
+  Attributes:
+    inner: The inner optimizer.
+    layout: Groups of the tree.
+    dtypes: Dtype of each leaf's gradient.
+    params: Parameters; None where there are none, or where they are the targets.
+    extra_args: Extra arguments for the inner optimizer.
+    in_place: Whether the targets are the parameters.
+    sums: Whether the optimizer gets the sum of a window and not its mean.
+    set_schedules: Whether schedules in the inner state count micro-steps.
+  """
+
+  inner: optax.GradientTransformationExtraArgs
+  layout: _layout.Layout
+  dtypes: Mapping[int, Any]
+  params: Leaves | None
+  extra_args: Mapping[str, Any]
+  in_place: bool
+  sums: bool
+  set_schedules: bool
+
+  def advance(
+    self, grads: Leaves, state: CadenceState, targets: Leaves, phase: int | None
+  ) -> tuple[Leaves, CadenceState]:
+    """Adds the gradients to every window and fires the groups that are due."""
+    groups = []
+    for group, old in zip(self.layout.groups, state.groups, strict=True):
+      tensors = group.take(grads)
+      window = _windows.add(self._open(group, old, tensors), tensors)
+      due = _due(group.every, old, phase)
+      targets, inner_state = self._fire(
+        due, group, old.inner_state, window, targets, state.micro_step
+      )
+      groups.append(_close(group.every, old, window, inner_state, due, state.micro_step))
+    return targets, CadenceState(optax.safe_increment(state.micro_step), tuple(groups))
+
+  def flush(self, state: CadenceState, targets: Leaves) -> tuple[Leaves, CadenceState]:
+    """Fires every window that is not empty; when groups are due next stays as it was."""
+    groups = []
+    for group, old in zip(self.layout.groups, state.groups, strict=True):
+      if old.window is not None:
+        window = self._open(group, old, group.take(targets))
+        targets, inner_state = self._fire(
+          window.length.max() > 0, group, old.inner_state, window, targets, state.micro_step - 1
+        )
+        old = old._replace(inner_state=inner_state, window=jnp.zeros_like(old.window))
+      groups.append(old)
+    return targets, state._replace(groups=tuple(groups))
+
+  def _open(
+    self, group: _layout.Group, state: GroupState, tensors: list[jax.Array]
+  ) -> _windows.Window:
+    """The window so far.
+
+    Raises:
+      ValueError: If the accumulators do not have the shapes of the tensors.
+    """
+    sums = jax.tree.leaves(state.accumulators)
+    for region, total, tensor in zip(group.tensors, sums, tensors, strict=bool(sums)):
+      if total.shape != tensor.shape:
+        raise ValueError(
+          f"gradient of {self.layout.paths[region.leaf]!r}: expected shape {total.shape} as at"
+          f" init, found {tensor.shape}"
+        )
+    length = jnp.int32(0) if state.window is None else state.window
+    return _windows.Window(sums, length, state.skipped)
+
+  def _fire(
+    self,
+    when: bool | jax.Array,
+    group: _layout.Group,
+    inner_state: optax.OptState,
+    window: _windows.Window,
+    targets: Leaves,
+    micro_step: jax.Array,
+  ) -> tuple[Leaves, optax.OptState]:
+    """Runs the inner optimizer on the window, if it is due and not empty."""
+    fire = functools.partial(self._updated, group, False)
+    fire_beside_empty = functools.partial(self._updated, group, True)
+
+    here = {i: targets[i] for i in group.leaves}
+    params = None if self.params is None else {i: self.params[i] for i in group.leaves}
+    carry, consts = (here, inner_state), (window, params, micro_step)
+    if window.skipped is None:
+      carry = _control.maybe(when, fire, carry, consts)
+    elif isinstance(when, bool):
+      carry = _control.maybe(when, fire_beside_empty, carry, consts)
+    else:
+      # To select what stays costs a copy, so this rare case has a branch of its own.
+      filled = window.length > 0
+      carry = _control.maybe(when & filled.all(), fire, carry, consts)
+      if len(group.tensors) > 1:
+        mixed = filled.any() & ~filled.all()
+        carry = _control.maybe(when & mixed, fire_beside_empty, carry, consts)
+    return targets | carry[0], carry[1]
+
+  def _updated(
+    self, group: _layout.Group, keep_empty: bool, carry: Any, consts: Any
+  ) -> tuple[Leaves, optax.OptState]:
+    """Targets and inner state, `carry`, after the group has fired."""
+    targets, old = carry
+    window, params, micro_step = consts
+    leaves = targets if self.in_place else params
+    tensors = None if leaves is None else group.take(leaves)
+    updates, new = self._inner_update(group, window, old, tensors, micro_step)
+    if keep_empty:
+      updates, new = self._keep_empty(group, window.length > 0, updates, new, old)
+    if self.in_place:
+      updates = optax.apply_updates(tensors, updates)
+    return group.put(targets, updates), new
+
+  def _inner_update(
+    self,
+    group: _layout.Group,
+    window: _windows.Window,
+    state: optax.OptState,
+    params: list[jax.Array] | None,
+    micro_step: jax.Array,
+  ) -> tuple[list[jax.Array], optax.OptState]:
+    """Updates of the group's tensors, in the gradients' dtype, and the new inner state."""
+    dtypes = [self.dtypes[region.leaf] for region in group.tensors]
+    grads = _windows.total(window) if self.sums else _windows.mean(window)
+    if self.set_schedules:
+      state = _clocks.set_schedules(state, micro_step)
+    updates, state = self.inner.update(
+      self.layout.tree(group, _cast(grads, dtypes)),
+      state,
+      None if params is None else self.layout.tree(group, params),
+      **self.extra_args,
+    )
+    return _cast(jax.tree.leaves(updates), dtypes), state
+
+  def _keep_empty(
+    self,
+    group: _layout.Group,
+    filled: jax.Array,
+    updates: list[jax.Array],
+    new: optax.OptState,
+    old: optax.OptState,
+  ) -> tuple[list[jax.Array], optax.OptState]:
+    """Leaves alone the tensors whose window is empty, beside others that fire.
+
+    Args:
+      group: The group that fires.
+      filled: bool [R], which of its tensors have something in their window.
+      updates: An array per tensor.
+      new: Inner state after the update.
+      old: Inner state before it.
+
+    Returns:
+      Updates that are zero, and an inner state that is the old one, for empty tensors.
+    """
+    updates = [jnp.where(filled[i], u, jnp.zeros_like(u)) for i, u in enumerate(updates)]
+    keep = optax.tree_utils.tree_map_params(
+      self.inner,
+      lambda x, flag: x if _is_masked(x) else flag,
+      new,
+      self.layout.tree(group, list(filled)),
+      transform_non_params=lambda _: filled.any(),
+      is_leaf=_is_masked,
+    )
+    return updates, jax.tree.map(jax.lax.select, keep, _control.cast_like(new, old), old)
+
+
+def _due(every: _schedules.Every, state: GroupState, phase: int | None) -> bool | jax.Array:
+  if every.always:
+    return True
+  return state.remaining == 1 if phase is None else every.due(phase)
+
+
+def _close(
+  every: _schedules.Every,
+  old: GroupState,
+  window: _windows.Window,
+  inner_state: optax.OptState,
+  due: bool | jax.Array,
+  micro_step: jax.Array,
+) -> GroupState:
+  """The group's state after this micro-step: a new window where it was due."""
+
+  def reset(new: jax.Array, current: jax.Array) -> jax.Array:
+    if isinstance(due, bool):
+      return new if due else current
+    return jnp.where(due, new, current)
+
+  new = old._replace(inner_state=inner_state, skipped=window.skipped)
+  if old.remaining is not None:
+    ahead = every.window(optax.safe_increment(micro_step))
+    new = new._replace(remaining=reset(ahead, old.remaining - 1))
+  if old.window is not None:
+    accumulators = jax.tree.unflatten(jax.tree.structure(old.accumulators), window.sums)
+    length = reset(jnp.zeros_like(window.length), window.length)
+    new = new._replace(accumulators=accumulators, window=length)
+  return new
+
+
+def _cast(tensors: list[jax.Array], dtypes: list[Any]) -> list[jax.Array]:
+  return [x.astype(dtype) for x, dtype in zip(tensors, dtypes, strict=True)]
+
+
+def _is_masked(node: Any) -> bool:
+  return isinstance(node, optax.MaskedNode)

@@ -1,0 +1,85 @@
+"""What a group accumulates between two updates: sums, counts, and their mean.
+
+A window does not know when it ends, nor what is done with its mean. The first
+micro-step overwrites the accumulators, so that nothing needs clearing and a NaN does
+not outlive its window.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Window(NamedTuple):
+  """The gradients of a window.
+
+  Attributes:
+    sums: One array for each of the R tensors of the group; empty where no accumulators
+      are kept and a window is one micro-step.
+    length: Micro-steps in the sums: int32 scalar, or int32 [R].
+    skipped: Micro-batches left out so far, int32 [R]; None where none ever is.
+  """
+
+  sums: list[jax.Array]
+  length: jax.Array
+  skipped: jax.Array | None
+
+
+def accumulator_dtype(dtype: Any, asked: Any | None) -> np.dtype:
+  """Float32 or wider, or the dtype asked for; complex where the parameter is."""
+  is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+  if asked is not None and not is_complex:
+    return jnp.dtype(asked)
+  with jax.numpy_dtype_promotion("standard"):
+    if asked is None:
+      return jnp.promote_types(dtype, jnp.float32)
+    return jnp.promote_types(asked, jnp.complex64)
+
+
+def add(window: Window, grads: Sequence[jax.Array]) -> Window:
+  """The window with one more micro-batch, a gradient per tensor."""
+  finite, one, skipped = None, jnp.int32(1), window.skipped
+  if skipped is not None:
+    finite = _all_finite(grads)
+    one = finite.astype(jnp.int32)
+    skipped = skipped + 1 - one
+  if not window.sums:
+    return Window(list(grads), one, skipped)
+  sums = []
+  for i, (old, grad) in enumerate(zip(window.sums, grads, strict=True)):
+    grad = grad.astype(old.dtype)
+    new = jnp.where(_item(window.length, i) == 0, grad, old + grad)
+    sums.append(new if finite is None else jnp.where(finite[i], new, old))
+  return Window(sums, window.length + one, skipped)
+
+
+def total(window: Window) -> list[jax.Array]:
+  """The sum over the window; zero for a tensor that has nothing in its own."""
+  if window.skipped is None:
+    return window.sums
+  filled = window.length > 0
+  return [jnp.where(filled[i], x, jnp.zeros_like(x)) for i, x in enumerate(window.sums)]
+
+
+def mean(window: Window) -> list[jax.Array]:
+  """The mean over the window; zero for a tensor that has nothing in its own."""
+  n = jnp.maximum(window.length, 1)
+  return [_divide(x, _item(n, i)) for i, x in enumerate(total(window))]
+
+
+def _item(x: jax.Array, i: int) -> jax.Array:
+  return x[i] if x.ndim else x
+
+
+def _all_finite(grads: Sequence[jax.Array]) -> jax.Array:
+  """For each array, whether all its entries are finite: bool [R]."""
+  return jnp.stack([jnp.isfinite(grad).all() for grad in grads])
+
+
+def _divide(x: jax.Array, n: jax.Array) -> jax.Array:
+  if jnp.issubdtype(x.dtype, jnp.complexfloating):
+    return jax.lax.complex(_divide(x.real, n), _divide(x.imag, n))
+  return x / n.astype(x.dtype)
