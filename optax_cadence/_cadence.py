@@ -248,6 +248,7 @@ class Cadence:
       accumulators=sums if accumulates else None,
       window=jnp.zeros((n,) if self.skip else (), jnp.int32) if accumulates else None,
       remaining=None if every.always else every.first_window(),
+      updates=jnp.int32(0),
       skipped=jnp.zeros((n,), jnp.int32) if self.skip else None,
     )
 

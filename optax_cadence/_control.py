@@ -34,8 +34,21 @@ def maybe(when: bool | jax.Array, fn: Callable[[Any, Any], Any], carry: Any, con
 
 
 def cast_like(tree: Any, like: Any) -> Any:
-  """`tree` with the dtypes of `like`, none of them weak."""
-  return jax.tree.map(lambda x, old: _strong(x, old.dtype), tree, like)
+  """`tree` with the dtypes of `like`, none of them weak.
+
+  Raises:
+    ValueError: If the trees differ in structure or in the shape of a leaf.
+  """
+
+  def cast(x: Any, old: jax.Array) -> jax.Array:
+    if jnp.shape(x) != old.shape:
+      raise ValueError(
+        f"an optimizer's state must keep its shapes: expected {old.shape} as before the update,"
+        f" found {jnp.shape(x)}"
+      )
+    return _strong(x, old.dtype)
+
+  return jax.tree.map(cast, tree, like)
 
 
 def _strong(x: Any, dtype: Any = None) -> jax.Array:

@@ -112,16 +112,19 @@ def plot_score(
   Raises:
     ImportError: If Matplotlib is not installed (`pip install optax_cadence[plot]`).
   """
-  import matplotlib.pyplot as plt
+  import matplotlib as mpl
 
   rows = _score(_of(tx).layout(params), steps)
   if ax is None:
+    import matplotlib.pyplot as plt
+
     size = (min(4 + 0.12 * steps, 16), min(1.2 + 0.24 * len(rows), 24))
     ax = plt.subplots(figsize=size, layout="constrained")[1]
-  rates = [due.mean() for _, due in rows]
-  colors = plt.get_cmap("viridis_r")([0.15 + 0.75 * r / max([*rates, 1e-9]) for r in rates])
-  for y, ((_, due), color) in enumerate(zip(rows, colors, strict=True)):
+  for y, (_, due) in enumerate(rows):
+    # The same shade for the same rhythm in every picture: dark for 1, pale from 64 on.
+    slowness = min(np.log2(1 / max(due.mean(), 1e-9)), 6) / 6
     marks = [(t + 0.6, 0.8) for t in np.flatnonzero(due)]
+    color = mpl.colormaps["viridis"](0.1 + 0.8 * slowness)
     ax.broken_barh(marks, (y - 0.36, 0.72), facecolors=[color], linewidth=0)
   ax.set_yticks(range(len(rows)), [label for label, _ in rows])
   ax.set(xlim=(0.4, steps + 0.6), ylim=(len(rows) - 0.4, -0.6), xlabel="micro-step")
@@ -186,9 +189,8 @@ def _align(cell: str, width: int, column: int) -> str:
 
 def _score(layout: _layout.Layout, steps: int) -> list[tuple[str, np.ndarray]]:
   """A label and the micro-steps that are due (bool [steps]) for every region."""
-  rows: list[list[tuple[str, np.ndarray]]] = [[] for _ in layout.paths]
+  rows = []
   for group in layout.groups:
     due = group.every.score(steps)
-    for t in group.tensors:
-      rows[t.leaf].append((f"{layout.paths[t.leaf]}{t.cut}", due))
-  return [row for leaf in rows for row in leaf]
+    rows += [(t.leaf, t.cut.start, f"{layout.paths[t.leaf]}{t.cut}", due) for t in group.tensors]
+  return [(label, due) for _, _, label, due in sorted(rows, key=lambda row: row[:2])]

@@ -126,9 +126,16 @@ class Cut(Protocol):
     """Number of entries, in a leaf of this shape."""
     ...
 
+  @property
+  def start(self) -> tuple[int, ...]:
+    """Where the tensor begins; sorts the cuts of a leaf."""
+    ...
+
 
 class Whole:
   """The leaf itself."""
+
+  start = ()
 
   def __str__(self) -> str:
     return ""
@@ -149,6 +156,10 @@ class Box:
   """A rectangle: one interval per axis."""
 
   intervals: tuple[Interval, ...]
+
+  @property
+  def start(self) -> tuple[int, ...]:
+    return tuple(start for start, _ in self.intervals)
 
   def __str__(self) -> str:
     return "[" + ", ".join(f"{start}:{stop}" for start, stop in self.intervals) + "]"
@@ -175,6 +186,10 @@ class Bands:
 
   axis: int
   intervals: tuple[Interval, ...]
+
+  @property
+  def start(self) -> tuple[int, ...]:
+    return (0,) * self.axis + self.intervals[0][:1]
 
   def __str__(self) -> str:
     shown = [f"{start}:{stop}" for start, stop in self.intervals[:2]]
@@ -234,6 +249,10 @@ class Entries:
   """Scattered entries, as a vector in row-major order."""
 
   indices: np.ndarray
+
+  @property
+  def start(self) -> tuple[int, ...]:
+    return tuple(self.indices[:1].tolist())
 
   def __str__(self) -> str:
     return f"[{self.indices.size} entries]"

@@ -16,6 +16,7 @@ class GroupState(NamedTuple):
     window: Micro-steps in the window so far: int32 scalar, or int32 [R] with one for each
       of the group's R regions under `nonfinite="skip"`. None without accumulators.
     remaining: Micro-steps until the group is due: int32 scalar. None for period 1.
+    updates: Updates applied so far: int32 scalar.
     skipped: Micro-batches left out so far, int32 [R]. None unless `nonfinite="skip"`.
   """
 
@@ -23,6 +24,7 @@ class GroupState(NamedTuple):
   accumulators: Any
   window: jax.Array | None
   remaining: jax.Array | None
+  updates: jax.Array
   skipped: jax.Array | None
 
 

@@ -62,10 +62,8 @@ class Step:
       tensors = group.take(grads)
       window = _windows.add(self._open(group, old, tensors), tensors)
       due = _due(group.every, old, phase)
-      targets, inner_state = self._fire(
-        due, group, old.inner_state, window, targets, state.micro_step
-      )
-      groups.append(_close(group.every, old, window, inner_state, due, state.micro_step))
+      targets, new = self._fire(due, group, old, window, targets, state.micro_step)
+      groups.append(_close(group.every, new, window, due, state.micro_step))
     return targets, CadenceState(optax.safe_increment(state.micro_step), tuple(groups))
 
   def flush(self, state: CadenceState, targets: Leaves) -> tuple[Leaves, CadenceState]:
@@ -74,10 +72,9 @@ class Step:
     for group, old in zip(self.layout.groups, state.groups, strict=True):
       if old.window is not None:
         window = self._open(group, old, group.take(targets))
-        targets, inner_state = self._fire(
-          window.length.max() > 0, group, old.inner_state, window, targets, state.micro_step - 1
-        )
-        old = old._replace(inner_state=inner_state, window=jnp.zeros_like(old.window))
+        filled = window.length.max() > 0
+        targets, old = self._fire(filled, group, old, window, targets, state.micro_step - 1)
+        old = old._replace(window=jnp.zeros_like(window.length))
       groups.append(old)
     return targets, state._replace(groups=tuple(groups))
 
@@ -103,30 +100,30 @@ class Step:
     self,
     when: bool | jax.Array,
     group: _layout.Group,
-    inner_state: optax.OptState,
+    state: GroupState,
     window: _windows.Window,
     targets: Leaves,
     micro_step: jax.Array,
-  ) -> tuple[Leaves, optax.OptState]:
+  ) -> tuple[Leaves, GroupState]:
     """Runs the inner optimizer on the window, if it is due and not empty."""
     fire = functools.partial(self._updated, group, False)
     fire_beside_empty = functools.partial(self._updated, group, True)
-
+    filled = window.length > 0
     here = {i: targets[i] for i in group.leaves}
     params = None if self.params is None else {i: self.params[i] for i in group.leaves}
-    carry, consts = (here, inner_state), (window, params, micro_step)
+    carry, consts = (here, state.inner_state), (window, params, micro_step)
     if window.skipped is None:
       carry = _control.maybe(when, fire, carry, consts)
     elif isinstance(when, bool):
       carry = _control.maybe(when, fire_beside_empty, carry, consts)
     else:
       # To select what stays costs a copy, so this rare case has a branch of its own.
-      filled = window.length > 0
       carry = _control.maybe(when & filled.all(), fire, carry, consts)
       if len(group.tensors) > 1:
         mixed = filled.any() & ~filled.all()
         carry = _control.maybe(when & mixed, fire_beside_empty, carry, consts)
-    return targets | carry[0], carry[1]
+    fired = (filled.any() & when).astype(jnp.int32)
+    return targets | carry[0], state._replace(inner_state=carry[1], updates=state.updates + fired)
 
   def _updated(
     self, group: _layout.Group, keep_empty: bool, carry: Any, consts: Any
@@ -162,7 +159,19 @@ class Step:
       None if params is None else self.layout.tree(group, params),
       **self.extra_args,
     )
-    return _cast(jax.tree.leaves(updates), dtypes), state
+    return self._checked(group, jax.tree.leaves(updates), grads, dtypes), state
+
+  def _checked(
+    self, group: _layout.Group, updates: list[Any], grads: list[jax.Array], dtypes: list[Any]
+  ) -> list[jax.Array]:
+    """The updates in the gradients' dtype, if they have the gradients' shapes."""
+    for region, update, grad in zip(group.tensors, updates, grads, strict=True):
+      if jnp.shape(update) != grad.shape:
+        raise ValueError(
+          f"update of {self.layout.paths[region.leaf]!r}: expected shape {grad.shape} from the"
+          f" inner optimizer, found {jnp.shape(update)}"
+        )
+    return _cast(updates, dtypes)
 
   def _keep_empty(
     self,
@@ -204,9 +213,8 @@ def _due(every: _schedules.Every, state: GroupState, phase: int | None) -> bool 
 
 def _close(
   every: _schedules.Every,
-  old: GroupState,
+  state: GroupState,
   window: _windows.Window,
-  inner_state: optax.OptState,
   due: bool | jax.Array,
   micro_step: jax.Array,
 ) -> GroupState:
@@ -217,12 +225,12 @@ def _close(
       return new if due else current
     return jnp.where(due, new, current)
 
-  new = old._replace(inner_state=inner_state, skipped=window.skipped)
-  if old.remaining is not None:
+  new = state._replace(skipped=window.skipped)
+  if state.remaining is not None:
     ahead = every.window(optax.safe_increment(micro_step))
-    new = new._replace(remaining=reset(ahead, old.remaining - 1))
-  if old.window is not None:
-    accumulators = jax.tree.unflatten(jax.tree.structure(old.accumulators), window.sums)
+    new = new._replace(remaining=reset(ahead, state.remaining - 1))
+  if state.window is not None:
+    accumulators = jax.tree.unflatten(jax.tree.structure(state.accumulators), window.sums)
     length = reset(jnp.zeros_like(window.length), window.length)
     new = new._replace(accumulators=accumulators, window=length)
   return new

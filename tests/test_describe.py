@@ -1,0 +1,78 @@
+"""Tables and pictures say what the transformation does."""
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import optax
+import pytest
+
+import optax_cadence as oc
+
+mpl.use("agg")
+
+PARAMS = {"body": jnp.zeros((4, 6)), "head": jnp.zeros(5, jnp.bfloat16)}
+
+
+def transformation(**options):
+  every = {"body": oc.quadrants([[1, 2], [4, 8]]), "head": 4}
+  return oc.cadence(optax.sgd(1.0), every, **options)
+
+
+def test_groups_account_for_every_parameter_and_byte():
+  tx = transformation()
+  description = oc.describe(tx, PARAMS, microbatch=16)
+  assert [g.period for g in description.groups] == ["1", "2", "4", "8"]
+  assert [g.parameters for g in description.groups] == [6, 6, 11, 6]
+  assert [g.effective_batch for g in description.groups] == [16, 32, 64, 128]
+  assert [g.share for g in description.groups] == [1, 1 / 2, 1 / 4, 1 / 8]
+  assert description.groups[2].leaves == ("body", "head")
+  for summary, group in zip(description.groups, tx.init(PARAMS).groups, strict=True):
+    held = sum(x.nbytes for x in jax.tree.leaves(group.accumulators))
+    assert summary.accumulator_bytes == held
+
+
+def test_latest_has_no_accumulator_and_the_batch_of_one_micro_step():
+  groups = oc.describe(transformation(accumulate="latest"), PARAMS, microbatch=16).groups
+  assert {g.accumulator_bytes for g in groups} == {0}
+  assert {g.effective_batch for g in groups} == {16}
+
+
+def test_dynamic_periods_vary():
+  tx = oc.cadence(optax.sgd(1.0), oc.Every(optax.linear_schedule(1, 8, 100)))
+  description = oc.describe(tx, PARAMS)
+  assert description.cycle is None
+  assert "varies" in str(description) and "dynamic" in str(description)
+
+
+def test_prints_as_a_table_with_aligned_columns():
+  lines = str(oc.describe(transformation(), PARAMS)).splitlines()
+  assert lines[0].split()[:2] == ["period", "leaves"]
+  assert lines[-1] == "cycle: 8 micro-steps"
+  assert len({len(line) for line in lines[:-2]}) == 1
+
+
+def test_describes_chains_and_shapes_without_computing():
+  tx = oc.chain(optax.clip(1.0), transformation())
+  shapes = jax.eval_shape(lambda: PARAMS)
+  assert oc.describe(tx, shapes) == oc.describe(transformation(), PARAMS)
+
+
+def test_the_score_has_a_row_for_every_region_and_a_mark_where_it_is_due():
+  ax = oc.plot_score(transformation(), PARAMS, 16)
+  labels = [text.get_text() for text in ax.get_yticklabels()]
+  assert labels == ["body[0:2, 0:3]", "body[0:2, 3:6]", "body[2:4, 0:3]", "body[2:4, 3:6]", "head"]
+  marks = [len(collection.get_paths()) for collection in ax.collections]
+  assert marks == [16, 8, 4, 2, 4]
+  plt.close(ax.figure)
+
+
+def test_the_score_is_drawn_on_the_axes_given():
+  figure, axes = plt.subplots()
+  assert oc.plot_score(transformation(), PARAMS, 4, ax=axes) is axes
+  plt.close(figure)
+
+
+def test_a_trace_has_no_score():
+  with pytest.raises(jax.errors.ConcretizationTypeError):
+    jax.jit(lambda k: oc.Every(k).score(3))(2)

@@ -1,0 +1,117 @@
+"""The examples run to their end and learn; the CIFAR-10 reader reads what the format says."""
+
+import importlib.util
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+
+
+def run(name, *arguments, cwd):
+  command = [sys.executable, EXAMPLES / name, "--quick", *arguments]
+  done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+@pytest.fixture(scope="module")
+def layer_cadence():
+  spec = importlib.util.spec_from_file_location("layer_cadence", EXAMPLES / "layer_cadence.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.fixture
+def cifar10(tmp_path):
+  """A folder in CIFAR-10's binary format, and the arrays that it was written from."""
+  rng = np.random.default_rng(0)
+  written = {}
+  for name, n in [("data_batch_1.bin", 12), ("data_batch_2.bin", 20), ("test_batch.bin", 6)]:
+    images = rng.integers(0, 256, (n, 32, 32, 3), np.uint8)
+    labels = rng.integers(0, 10, n, np.uint8)
+    planes = images.transpose(0, 3, 1, 2).reshape(n, -1)
+    np.concatenate([labels[:, None], planes], axis=1).tofile(tmp_path / name)
+    written[name] = images, labels
+  (tmp_path / "batches.meta.txt").write_text("airplane\n")
+  return tmp_path, written
+
+
+def test_cifar10_is_read_as_written(layer_cadence, cifar10):
+  folder, written = cifar10
+  (images, labels), test = layer_cadence.load_cifar10(folder)
+  first, second = written["data_batch_1.bin"], written["data_batch_2.bin"]
+  np.testing.assert_array_equal(images, np.concatenate([first[0], second[0]]))
+  np.testing.assert_array_equal(labels, np.concatenate([first[1], second[1]]))
+  np.testing.assert_array_equal(test[0], written["test_batch.bin"][0])
+  np.testing.assert_array_equal(test[1], written["test_batch.bin"][1])
+  assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
+
+
+def test_cifar10_without_its_folder(layer_cadence, tmp_path):
+  with pytest.raises(ValueError, match=r"nowhere: expected a folder .* found none"):
+    layer_cadence.load_cifar10(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("missing", ["data_batch_*.bin", "test_batch.bin"])
+def test_cifar10_without_a_file(layer_cadence, cifar10, missing):
+  folder, _ = cifar10
+  for path in folder.glob(missing):
+    path.unlink()
+  expected = f"expected {re.escape(missing)} .* found batches.meta.txt"
+  with pytest.raises(ValueError, match=expected):
+    layer_cadence.load_cifar10(folder)
+
+
+@pytest.mark.parametrize("size", [0, 3072, 3 * 3073 + 1])
+def test_cifar10_truncated(layer_cadence, cifar10, size):
+  folder, _ = cifar10
+  path = folder / "data_batch_2.bin"
+  path.write_bytes(bytes(size))
+  with pytest.raises(ValueError, match=rf"data_batch_2.bin: expected whole .* found {size} bytes"):
+    layer_cadence.load_cifar10(folder)
+
+
+def test_cifar10_with_other_labels(layer_cadence, cifar10):
+  folder, _ = cifar10
+  (folder / "test_batch.bin").write_bytes(bytes([10]) + bytes(3072))
+  with pytest.raises(ValueError, match=r"test_batch.bin: expected labels from 0 to 9, found 10"):
+    layer_cadence.load_cifar10(folder)
+
+
+def test_layer_cadence_on_the_digits(layer_cadence, tmp_path):
+  printed = run("layer_cadence.py", "--out", "made/score.png", cwd=tmp_path)
+  picture = (tmp_path / "made" / "score.png").read_bytes()
+  assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+  assert len(picture) > 20_000
+  # 404 micro-steps: 50 whole windows of 8, and the flush of the half one that is left.
+  updates = {
+    "uniform": ["101"] * 4,
+    "fast output": ["51", "101", "202", "404"],
+    "fast input": ["404", "202", "101", "51"],
+    "quadrants": ["101", "101", "404 202 101 51", "101"],
+  }
+  for name in layer_cadence.CADENCES:
+    row = re.search(rf"^{name}  .*$", printed, re.MULTILINE)
+    assert row, printed
+    _, accuracy, _, *counts, seen = re.split(r"\s{2,}", row.group().strip())
+    assert float(accuracy.split(" ± ")[0]) > 85
+    assert counts == updates[name]
+    assert seen == "404"
+
+
+def test_layer_cadence_on_cifar10(cifar10, tmp_path):
+  folder, _ = cifar10
+  printed = run("layer_cadence.py", "--data", folder, "--steps", "8", cwd=tmp_path)
+  assert "32 training and 6 test images of (32, 32, 3)" in printed
+  assert (tmp_path / "results" / "layer_cadence.png").exists()
+
+
+def test_linen_cadence(tmp_path):
+  printed = run("linen_cadence.py", cwd=tmp_path)
+  assert float(re.search(r"test accuracy after \d+ micro-steps: ([\d.]+)", printed)[1]) > 0.85

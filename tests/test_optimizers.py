@@ -1,0 +1,98 @@
+"""Every transformation that Optax exports, as the inner optimizer, against the oracle."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax_exports
+import oracle
+import pytest
+from hypothesis import given
+from hypothesis import Phase
+from hypothesis import settings
+from hypothesis import strategies as st
+
+import optax_cadence as oc
+
+
+@st.composite
+def cases(draw):
+  """Cadences for the three leaves, and the same by hand."""
+  some = st.sampled_from([1, 2, 4])
+  gain, offset = draw(st.sampled_from([(1, 0), (2, 1), (4, 3)]))
+  bands = draw(st.lists(some, min_size=1, max_size=3))
+  corners = [[draw(some), draw(some)], [draw(some), draw(some)]]
+  every = {
+    "bias": oc.channels(bands),
+    "gain": oc.Every(gain, offset),
+    "kernel": oc.quadrants(corners),
+  }
+  pieces = [
+    oracle.bands((6,), bands, 0),
+    oracle.whole(gain, offset),
+    oracle.rectangles((6, 4), corners, (0, 1)),
+  ]
+  return every, pieces
+
+
+@pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated")
+@pytest.mark.parametrize("name", optax_exports.NAMES)
+@settings(max_examples=2, phases=[Phase.explicit, Phase.generate])
+@given(cases(), st.integers(0, 99))
+def test_any_inner_optimizer_follows_the_oracle(name, case, seed):
+  every, pieces = case
+  rng = np.random.default_rng(seed)
+  inner = oracle.relaxed(optax_exports.build(name))
+  extra = optax_exports.EXTRA_ARGS.get(name, {})
+  tx = oc.cadence(inner, every)
+  scalar = (1,) if name in optax_exports.NO_SCALARS else ()
+  shapes = {"bias": (6,), "gain": scalar, "kernel": (6, 4)}
+  params = {leaf: random(rng, shape) for leaf, shape in shapes.items()}
+  slow = oracle.Oracle(inner, list(params.values()), pieces, **extra)
+  update = jax.jit(functools.partial(tx.update, **extra))
+  apply = jax.jit(functools.partial(tx.apply, **extra))
+  static = jax.jit(functools.partial(tx.update, **extra), static_argnames="phase")
+  state = tx.init(params)
+  applied, phased_state = (params, state), state
+  for t in range(1, 2 * tx.cycle + 1):
+    grads = {leaf: random(rng, shape) for leaf, shape in shapes.items()}
+    expected = slow.step(list(grads.values()), list(params.values()))
+    updates, state = update(grads, state, params)
+    phased, phased_state = static(grads, phased_state, params, phase=t % tx.cycle)
+    applied = apply(*applied, grads)
+    params = optax.apply_updates(params, updates)
+    assert_close(list(updates.values()), expected)
+    assert_close(list(phased.values()), expected)
+    assert_close(list(applied[0].values()), list(params.values()))
+
+
+def random(rng, shape):
+  return jnp.asarray(rng.integers(-8, 9, shape) / 8.0, jnp.float32)
+
+
+def assert_close(found, expected):
+  for x, y in zip(found, expected, strict=True):
+    scale = max(1.0, np.abs(y).max(initial=0.0))
+    np.testing.assert_allclose(x, y, rtol=2e-6, atol=2e-6 * scale)
+
+
+@pytest.mark.parametrize("search", ["scale_by_backtracking_linesearch", "scale_by_zoom_linesearch"])
+def test_line_searches(search):
+  """The objective is called on the tree that the inner optimizer sees: here the whole one."""
+
+  def objective(params):
+    return jnp.sum((params["x"] - 3.0) ** 2)
+
+  inner = oracle.relaxed(optax.chain(optax.sgd(1.0), getattr(optax, search)(5)))
+  tx = oc.cadence(inner, 2)
+  params = {"x": jnp.zeros(3)}
+  plain, state = inner.init(params), tx.init(params)
+  value, grads = jax.value_and_grad(objective)(params)
+  extra = {"value": value, "grad": grads, "value_fn": objective}
+  expected, plain = inner.update(grads, plain, params, **extra)
+  for held in (True, False):
+    updates, state = tx.update(grads, state, params, **extra)
+    assert held != updates["x"].any()
+  assert_close([updates["x"]], [np.asarray(expected["x"])])
