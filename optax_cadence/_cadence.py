@@ -22,36 +22,33 @@ from optax_cadence._state import GroupState
 class CadenceTransformation(optax.GradientTransformationExtraArgs):
   """A `GradientTransformationExtraArgs` with the methods of a cadence.
 
-  Attributes:
-    apply: `apply(params, state, grads, phase=None, **extra_args) -> params, state`:
-      update and apply in one. Parameters and inner state of regions that are not due
-      are neither read nor written. Arguments stand in the order of the results, so
-      that `jax.jit(tx.apply, donate_argnums=(0, 1))` updates every buffer in place.
-    flush: `flush(state, params, **extra_args) -> updates, state`: applies every window
-      that is not empty, so that nothing is lost at the end of training.
-    cadence: The cadence itself, for `describe` and its kin.
+  It is the same pair of functions as any other; `apply`, `flush` and `cycle` are found
+  through the object whose methods they are, and so survive whatever rebuilds the pair.
   """
 
-  apply: Callable[..., tuple[optax.Params, Any]]
-  flush: Callable[..., tuple[optax.Updates, Any]]
-  cadence: "Cadence"
+  @property
+  def apply(self) -> Callable[..., tuple[optax.Params, Any]]:
+    """`apply(params, state, grads, phase=None, **extra_args) -> params, state`.
 
-  def __new__(
-    cls,
-    init: Callable[..., Any],
-    update: Callable[..., Any],
-    apply: Callable[..., Any],
-    flush: Callable[..., Any],
-    cadence: "Cadence",
-  ) -> "CadenceTransformation":
-    self = super().__new__(cls, init, update)
-    self.apply, self.flush, self.cadence = apply, flush, cadence
-    return self
+    Update and apply in one. Parameters and inner state of regions that are not due are
+    neither read nor written. Arguments stand in the order of the results, so that
+    `jax.jit(tx.apply, donate_argnums=(0, 1))` updates every buffer in place.
+    """
+    return _owner(self).apply
+
+  @property
+  def flush(self) -> Callable[..., tuple[optax.Updates, Any]]:
+    """`flush(state, params, **extra_args) -> updates, state`.
+
+    Applies every window that is not empty, so that nothing is lost at the end of
+    training. Like `update`, it is meant to be called under `jax.jit`.
+    """
+    return _owner(self).flush
 
   @property
   def cycle(self) -> int | None:
     """Micro-steps after which the schedule repeats; None when a period is dynamic."""
-    return self.cadence.cycle
+    return of(self).cycle
 
 
 def cadence(
@@ -112,7 +109,28 @@ def cadence(
   [-1. -1.] [-1. -1.]
   """
   self = Cadence(inner, every, accumulate, accumulator_dtype, nonfinite, clock)
-  return CadenceTransformation(self.init, self.update, self.apply, self.flush, self)
+  return CadenceTransformation(self.init, self.update)
+
+
+def of(tx: Any) -> "Cadence":
+  """The cadence behind a transformation.
+
+  Raises:
+    ValueError: If there is none.
+  """
+  if not isinstance(tx, CadenceTransformation):
+    raise ValueError(f"expected a cadence, or an oc.chain that ends in one, found {tx!r}")
+  return _owner(tx).cadence
+
+
+def check_transformation(name: str, tx: Any) -> None:
+  """Raises `ValueError` unless `tx` is a gradient transformation."""
+  if not (hasattr(tx, "init") and hasattr(tx, "update")):
+    raise ValueError(f"{name} must be an optax.GradientTransformation, found {tx!r}")
+
+
+def _owner(tx: CadenceTransformation) -> Any:
+  return getattr(tx.init, "__self__")  # noqa: B009 (no type checker knows that it is a method)
 
 
 class Cadence:
@@ -127,13 +145,11 @@ class Cadence:
     nonfinite: str,
     clock: str,
   ):
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-      raise ValueError(f"inner must be an optax.GradientTransformation, found {inner!r}")
+    check_transformation("inner", inner)
     _one_of("accumulate", accumulate, ("mean", "sum", "latest"))
     _one_of("nonfinite", nonfinite, ("propagate", "skip"))
     _one_of("clock", clock, ("updates", "micro_steps"))
-    if accumulator_dtype is not None and not jnp.issubdtype(accumulator_dtype, jnp.inexact):
-      raise ValueError(f"accumulator_dtype must be a float dtype, found {accumulator_dtype!r}")
+    _check_float("accumulator_dtype", accumulator_dtype)
     if not callable(every):
       _layout.everys(every)
     self.inner = optax.with_extra_args_support(inner)
@@ -144,6 +160,11 @@ class Cadence:
     self.clock = clock
     # The cadences of the last tree's groups, for where no parameters are at hand.
     self._seen: tuple[_schedules.Every, ...] | None = None
+
+  @property
+  def cadence(self) -> "Cadence":
+    """This cadence; an `oc.chain` has the one that stands last."""
+    return self
 
   @property
   def cycle(self) -> int | None:
@@ -167,6 +188,11 @@ class Cadence:
     return _windows.accumulator_dtype(dtype, self.accumulator_dtype)
 
   def init(self, params: optax.Params) -> CadenceState:
+    if isinstance(params, optax.LookaheadParams):
+      raise ValueError(
+        "expected parameters as the gradients are shaped, found LookaheadParams; put the cadence"
+        " inside: optax.lookahead(oc.cadence(...), ...)"
+      )
     if _is_placeholder(params):
       return self._init_placeholder(params)
     layout, leaves, groups = self.layout(params), _leaves(params), []
@@ -174,6 +200,8 @@ class Cadence:
       tensors = group.take(leaves)
       sums = [jnp.zeros(x.shape, self.sum_dtype(x.dtype)) for x in tensors]
       trees = layout.tree(group, tensors), layout.tree(group, sums)
+      path = layout.paths[group.leaves[0]]
+      _layout.named(path, _schedules.Every.first_window, group.every)
       groups.append(self._init_group(group.every, *trees, len(tensors)))
     return CadenceState(jnp.int32(0), tuple(groups))
 
@@ -199,6 +227,7 @@ class Cadence:
     phase: int | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Params, CadenceState]:
+    _check_given("apply", params, needed=bool(jax.tree.leaves(grads)))
     step = self._step(grads, state, params, extra_args, in_place=True)
     leaves, state = step.advance(_leaves(grads), state, _leaves(params), self._phase(phase))
     return jax.tree.unflatten(jax.tree.structure(params), leaves.values()), state
@@ -206,6 +235,7 @@ class Cadence:
   def flush(
     self, state: CadenceState, params: optax.Params, **extra_args: Any
   ) -> tuple[optax.Updates, CadenceState]:
+    _check_given("flush", params, needed=getattr(state, "groups", None) != ())
     step = self._step(params, state, params, extra_args)
     zeros = {i: jnp.zeros_like(p) for i, p in _leaves(params).items()}
     updates, state = step.flush(state, zeros)
@@ -219,14 +249,10 @@ class Cadence:
     extra_args: dict[str, Any],
     in_place: bool = False,
   ) -> _step.Step:
-    layout = self.layout(grads)
     if params is not None:
-      _check_same(layout, params)
-    if len(state.groups) != len(layout.groups):
-      raise ValueError(
-        f"the state holds {len(state.groups)} groups, but every makes {len(layout.groups)} of"
-        " this tree; a state goes with the cadences it was made for"
-      )
+      _check_same("gradient", "as the parameters have", params, grads)
+    layout = self.layout(grads)
+    self._check_state(layout, state, grads)
     return _step.Step(
       inner=self.inner,
       layout=layout,
@@ -237,6 +263,29 @@ class Cadence:
       sums=self.accumulate == "sum",
       set_schedules=self.clock == "micro_steps",
     )
+
+  def _check_state(self, layout: _layout.Layout, state: Any, grads: Any) -> None:
+    """Raises unless the state has the groups, and their windows the tensors, of this tree."""
+    if not isinstance(state, CadenceState):
+      raise ValueError(f"state: expected a CadenceState, found {type(state).__name__}")
+    needs = [self._needs(group.every) for group in layout.groups]
+    holds = [tuple(field is not None for field in g[1:4] + g[5:]) for g in state.groups]
+    if needs != holds:
+      raise ValueError(
+        f"state: expected {len(needs)} groups as every makes of this tree, found"
+        f" {len(holds)}, or the same number that accumulate or skip otherwise; a state goes with"
+        " the cadences and settings it was made for"
+      )
+    leaves = _leaves(grads)
+    for group, old in zip(layout.groups, state.groups, strict=True):
+      if old.accumulators is not None:
+        tensors = layout.tree(group, group.take(leaves))
+        _check_same("gradient", "as in the state", old.accumulators, tensors)
+
+  def _needs(self, every: _schedules.Every) -> tuple[bool, ...]:
+    """Which of accumulators, window, remaining and skipped a group has."""
+    accumulates = self.accumulates(every)
+    return accumulates, accumulates, not every.always, self.skip
 
   def _phase(self, phase: Any) -> int | None:
     return None if phase is None else _schedules.checked_phase(phase, self.cycle)
@@ -281,22 +330,26 @@ def _one_of(name: str, value: Any, options: tuple[str, ...]) -> None:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, found {value!r}")
 
 
-def _check_same(layout: _layout.Layout, params: Any) -> None:
-  """Raises unless gradients and parameters have the same paths and shapes."""
-  leaves, treedef = jax.tree.flatten(params)
-  shapes = tuple(jnp.shape(leaf) for leaf in leaves)
-  if treedef == layout.treedef and shapes == layout.shapes:
+def _check_float(name: str, dtype: Any) -> None:
+  try:
+    known = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+  except TypeError:
+    known = False
+  if not known:
+    raise ValueError(f"{name} must be a float dtype, found {dtype!r}")
+
+
+def _check_given(method: str, params: Any, needed: bool) -> None:
+  if params is None and needed:
+    raise ValueError(f"{method} needs the parameters: expected params, found None")
+
+
+def _check_same(what: str, as_where: str, expected: Any, found: Any) -> None:
+  """Raises unless two trees have the same paths and shapes."""
+  trees: Any = [jax.tree.structure(expected), jax.tree.structure(found)]
+  shapes = [list(map(jnp.shape, jax.tree.leaves(tree))) for tree in (expected, found)]
+  if trees[0] == trees[1] and shapes[0] == shapes[1]:
     return
-  paths = (_paths.join(path) for path, _ in _paths.flatten_with_paths(params))
-  given = dict(zip(paths, shapes, strict=True))
-  found = dict(zip(layout.paths, layout.shapes, strict=True))
-  for path in [*given, *found]:
-    if given.get(path) != found.get(path):
-      raise ValueError(
-        f"gradient of {path!r}: expected {_shape(given.get(path))} as the parameters have,"
-        f" found {_shape(found.get(path))}"
-      )
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-  return "nothing there" if shape is None else f"shape {shape}"
+  difference = _paths.mismatch(expected, found)
+  if difference:
+    raise ValueError(f"{what} of {difference} ({as_where})")

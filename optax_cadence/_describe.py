@@ -88,7 +88,7 @@ def describe(
   total                11000                        40.0 kB
   cycle: 8 micro-steps
   """
-  cadence = _of(tx)
+  cadence = _cadence.of(tx)
   layout = cadence.layout(params)
   dtypes = [jax.dtypes.result_type(leaf) for leaf in jax.tree.leaves(params)]
   groups = tuple(_summary(cadence, layout, g, dtypes, microbatch) for g in layout.groups)
@@ -114,7 +114,7 @@ def plot_score(
   """
   import matplotlib as mpl
 
-  rows = _score(_of(tx).layout(params), steps)
+  rows = _score(_cadence.of(tx).layout(params), steps)
   if ax is None:
     import matplotlib.pyplot as plt
 
@@ -134,12 +134,6 @@ def plot_score(
   return ax
 
 
-def _of(tx: Any) -> _cadence.Cadence:
-  if not isinstance(tx, _cadence.CadenceTransformation):
-    raise ValueError(f"expected a cadence, or an oc.chain that ends in one, found {tx!r}")
-  return tx.cadence
-
-
 def _summary(
   cadence: _cadence.Cadence,
   layout: _layout.Layout,
@@ -153,7 +147,7 @@ def _summary(
   batches = period if cadence.accumulate != "latest" else 1
   return GroupSummary(
     period=str(group.every),
-    leaves=tuple(layout.paths[i] for i in group.leaves),
+    leaves=tuple(layout.name(i) for i in group.leaves),
     parameters=sum(sizes),
     effective_batch=None if batches is None else batches * microbatch,
     accumulator_bytes=int(np.dot(sizes, widths)) if cadence.accumulates(group.every) else 0,
@@ -192,5 +186,5 @@ def _score(layout: _layout.Layout, steps: int) -> list[tuple[str, np.ndarray]]:
   rows = []
   for group in layout.groups:
     due = group.every.score(steps)
-    rows += [(t.leaf, t.cut.start, f"{layout.paths[t.leaf]}{t.cut}", due) for t in group.tensors]
+    rows += [(t.leaf, t.cut.start, f"{layout.name(t.leaf)}{t.cut}", due) for t in group.tensors]
   return [(label, due) for _, _, label, due in sorted(rows, key=lambda row: row[:2])]

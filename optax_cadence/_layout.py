@@ -51,15 +51,24 @@ class Group:
     """The leaves that this group has a part of."""
     return sorted({t.leaf for t in self.tensors})
 
+  @property
+  def in_pieces(self) -> bool:
+    """Whether a leaf holds several of the group's tensors."""
+    return len(self.leaves) < len(self.tensors)
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
   """The groups of a tree."""
 
   treedef: Any
-  paths: tuple[str, ...]
+  paths: tuple[_paths.Path, ...]
   shapes: tuple[_regions.Shape, ...]
   groups: tuple[Group, ...]
+
+  def name(self, leaf: int) -> str:
+    """Path of a leaf as errors and tables show it."""
+    return _paths.join(self.paths[leaf])
 
   def tree(self, group: Group, tensors: Sequence[Any]) -> Any:
     """The tree that the group's inner optimizer sees."""
@@ -93,7 +102,7 @@ def layout(every: Any, tree: Any) -> Layout:
       groups.setdefault(one.key, (one, []))[1].append(Tensor(i, cut))
   return Layout(
     treedef,
-    tuple(map(_paths.join, paths)),
+    tuple(paths),
     tuple(np.shape(leaf) for leaf in leaves),
     tuple(Group(one, tuple(tensors)) for one, tensors in groups.values()),
   )
@@ -107,7 +116,9 @@ def everys(every: Any) -> list[_schedules.Every]:
   """
   found = []
   for path, cadence in _paths.flatten_with_paths(every):
-    found += _named(path, lambda c: [_as_every(p) for p in _regions.periods_of(c)], cadence)
+    found += named(
+      path, lambda c: [_schedules.as_every(p) for p in _regions.periods_of(c)], cadence
+    )
   return found
 
 
@@ -115,21 +126,19 @@ def _cut(
   path: _paths.Path, shape: _regions.Shape, cadence: Any
 ) -> list[tuple[_schedules.Every, _regions.Cut]]:
   def cut(cadence: Any) -> list[tuple[_schedules.Every, _regions.Cut]]:
-    cuts = _regions.cut(cadence, shape, lambda cell: _as_every(cell).key)
-    return [(_as_every(one), cut) for one, cut in cuts]
+    cuts = _regions.cut(cadence, shape, lambda cell: _schedules.as_every(cell).key)
+    return [(_schedules.as_every(one), cut) for one, cut in cuts]
 
-  return _named(path, cut, cadence, f" of shape {shape}")
-
-
-def _as_every(cadence: Any) -> _schedules.Every:
-  return _schedules.as_every(cadence)
+  return named(path, cut, cadence, f" of shape {shape}")
 
 
-def _named(path: _paths.Path, fn: Callable[[Any], Any], cadence: Any, what: str = "") -> Any:
+def named(path: _paths.Path, fn: Callable[[Any], Any], cadence: Any, what: str = "") -> Any:
+  """Calls `fn(cadence)`; an error names the leaf that the cadence is for."""
   try:
     return fn(cadence)
   except ValueError as error:
-    raise ValueError(f"cadence of {_paths.join(path)!r}{what}: {error}") from None
+    where = f"cadence of {_paths.join(path)!r}{what}" if path else "cadence"
+    raise ValueError(f"{where}: {error}") from None
 
 
 def _match(every: Any, paths: list[_paths.Path], tree: Any) -> list[Any]:

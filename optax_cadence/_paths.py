@@ -8,6 +8,7 @@ Nothing here looks at the values of the leaves.
 from typing import Any
 
 import jax
+import numpy as np
 
 Path = tuple[str, ...]
 
@@ -15,6 +16,26 @@ Path = tuple[str, ...]
 def join(path: Path) -> str:
   """`/`-joined path as errors, globs and tables show it."""
   return "/".join(path)
+
+
+def mismatch(expected: Any, found: Any) -> str | None:
+  """The first leaf at which two trees differ in path or shape; None if there is none.
+
+  Containers are not compared: a dict and a dataclass with the same paths are the same.
+  """
+  want, have = _shapes(expected), _shapes(found)
+  for path in [*want, *have]:
+    if want.get(path) != have.get(path):
+      return f"{join(path)!r}: expected {_shown(want.get(path))}, found {_shown(have.get(path))}"
+  return None
+
+
+def _shapes(tree: Any) -> dict[Path, tuple[int, ...]]:
+  return {path: np.shape(leaf) for path, leaf in flatten_with_paths(tree)}
+
+
+def _shown(shape: tuple[int, ...] | None) -> str:
+  return "nothing there" if shape is None else f"shape {shape}"
 
 
 def flatten_with_paths(tree: Any, is_leaf: Any = None) -> list[tuple[Path, Any]]:

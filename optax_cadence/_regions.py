@@ -48,11 +48,18 @@ class Grid:
   one_each: bool = False
 
   def __post_init__(self) -> None:
-    axes = tuple(int(a) for a in self.axes)
+    axes = _integers(self.axes)
     if not axes or len(set(axes)) != len(axes):
       raise ValueError(f"axes must be distinct and at least one, found {axes}")
     object.__setattr__(self, "axes", axes)
     object.__setattr__(self, "periods", _cells(self.periods, len(axes)))
+
+
+def _integers(axes: Any) -> tuple[int, ...]:
+  found = tuple(axes) if isinstance(axes, list | tuple | np.ndarray) else None
+  if found is None or not all(isinstance(a, int | np.integer) and a is not True for a in found):
+    raise ValueError(f"axes must be a sequence of integers, found {axes!r}")
+  return tuple(int(a) for a in found)
 
 
 def channels(periods: Sequence[Any], axis: int = -1) -> Grid:
@@ -294,7 +301,7 @@ def cut(cadence: Any, shape: Shape, key: Callable[[Any], Hashable]) -> list[tupl
   if isinstance(cadence, Grid):
     return _cut_grid(cadence.periods, *_bounds(cadence, shape), shape, key)
   if is_mask(cadence):
-    return _cut_mask(_checked_mask(cadence, shape), shape, key)
+    return _cut_mask(_broadcast(_checked_mask(cadence), shape), shape, key)
   return [(cadence, Whole())]
 
 
@@ -307,8 +314,8 @@ def periods_of(cadence: Any) -> list[Any]:
   """Every cadence that occurs in a grid or mask, or the one cadence itself."""
   if isinstance(cadence, Grid):
     return list(cadence.periods.flat)
-  if is_mask(cadence) and not isinstance(cadence, jax.core.Tracer):
-    return [int(p) for p in np.unique(np.asarray(cadence))]
+  if is_mask(cadence):
+    return [int(p) for p in np.unique(_checked_mask(cadence))]
   return [cadence]
 
 
@@ -403,12 +410,16 @@ def _band(axis: int, intervals: list[Interval], shape: Shape) -> Cut:
   return Box(tuple(intervals[0] if i == axis else (0, n) for i, n in enumerate(shape)))
 
 
-def _checked_mask(mask: Any, shape: Shape) -> np.ndarray:
+def _checked_mask(mask: Any) -> np.ndarray:
   if isinstance(mask, jax.core.Tracer):
     raise ValueError("a mask must be a concrete array, found a traced one; pass it as NumPy")
   mask = np.asarray(mask)
   if not np.issubdtype(mask.dtype, np.integer):
     raise ValueError(f"a mask must hold integer periods, found dtype {mask.dtype}")
+  return mask
+
+
+def _broadcast(mask: np.ndarray, shape: Shape) -> np.ndarray:
   try:
     return np.broadcast_to(mask, shape)
   except ValueError:

@@ -41,6 +41,8 @@ class Every:
     if isinstance(self.period, jax.Array) and self.period.ndim == 0:
       if not jnp.issubdtype(self.period.dtype, jnp.integer):
         raise ValueError(f"a period must be an integer, found dtype {self.period.dtype}")
+      if not isinstance(self.period, jax.core.Tracer) and self.period < 1:
+        raise ValueError(f"a period must be at least 1, found {self.period}")
     elif not callable(self.period):
       object.__setattr__(self, "period", _integer("a period", self.period))
       if self.period < 1:
@@ -83,10 +85,13 @@ class Every:
     """Length of the window that begins after this many micro-steps: int32 scalar."""
     if self.static:
       return jnp.int32(self.period)
-    period = self.period(micro_steps) if callable(self.period) else self.period
-    period = jnp.asarray(period)
+    found = self.period(micro_steps) if callable(self.period) else self.period
+    try:
+      period = jnp.asarray(found)
+    except (TypeError, ValueError):
+      raise ValueError(f"a schedule must give a scalar period, found {found!r}") from None
     if period.ndim:
-      raise ValueError(f"{self} must give a scalar period, found shape {period.shape}")
+      raise ValueError(f"a schedule must give a scalar period, found shape {period.shape}")
     if jnp.issubdtype(period.dtype, jnp.inexact):
       period = jnp.rint(period)
     return jnp.maximum(period.astype(jnp.int32), 1)

@@ -16,6 +16,7 @@ import optax
 
 from optax_cadence import _clocks
 from optax_cadence import _control
+from optax_cadence import _inner
 from optax_cadence import _layout
 from optax_cadence import _schedules
 from optax_cadence import _windows
@@ -60,7 +61,7 @@ class Step:
     groups = []
     for group, old in zip(self.layout.groups, state.groups, strict=True):
       tensors = group.take(grads)
-      window = _windows.add(self._open(group, old, tensors), tensors)
+      window = _windows.add(_open(old), tensors)
       due = _due(group.every, old, phase)
       targets, new = self._fire(due, group, old, window, targets, state.micro_step)
       groups.append(_close(group.every, new, window, due, state.micro_step))
@@ -71,30 +72,12 @@ class Step:
     groups = []
     for group, old in zip(self.layout.groups, state.groups, strict=True):
       if old.window is not None:
-        window = self._open(group, old, group.take(targets))
+        window = _open(old)
         filled = window.length.max() > 0
         targets, old = self._fire(filled, group, old, window, targets, state.micro_step - 1)
         old = old._replace(window=jnp.zeros_like(window.length))
       groups.append(old)
     return targets, state._replace(groups=tuple(groups))
-
-  def _open(
-    self, group: _layout.Group, state: GroupState, tensors: list[jax.Array]
-  ) -> _windows.Window:
-    """The window so far.
-
-    Raises:
-      ValueError: If the accumulators do not have the shapes of the tensors.
-    """
-    sums = jax.tree.leaves(state.accumulators)
-    for region, total, tensor in zip(group.tensors, sums, tensors, strict=bool(sums)):
-      if total.shape != tensor.shape:
-        raise ValueError(
-          f"gradient of {self.layout.paths[region.leaf]!r}: expected shape {total.shape} as at"
-          f" init, found {tensor.shape}"
-        )
-    length = jnp.int32(0) if state.window is None else state.window
-    return _windows.Window(sums, length, state.skipped)
 
   def _fire(
     self,
@@ -129,13 +112,11 @@ class Step:
     self, group: _layout.Group, keep_empty: bool, carry: Any, consts: Any
   ) -> tuple[Leaves, optax.OptState]:
     """Targets and inner state, `carry`, after the group has fired."""
-    targets, old = carry
+    targets, state = carry
     window, params, micro_step = consts
     leaves = targets if self.in_place else params
     tensors = None if leaves is None else group.take(leaves)
-    updates, new = self._inner_update(group, window, old, tensors, micro_step)
-    if keep_empty:
-      updates, new = self._keep_empty(group, window.length > 0, updates, new, old)
+    updates, new = self._inner_update(group, window, state, tensors, micro_step, keep_empty)
     if self.in_place:
       updates = optax.apply_updates(tensors, updates)
     return group.put(targets, updates), new
@@ -147,62 +128,38 @@ class Step:
     state: optax.OptState,
     params: list[jax.Array] | None,
     micro_step: jax.Array,
+    keep_empty: bool,
   ) -> tuple[list[jax.Array], optax.OptState]:
     """Updates of the group's tensors, in the gradients' dtype, and the new inner state."""
     dtypes = [self.dtypes[region.leaf] for region in group.tensors]
-    grads = _windows.total(window) if self.sums else _windows.mean(window)
-    if self.set_schedules:
-      state = _clocks.set_schedules(state, micro_step)
-    updates, state = self.inner.update(
-      self.layout.tree(group, _cast(grads, dtypes)),
-      state,
-      None if params is None else self.layout.tree(group, params),
-      **self.extra_args,
-    )
-    return self._checked(group, jax.tree.leaves(updates), grads, dtypes), state
+    grads = _cast(_windows.total(window) if self.sums else _windows.mean(window), dtypes)
+    tree = functools.partial(self.layout.tree, group)
+    old = _inner.restored(self.inner, state, tree(grads)) if group.in_pieces else state
+    before = _clocks.set_schedules(old, micro_step) if self.set_schedules else old
+    tensors = None if params is None else tree(params)
+    found, new = _inner.update(self.inner, tree(grads), before, tensors, self.extra_args)
+    updates = _cast(self._checked(group, jax.tree.leaves(found), grads), dtypes)
+    if keep_empty:
+      filled = window.length > 0
+      updates = [jnp.where(filled[i], u, jnp.zeros_like(u)) for i, u in enumerate(updates)]
+      new = _inner.keep_empty(self.inner, tree(list(filled)), new, old)
+    return updates, _inner.like(new, state) if group.in_pieces else new
 
-  def _checked(
-    self, group: _layout.Group, updates: list[Any], grads: list[jax.Array], dtypes: list[Any]
-  ) -> list[jax.Array]:
-    """The updates in the gradients' dtype, if they have the gradients' shapes."""
+  def _checked(self, group: _layout.Group, updates: list[Any], grads: list[jax.Array]) -> list[Any]:
+    """The updates, if they have the gradients' shapes."""
     for region, update, grad in zip(group.tensors, updates, grads, strict=True):
       if jnp.shape(update) != grad.shape:
         raise ValueError(
-          f"update of {self.layout.paths[region.leaf]!r}: expected shape {grad.shape} from the"
+          f"update of {self.layout.name(region.leaf)!r}: expected shape {grad.shape} from the"
           f" inner optimizer, found {jnp.shape(update)}"
         )
-    return _cast(updates, dtypes)
+    return updates
 
-  def _keep_empty(
-    self,
-    group: _layout.Group,
-    filled: jax.Array,
-    updates: list[jax.Array],
-    new: optax.OptState,
-    old: optax.OptState,
-  ) -> tuple[list[jax.Array], optax.OptState]:
-    """Leaves alone the tensors whose window is empty, beside others that fire.
 
-    Args:
-      group: The group that fires.
-      filled: bool [R], which of its tensors have something in their window.
-      updates: An array per tensor.
-      new: Inner state after the update.
-      old: Inner state before it.
-
-    Returns:
-      Updates that are zero, and an inner state that is the old one, for empty tensors.
-    """
-    updates = [jnp.where(filled[i], u, jnp.zeros_like(u)) for i, u in enumerate(updates)]
-    keep = optax.tree_utils.tree_map_params(
-      self.inner,
-      lambda x, flag: x if _is_masked(x) else flag,
-      new,
-      self.layout.tree(group, list(filled)),
-      transform_non_params=lambda _: filled.any(),
-      is_leaf=_is_masked,
-    )
-    return updates, jax.tree.map(jax.lax.select, keep, _control.cast_like(new, old), old)
+def _open(state: GroupState) -> _windows.Window:
+  """The window so far."""
+  length = jnp.int32(0) if state.window is None else state.window
+  return _windows.Window(jax.tree.leaves(state.accumulators), length, state.skipped)
 
 
 def _due(every: _schedules.Every, state: GroupState, phase: int | None) -> bool | jax.Array:
@@ -238,7 +195,3 @@ def _close(
 
 def _cast(tensors: list[jax.Array], dtypes: list[Any]) -> list[jax.Array]:
   return [x.astype(dtype) for x, dtype in zip(tensors, dtypes, strict=True)]
-
-
-def _is_masked(node: Any) -> bool:
-  return isinstance(node, optax.MaskedNode)

@@ -35,10 +35,11 @@ def trainable(params: optax.Params, tx: _cadence.CadenceTransformation, phase: i
   >>> print(grads["body"], grads["head"])
   0.0 2.0
   """
-  if tx.cadence.accumulate != "latest":
+  cadence = _cadence.of(tx)
+  layout = cadence.layout(params)
+  static_phase = _schedules.checked_phase(phase, cadence.cycle)
+  if cadence.accumulate != "latest":
     return params
-  layout = tx.cadence.layout(params)
-  static_phase = _schedules.checked_phase(phase, tx.cycle)
   leaves = dict(enumerate(map(jnp.asarray, jax.tree.leaves(params))))
   for group in layout.groups:
     if not group.every.due(static_phase):

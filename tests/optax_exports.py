@@ -84,6 +84,8 @@ def _exported() -> dict[str, Callable[..., Any]]:
   found = {}
   for module, prefix in ((optax, ""), (optax.contrib, "contrib.")):
     for name, fn in inspect.getmembers(module, inspect.isfunction):
+      if name.startswith("_"):
+        continue
       if "GradientTransformation" in str(inspect.signature(fn).return_annotation):
         found[prefix + name] = fn
   return found
