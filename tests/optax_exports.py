@@ -58,11 +58,11 @@ NO_SCALARS = {"scale_by_distance_over_gradients", "scale_by_sm3", "sm3"}
 
 # What `update` needs besides gradients, state and parameters.
 EXTRA_ARGS: dict[str, dict[str, Any]] = {
-  "polyak_sgd": {"value": 1.0},
-  "scale_by_polyak": {"value": 1.0},
-  "contrib.momo": {"value": 1.0},
-  "contrib.momo_adam": {"value": 1.0},
-  "contrib.reduce_on_plateau": {"value": 1.0},
+  "polyak_sgd": {"value": jnp.float32(1.0)},
+  "scale_by_polyak": {"value": jnp.float32(1.0)},
+  "contrib.momo": {"value": jnp.float32(1.0)},
+  "contrib.momo_adam": {"value": jnp.float32(1.0)},
+  "contrib.reduce_on_plateau": {"value": jnp.float32(1.0)},
   "contrib.sophia": {"obj_fn": lambda tree: sum(jnp.sum(x**4) for x in jax.tree.leaves(tree))},
 }
 

@@ -126,23 +126,21 @@ def follow_the_oracle(tree: list[Leaf], inner: Any, accumulate: str, seed: int) 
   tx = oc.cadence(inner, nest([leaf.cadence for leaf in tree]), accumulate=accumulate)
   params = nest([random_like(rng, leaf) for leaf in tree])
   slow = oracle.Oracle(inner, jax.tree.leaves(params), [x.pieces for x in tree], accumulate)
-  state = phase_state = tx.init(params)
-  applied = (params, state)
+  state = tx.init(params)
   update, apply = jax.jit(tx.update), jax.jit(tx.apply)
   static = jax.jit(tx.update, static_argnames="phase")
   for t in range(1, 2 * tx.cycle + 1):
     grads = nest([random_like(rng, leaf) for leaf in tree])
     expected = slow.step(jax.tree.leaves(grads), jax.tree.leaves(params))
-    updates, state = update(grads, state, params)
-    phased, phase_state = static(grads, phase_state, params, phase=t % tx.cycle)
-    applied = apply(*applied, grads)
-    params = optax.apply_updates(params, updates)
+    updates, new_state = update(grads, state, params)
+    phased = static(grads, state, params, phase=t % tx.cycle)
+    applied = apply(params, state, grads)
+    params, state = optax.apply_updates(params, updates), new_state
     for leaf, found, want in zip(tree, jax.tree.leaves(updates), expected, strict=True):
       assert_close(found, want)
       assert_zero_where_not_due(leaf, found, t)
-    jax.tree.map(assert_close, phased, updates)
-    jax.tree.map(assert_close, applied[0], params)
-  jax.tree.map(assert_close, jax.tree.leaves(phase_state), jax.tree.leaves(state))
+    jax.tree.map(assert_close, phased, (updates, state))
+    jax.tree.map(assert_close, applied, (params, state))
 
 
 INNERS = {

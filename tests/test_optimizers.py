@@ -55,17 +55,16 @@ def test_any_inner_optimizer_follows_the_oracle(name, case, seed):
   apply = jax.jit(functools.partial(tx.apply, **extra))
   static = jax.jit(functools.partial(tx.update, **extra), static_argnames="phase")
   state = tx.init(params)
-  applied, phased_state = (params, state), state
   for t in range(1, 2 * tx.cycle + 1):
     grads = {leaf: random(rng, shape) for leaf, shape in shapes.items()}
     expected = slow.step(list(grads.values()), list(params.values()))
-    updates, state = update(grads, state, params)
-    phased, phased_state = static(grads, phased_state, params, phase=t % tx.cycle)
-    applied = apply(*applied, grads)
-    params = optax.apply_updates(params, updates)
+    updates, new_state = update(grads, state, params)
+    phased, _ = static(grads, state, params, phase=t % tx.cycle)
+    applied, _ = apply(params, state, grads)
+    params, state = optax.apply_updates(params, updates), new_state
     assert_close(list(updates.values()), expected)
     assert_close(list(phased.values()), expected)
-    assert_close(list(applied[0].values()), list(params.values()))
+    assert_close(list(applied.values()), list(params.values()))
 
 
 def random(rng, shape):
