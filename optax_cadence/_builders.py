@@ -58,34 +58,33 @@ class ByPath:
   default: Any = None
 
   def __call__(self, params: Any) -> Any:
-    paths = [_paths.join(path) for path, _ in _paths.flatten_with_paths(params)]
+    paths = [path for path, _ in _paths.flatten_with_paths(params)]
     if paths and not _has_masked_parts(params):
       self._check_every_pattern_matches(paths)
     return jax.tree.unflatten(jax.tree.structure(params), map(self._cadence_of, paths))
 
-  def _cadence_of(self, path: str) -> Any:
+  def _cadence_of(self, path: _paths.Path) -> Any:
     for pattern, cadence in self.cadences.items():
       if _matches(pattern, path):
         return cadence
     if self.default is None:
       raise ValueError(
-        f"by_path: no pattern matches the parameter '{path}' and there is no default; "
+        f"by_path: no pattern matches the parameter {_paths.join(path)!r} and there is no default; "
         f"expected a match by one of {list(self.cadences)}"
       )
     return self.default
 
-  def _check_every_pattern_matches(self, paths: list[str]) -> None:
+  def _check_every_pattern_matches(self, paths: list[_paths.Path]) -> None:
     for pattern in self.cadences:
       if not any(_matches(pattern, path) for path in paths):
         raise ValueError(
           f"by_path: the pattern '{pattern}' matches no parameter; expected it to match "
-          f"one of {paths} or what stands before a '/' in it"
+          f"one of {_paths.listed(paths)} or what stands before a '/' in it"
         )
 
 
-def _matches(pattern: str, path: str) -> bool:
-  parts = path.split("/")
-  prefixes = ("/".join(parts[:n]) for n in range(1, len(parts) + 1))
+def _matches(pattern: str, path: _paths.Path) -> bool:
+  prefixes = (_paths.join(path[:n]) for n in range(1, len(path) + 1)) if path else [""]
   return any(fnmatch.fnmatchcase(prefix, pattern.removesuffix("/")) for prefix in prefixes)
 
 

@@ -95,7 +95,7 @@ def layout(every: Any, tree: Any) -> Layout:
   """
   leaves, treedef = jax.tree.flatten(tree)
   paths = [path for path, _ in _paths.flatten_with_paths(tree)]
-  cadences = _match(every(tree) if callable(every) else every, paths, tree)
+  cadences = _match(_called(every, tree) if callable(every) else every, paths, tree)
   groups: dict[Hashable, tuple[_schedules.Every, list[Tensor]]] = {}
   for i, (path, leaf, cadence) in enumerate(zip(paths, leaves, cadences, strict=True)):
     for one, cut in _cut(path, np.shape(leaf), cadence):
@@ -106,6 +106,16 @@ def layout(every: Any, tree: Any) -> Layout:
     tuple(np.shape(leaf) for leaf in leaves),
     tuple(Group(one, tuple(tensors)) for one, tensors in groups.values()),
   )
+
+
+def _called(every: Callable[[Any], Any], tree: Any) -> Any:
+  try:
+    return every(tree)
+  except TypeError as error:
+    raise ValueError(
+      "every, when callable, must be a function of the parameters; one schedule for the whole"
+      f" tree is Every(schedule). Found {every!r}, which failed with: {error}"
+    ) from error
 
 
 def everys(every: Any) -> list[_schedules.Every]:
@@ -150,7 +160,7 @@ def _match(every: Any, paths: list[_paths.Path], tree: Any) -> list[Any]:
     if prefix is None:
       raise ValueError(
         f"no cadence for {_paths.join(path)!r}: expected every to be a prefix of the"
-        f" parameters, found cadences for {_listed(given)}"
+        f" parameters, found cadences for {_paths.listed(given)}"
       )
     used.add(prefix)
     cadences.append(given[prefix])
@@ -158,7 +168,7 @@ def _match(every: Any, paths: list[_paths.Path], tree: Any) -> list[Any]:
     if not _is_masked(path, tree):
       raise ValueError(
         f"cadence of {_paths.join(path)!r}: no parameter is there; expected a prefix of"
-        f" {_listed(paths)}"
+        f" {_paths.listed(paths)}"
       )
   return cadences
 
@@ -172,8 +182,3 @@ def _is_masked(path: _paths.Path, tree: Any) -> bool:
 
 def _is_empty(node: Any) -> bool:
   return node is None or isinstance(node, optax.MaskedNode)
-
-
-def _listed(paths: Any) -> str:
-  shown = [repr(_paths.join(p)) for p in list(paths)[:8]]
-  return ", ".join(shown) + (", …" if len(paths) > 8 else "") if shown else "nothing"

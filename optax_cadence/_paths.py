@@ -5,6 +5,7 @@ parameters give the same paths, so that cadences written for one fit the other.
 Nothing here looks at the values of the leaves.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -16,6 +17,12 @@ Path = tuple[str, ...]
 def join(path: Path) -> str:
   """`/`-joined path as errors, globs and tables show it."""
   return "/".join(path)
+
+
+def listed(paths: Iterable[Path]) -> str:
+  """The first few paths, for an error."""
+  shown = [repr(join(path)) for path in paths]
+  return ", ".join(shown[:8] + ["…"] * (len(shown) > 8)) or "nothing"
 
 
 def mismatch(expected: Any, found: Any) -> str | None:

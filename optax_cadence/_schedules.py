@@ -92,7 +92,9 @@ class Every:
       raise ValueError(f"a schedule must give a scalar period, found {found!r}") from None
     if period.ndim:
       raise ValueError(f"a schedule must give a scalar period, found shape {period.shape}")
-    if jnp.issubdtype(period.dtype, jnp.inexact):
+    if not jnp.issubdtype(period.dtype, jnp.integer):
+      if not jnp.issubdtype(period.dtype, jnp.floating):
+        raise ValueError(f"a schedule must give a number as period, found dtype {period.dtype}")
       period = jnp.rint(period)
     return jnp.maximum(period.astype(jnp.int32), 1)
 

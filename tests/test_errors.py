@@ -228,6 +228,17 @@ def test_by_path(make, parts):
   check(lambda: oc.cadence(SGD, make).init(PARAMS), "by_path", *parts)
 
 
+def test_a_bare_schedule_says_how_it_is_written():
+  tx = oc.cadence(SGD, optax.linear_schedule(1, 8, 100))
+  check(lambda: tx.init(PARAMS), "function of the parameters", "Every(schedule)")
+
+
+@pytest.mark.parametrize("dtype", ["bool", "complex64"])
+def test_a_schedule_that_returns_no_number(dtype):
+  tx = oc.cadence(SGD, {"blk": 1, "head": lambda t: jnp.ones((), dtype)})
+  check(lambda: tx.init(PARAMS), "'head'", "number", f"found dtype {dtype}")
+
+
 def test_a_long_list_of_paths_is_cut_short():
   params = {f"layer{i:02}": jnp.ones(2) for i in range(50)}
   message = check(lambda: oc.cadence(SGD, {"other": 2}).init(params), "'layer00'", "'other'")
