@@ -250,9 +250,9 @@ class Cadence:
     in_place: bool = False,
   ) -> _step.Step:
     if params is not None:
-      _check_same("gradient", "as the parameters have", params, grads)
+      _paths.check_same("gradient", "as the parameters have", params, grads)
     layout = self.layout(grads)
-    self._check_state(layout, state, grads)
+    self._check_state(layout, state)
     return _step.Step(
       inner=self.inner,
       layout=layout,
@@ -264,8 +264,8 @@ class Cadence:
       set_schedules=self.clock == "micro_steps",
     )
 
-  def _check_state(self, layout: _layout.Layout, state: Any, grads: Any) -> None:
-    """Raises unless the state has the groups, and their windows the tensors, of this tree."""
+  def _check_state(self, layout: _layout.Layout, state: Any) -> None:
+    """Raises unless the state has the groups of this tree."""
     if not isinstance(state, CadenceState):
       raise ValueError(f"state: expected a CadenceState, found {type(state).__name__}")
     needs = [self._needs(group.every) for group in layout.groups]
@@ -276,11 +276,6 @@ class Cadence:
         f" {len(holds)}, or the same number that accumulate or skip otherwise; a state goes with"
         " the cadences and settings it was made for"
       )
-    leaves = _leaves(grads)
-    for group, old in zip(layout.groups, state.groups, strict=True):
-      if old.accumulators is not None:
-        tensors = layout.tree(group, group.take(leaves))
-        _check_same("gradient", "as in the state", old.accumulators, tensors)
 
   def _needs(self, every: _schedules.Every) -> tuple[bool, ...]:
     """Which of accumulators, window, remaining and skipped a group has."""
@@ -342,14 +337,3 @@ def _check_float(name: str, dtype: Any) -> None:
 def _check_given(method: str, params: Any, needed: bool) -> None:
   if params is None and needed:
     raise ValueError(f"{method} needs the parameters: expected params, found None")
-
-
-def _check_same(what: str, as_where: str, expected: Any, found: Any) -> None:
-  """Raises unless two trees have the same paths and shapes."""
-  trees: Any = [jax.tree.structure(expected), jax.tree.structure(found)]
-  shapes = [list(map(jnp.shape, jax.tree.leaves(tree))) for tree in (expected, found)]
-  if trees[0] == trees[1] and shapes[0] == shapes[1]:
-    return
-  difference = _paths.mismatch(expected, found)
-  if difference:
-    raise ValueError(f"{what} of {difference} ({as_where})")

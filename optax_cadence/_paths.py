@@ -25,6 +25,17 @@ def listed(paths: Iterable[Path]) -> str:
   return ", ".join(shown[:8] + ["…"] * (len(shown) > 8)) or "nothing"
 
 
+def check_same(what: str, as_where: str, expected: Any, found: Any) -> None:
+  """Raises `ValueError` unless two trees have the same paths and shapes."""
+  trees: Any = [jax.tree.structure(expected), jax.tree.structure(found)]
+  shapes = [list(map(np.shape, jax.tree.leaves(tree))) for tree in (expected, found)]
+  if trees[0] == trees[1] and shapes[0] == shapes[1]:
+    return
+  difference = mismatch(expected, found)
+  if difference:
+    raise ValueError(f"{what} of {difference} ({as_where})")
+
+
 def mismatch(expected: Any, found: Any) -> str | None:
   """The first leaf at which two trees differ in path or shape; None if there is none.
 

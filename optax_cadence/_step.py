@@ -18,6 +18,7 @@ from optax_cadence import _clocks
 from optax_cadence import _control
 from optax_cadence import _inner
 from optax_cadence import _layout
+from optax_cadence import _paths
 from optax_cadence import _schedules
 from optax_cadence import _windows
 from optax_cadence._state import CadenceState
@@ -61,7 +62,7 @@ class Step:
     groups = []
     for group, old in zip(self.layout.groups, state.groups, strict=True):
       tensors = group.take(grads)
-      window = _windows.add(_open(old), tensors)
+      window = _windows.add(_open(old, self.layout.tree(group, tensors)), tensors)
       due = _due(group.every, old, phase)
       targets, new = self._fire(due, group, old, window, targets, state.micro_step)
       groups.append(_close(group.every, new, window, due, state.micro_step))
@@ -72,7 +73,7 @@ class Step:
     groups = []
     for group, old in zip(self.layout.groups, state.groups, strict=True):
       if old.window is not None:
-        window = _open(old)
+        window = _open(old, self.layout.tree(group, group.take(targets)))
         filled = window.length.max() > 0
         targets, old = self._fire(filled, group, old, window, targets, state.micro_step - 1)
         old = old._replace(window=jnp.zeros_like(window.length))
@@ -156,8 +157,10 @@ class Step:
     return updates
 
 
-def _open(state: GroupState) -> _windows.Window:
-  """The window so far."""
+def _open(state: GroupState, tensors: Any) -> _windows.Window:
+  """The window so far, which has to fit the tree of the group's tensors."""
+  if state.accumulators is not None:
+    _paths.check_same("gradient", "as in the state", state.accumulators, tensors)
   length = jnp.int32(0) if state.window is None else state.window
   return _windows.Window(jax.tree.leaves(state.accumulators), length, state.skipped)
 
