@@ -1,0 +1,83 @@
+"""How large the cases are, chosen by the memory of the device.
+
+What is measured at these sizes is in `cases`.
+"""
+
+import dataclasses
+
+# Of the largest variant that runs alone, per float32 parameter: state 16, gradients 4, the
+# parameters that the check compares with 4, and what a peer may take beside them 24.
+_BYTES_PER_PARAMETER = 48
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """Sizes of the cases.
+
+  Attributes:
+    uniform: Parameters of the uniform case, one case for each.
+    skip: Parameters of the cases about non-finite gradients.
+    bfloat16: Parameters of the bfloat16 case.
+    control: Parameters of the case about branches.
+    layer: Width of each of twelve layers, as leaves or stacked.
+    matrix: Width of the matrix that is cut into regions.
+    configuration: Parameters of each of the 64 configurations.
+    configurations: How many of them.
+    compiled_leaves: Leaves in the compilation case, of width `compiled_width`.
+    compiled_width: Width of a leaf in the compilation and tracing cases.
+    traced_leaves: Leaves in the tracing case.
+    bandwidth: Entries of each array in the bandwidth measurement.
+  """
+
+  uniform: tuple[int, ...] = (12_000_000,)
+  skip: int = 12_000_000
+  bfloat16: int = 12_000_000
+  control: int = 12_000_000
+  layer: int = 2048
+  matrix: int = 4096
+  configuration: int = 2**18
+  configurations: int = 64
+  compiled_leaves: int = 96
+  compiled_width: int = 64
+  traced_leaves: int = 1000
+  bandwidth: int = 2**26
+
+
+QUICK = Sizes(
+  uniform=(3_000_000,),
+  skip=3_000_000,
+  bfloat16=3_000_000,
+  control=3_000_000,
+  layer=512,
+  matrix=1024,
+  configuration=2**14,
+  compiled_leaves=24,
+  traced_leaves=128,
+  bandwidth=2**24,
+)
+
+
+def choose(memory: int, accelerator: bool, quick: bool) -> Sizes:
+  """The sizes for a device.
+
+  Args:
+    memory: Bytes that arrays may take there.
+    accelerator: Whether it is a GPU or TPU.
+    quick: Whether to end within a minute.
+  """
+  if quick:
+    return QUICK
+  wanted = [12_000_000, 100_000_000, *([1_000_000_000] if accelerator else [])]
+  fitting = [n for n in wanted if fits(n, memory)] or [wanted[0]]
+  large = max(n for n in fitting if n <= 100_000_000)
+  return Sizes(
+    uniform=tuple(fitting),
+    bfloat16=large,
+    control=large if accelerator else 12_000_000,
+    bandwidth=2**28 if accelerator and fits(100_000_000, memory) else 2**26,
+  )
+
+
+def fits(parameters: int, memory: int) -> bool:
+  """Whether a case of this many parameters fits, one variant at a time."""
+  return parameters * _BYTES_PER_PARAMETER <= 0.8 * memory

@@ -1,0 +1,77 @@
+"""What a case has to reach, and whether it did.
+
+A target compares one variant with the floor, with another variant, or with a limit on
+memory. The numbers it compares are measured elsewhere.
+"""
+
+import dataclasses
+from typing import Any
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+# Counters, predicates and the like, which are no part of any leaf.
+_SCALAR_BYTES = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """`variant` is at most `limit` times what it is compared with.
+
+  Attributes:
+    variant: Name of the variant.
+    against: `"floor"`; `"temporaries"` (over the bytes of `allowance`); `"held bytes"`
+      (what the compiled held micro-step accesses, over its floor); or a variant's name.
+    limit: The largest ratio that meets the target.
+    noise: Whether a ratio above the limit still meets it where the quartiles overlap.
+    allowance: Bytes of temporaries that count as 1.
+    allowed: What these bytes are.
+  """
+
+  variant: str
+  against: str
+  limit: float
+  noise: bool = False
+  allowance: int = 0
+  allowed: str = "the largest leaf"
+
+  @property
+  def headline(self) -> bool:
+    """Whether it is about the time of a variant that stands for a case."""
+    return not self.noise and self.against not in ("temporaries", "held bytes")
+
+  def __str__(self) -> str:
+    if self.against == "temporaries":
+      return f"temporaries ≤ {self.allowed}"
+    if self.against == "held bytes":
+      return "held micro-step accesses its floor's bytes"
+    limit = f"≤ {self.limit:g} {TIMES} {self.against}"
+    return f"{limit} (or within the spread)" if self.noise else limit
+
+
+def evaluate(target: Target, variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
+  """A target with the value found, and whether that meets it; None where it is not known."""
+  value, met = _value(target, variants), None
+  if value is not None:
+    met = value <= target.limit or (target.noise and _overlap(target, variants))
+  found = {"text": str(target), "headline": target.headline, "value": value, "met": met}
+  return dataclasses.asdict(target) | found
+
+
+def _value(target: Target, variants: dict[str, dict[str, Any]]) -> float | None:
+  ours = variants.get(target.variant, {})
+  if target.against == "floor":
+    return ours.get("ratio_floor")
+  if target.against == "held bytes":
+    return ours.get("ratio_held_bytes")
+  if target.against == "temporaries":
+    temporaries = ours.get("temp_bytes")
+    return None if temporaries is None else max(0, temporaries - _SCALAR_BYTES) / target.allowance
+  theirs = variants.get(target.against, {})
+  if "median_ms" not in ours or "median_ms" not in theirs:
+    return None
+  return ours["median_ms"] / theirs["median_ms"]
+
+
+def _overlap(target: Target, variants: dict[str, dict[str, Any]]) -> bool:
+  ours, theirs = variants[target.variant], variants[target.against]
+  return ours["q1_ms"] <= target.limit * theirs["q3_ms"]
