@@ -72,6 +72,11 @@ def random(rng, shape):
 
 
 def assert_close(found, expected):
+  """Within 2e-6, some 16 units in the last place of float32.
+
+  The two programs fuse differently, so that each of the dozen or so rounded operations of an
+  optimizer (moments, their powers, roots, trust ratios) may come out one unit apart.
+  """
   for x, y in zip(found, expected, strict=True):
     scale = max(1.0, np.abs(y).max(initial=0.0))
     np.testing.assert_allclose(x, y, rtol=2e-6, atol=2e-6 * scale)
