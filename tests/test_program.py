@@ -94,6 +94,11 @@ def test_update_carries_no_array_of_updates():
   assert temporaries(compiled) == 0
 
 
+# Older compilers copy what a select could overwrite.
+selects_in_place = pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA copies")
+
+
+@selects_in_place
 @pytest.mark.parametrize("phase", [None, 0, 1])
 def test_skipping_nonfinite_microbatches_takes_no_copies(phase):
   tx = transformation(nonfinite="skip")
@@ -102,6 +107,7 @@ def test_skipping_nonfinite_microbatches_takes_no_copies(phase):
   assert temporaries(compiled) <= LEAF
 
 
+@selects_in_place
 def test_a_batch_of_periods_is_selected_without_copies():
   def step(period, params, state, grads):
     return transformation(period).apply(params, state, grads)
