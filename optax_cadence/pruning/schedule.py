@@ -55,9 +55,7 @@ def every_epoch(examples: int, batch_size: int, *, drop_last: bool = False) -> T
   return Times(examples // batch_size if drop_last else -(-examples // batch_size))
 
 
-def cubic(
-  final: Any, begin: int, end: int, *, initial: float = 0.0
-) -> Callable[[Any], jax.Array]:
+def cubic(final: Any, begin: int, end: int, *, initial: float = 0.0) -> Callable[[Any], jax.Array]:
   r"""Sparsity :math:`s_f + (s_i - s_f)(1 - (t - t_0)/(t_1 - t_0))^3` (arXiv:1710.01878).
 
   >>> from optax_cadence import pruning

@@ -38,17 +38,20 @@ class Block(Unstructured):
   shape: tuple[int, ...]
 
   def check(self, shape: tuple[int, ...]) -> None:
+    """See `Unstructured`."""
     n = len(self.shape)
     if len(shape) < n or any(d % b for d, b in zip(shape[-n:], self.shape, strict=True)):
       raise ValueError(f"expected blocks of {self.shape} that divide its last axes, found {shape}")
 
   def units(self, x: jax.Array) -> jax.Array:
+    """See `Unstructured`."""
     lead = x.shape[: x.ndim - len(self.shape)]
     pairs = [(d // b, b) for d, b in zip(x.shape[len(lead) :], self.shape, strict=True)]
     axes = tuple(len(lead) + 2 * i + 1 for i in range(len(pairs)))
     return x.reshape(*lead, *(n for pair in pairs for n in pair)).astype(jnp.float32).mean(axes)
 
   def spread(self, mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """See `Unstructured`."""
     for i, b in enumerate(self.shape):
       mask = jnp.repeat(mask, b, axis=mask.ndim - len(self.shape) + i)
     return mask.reshape(shape)
@@ -66,14 +69,17 @@ class Channel(Unstructured):
   axis: int = -1
 
   def check(self, shape: tuple[int, ...]) -> None:
+    """See `Unstructured`."""
     if not -len(shape) <= self.axis < len(shape):
       raise ValueError(f"expected an axis {self.axis}, found shape {shape}")
 
   def units(self, x: jax.Array) -> jax.Array:
+    """See `Unstructured`."""
     axes = tuple(i for i in range(x.ndim) if i != self.axis % x.ndim)
     return x.astype(jnp.float32).mean(axes, keepdims=True)
 
   def spread(self, mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """See `Unstructured`."""
     return jnp.broadcast_to(mask, shape)
 
 
@@ -94,6 +100,7 @@ class NM(Unstructured):
   axis: int = -1
 
   def check(self, shape: tuple[int, ...]) -> None:
+    """See `Unstructured`."""
     if not 0 <= self.n <= self.m or self.m < 1:
       raise ValueError(f"expected N of M with 0 <= N <= M, found {self.n} of {self.m}")
     if not -len(shape) <= self.axis < len(shape):
