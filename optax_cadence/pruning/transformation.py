@@ -394,7 +394,7 @@ def _shapes(keys: dict[str, selection.Keys]) -> dict[str, Any]:
   return {p: jax.eval_shape(k) for p, k in keys.items()}
 
 
-def _by_path(tree: Any) -> dict[str, jax.Array]:
+def _by_path(tree: Any) -> dict[str, Any]:
   leaves = jax.tree.leaves(tree)
   paths = [path for path, _ in _paths.flatten_with_paths(tree)]
   return {_paths.join(p): jnp.asarray(x) if not isinstance(x, jax.ShapeDtypeStruct) else x
