@@ -14,7 +14,7 @@ from optax_cadence import _paths
 from optax_cadence._builders import ByPath
 from optax_cadence.pruning import allocation as allocations
 from optax_cadence.pruning import criterion as criteria
-from optax_cadence.pruning import masks as bits
+from optax_cadence.pruning import packing as bits
 from optax_cadence.pruning import schedule as schedules
 from optax_cadence.pruning import selection
 from optax_cadence.pruning import structure as structures

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_cadence import _paths
-from optax_cadence.pruning import masks as bits
+from optax_cadence.pruning import packing as bits
 from optax_cadence.pruning.transformation import PruneState
 
 
