@@ -64,7 +64,7 @@ class Firing:
     filled = (window.length > 0).any()
     if window.skipped is not None and not isinstance(when, bool):
       when = when & filled
-    scratch = self._scratch(group, state, window, targets)
+    scratch = self._scratch(when, group, state, window, targets)
     kept = [x if left is None else None for x, left in zip(window.sums, scratch, strict=True)]
     here = {
       t.leaf: targets[t.leaf] for t, x in zip(group.tensors, scratch, strict=True) if x is None
@@ -92,18 +92,24 @@ class Firing:
     return targets, state
 
   def _scratch(
-    self, group: _layout.Group, state: GroupState, window: _windows.Window, targets: Leaves
+    self,
+    when: bool | jax.Array,
+    group: _layout.Group,
+    state: GroupState,
+    window: _windows.Window,
+    targets: Leaves,
   ) -> list[jax.Array | None]:
     """Accumulators by way of which results go into the leaf; None where they go straight.
 
     Straight goes what is contiguous in a leaf that is written in place. The rest is left in
     its accumulator, which nobody needs any more, and moved by an operation of its own: XLA
     runs one that computes and writes scattered parts of an array on a single CPU core. For
-    `update` it saves an array of zeros that would be carried around the branch.
+    `update` it saves an array of zeros that would be carried around the branch, if there is
+    one.
     """
 
     def lends(tensor: _layout.Tensor, total: jax.Array) -> bool:
-      straight = tensor.cut.contiguous and self.in_place
+      straight = tensor.cut.contiguous and (self.in_place or when is True)
       return not straight and _windows.holds(total, targets[tensor.leaf])
 
     if state.accumulators is None:
