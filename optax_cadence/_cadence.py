@@ -89,8 +89,8 @@ def cadence(
 
   Returns:
     A `CadenceTransformation`: `init` and `update` as in Optax, where `update` takes
-    `phase`, a Python int that is t modulo `cycle`, so that no branch is left in the
-    program; besides them `apply`, `flush` and `cycle`.
+    `phase`, a Python int that is t modulo `cycle`, so that what is due is known while
+    tracing; besides them `apply`, `flush` and `cycle`.
 
   Raises:
     ValueError: For a bad argument, at construction, `init` or while tracing; it names

@@ -6,6 +6,7 @@ so under differentiation the same computation is a `lax.cond`. Where a batch has
 predicate for each of its members, the loop runs if any is true and `keep` selects.
 """
 
+import collections
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -56,10 +57,10 @@ def keep(when: Any, fn: Callable[[Any, Any], Any], carry: Any, consts: Any) -> A
   flags = flags * len(old) if len(flags) == 1 else flags
   closed = jax.make_jaxpr(lambda *args: cast_like(fn(*args), carry))(carry, consts)
   jaxpr = closed.jaxpr
-  outputs = [v for v in jaxpr.outvars if not _is_literal(v)]
-  place = {
-    v: i for i, v in enumerate(jaxpr.outvars) if not _is_literal(v) and outputs.count(v) == 1
-  }
+  # A value that goes into the result several times is selected at the end, for each by itself.
+  uses = collections.Counter(v for v in jaxpr.outvars if not _is_literal(v))
+  computed = {v for eqn in jaxpr.eqns for v in eqn.outvars if uses[v] == 1}
+  place = {v: i for i, v in enumerate(jaxpr.outvars) if not _is_literal(v) and v in computed}
   values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
   values |= zip(jaxpr.invars, jax.tree.leaves((carry, consts)), strict=True)
 
@@ -72,12 +73,9 @@ def keep(when: Any, fn: Callable[[Any, Any], Any], carry: Any, consts: Any) -> A
     found = jax.core.eval_jaxpr(step, (), *(values[v] for v in inputs))
     for v, x in zip(eqn.outvars, found, strict=True):
       values[v] = select(place[v], x) if v in place else x
-  early = {v for eqn in jaxpr.eqns for v in eqn.outvars if v in place}
   found = [v.val if _is_literal(v) else values[v] for v in jaxpr.outvars]
-  new = [
-    x if not _is_literal(v) and v in early else select(i, x)
-    for i, (v, x) in enumerate(zip(jaxpr.outvars, found, strict=True))
-  ]
+  early = set(place.values())
+  new = [x if i in early else select(i, x) for i, x in enumerate(found)]
   return jax.tree.unflatten(treedef, new)
 
 

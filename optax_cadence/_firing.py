@@ -166,12 +166,13 @@ class Firing:
     leaves = here | read if self.in_place else read
     tensors = None if leaves is None else group.take(leaves)
     results, state = self._inner_update(group, window, state, tensors, micro_step)
-    before = [jnp.zeros_like(x) for x in results]
-    if self.in_place and tensors is not None:
-      before, results = tensors, optax.apply_updates(tensors, results)
+    if self.in_place:
+      results = optax.apply_updates(tensors, results)
     if window.skipped is not None:
       filled = window.length > 0
-      results = [jnp.where(filled[i], x, before[i]) for i, x in enumerate(results)]
+      before = tensors if self.in_place and tensors else map(jnp.zeros_like, results)
+      pairs = zip(results, before, strict=True)
+      results = [jnp.where(filled[i], x, old) for i, (x, old) in enumerate(pairs)]
     straight = [
       (t, x) for t, s, x in zip(group.tensors, scratch, results, strict=True) if s is None
     ]

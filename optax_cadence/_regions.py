@@ -221,26 +221,21 @@ class Bands:
     return f"[axis {self.axis}: {', '.join(shown)}{', …' if len(self.intervals) > 2 else ''}]"
 
   def take(self, leaf: jax.Array) -> jax.Array:
-    regular = self._regular(leaf.shape)
-    if regular is None:
+    split = self._split(leaf.shape)
+    if split is None:
       return leaf.at[self._at()].get(
         unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds"
       )
-    split, box = regular
-    return box.take(leaf.reshape(split)).reshape(self._shape(leaf.shape))
+    return self._box(split).take(leaf.reshape(split)).reshape(self._shape(leaf.shape))
 
   def view(self, leaf: jax.Array) -> jax.Array:
-    regular = self._regular(leaf.shape)
-    return leaf if regular is None else leaf.reshape(regular[0])
+    split = self._split(leaf.shape)
+    return leaf if split is None else leaf.reshape(split)
 
   def put(self, view: jax.Array, tensor: jax.Array) -> jax.Array:
     if view.ndim > tensor.ndim:
-      (start, stop), (second, _) = self.intervals[:2]
-      n, stride = len(self.intervals), second - start
-      piece = (*tensor.shape[: self.axis], n, stop - start, *tensor.shape[self.axis + 1 :])
-      return jax.lax.dynamic_update_slice_in_dim(
-        view, tensor.reshape(piece), start % stride, axis=self.axis + 1
-      )
+      box = self._box(view.shape)
+      return box.put(view, tensor.reshape([stop - start for start, stop in box.intervals]))
     if len(self.intervals) > _MAX_SLICES:
       return view.at[self._at()].set(
         tensor, unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds"
@@ -263,16 +258,20 @@ class Bands:
     width = sum(stop - start for start, stop in self.intervals)
     return (*shape[: self.axis], width, *shape[self.axis + 1 :])
 
-  def _regular(self, shape: Shape) -> tuple[Shape, Box] | None:
-    """Bands of one width at one distance: the split of the axis, and a box in it."""
+  def _split(self, shape: Shape) -> Shape | None:
+    """The axis as bands of one width at one distance; None where they are not."""
     (start, stop), (second, _) = self.intervals[:2]
-    width, stride, n = stop - start, second - start, len(self.intervals)
+    stride, n = second - start, len(self.intervals)
     repeated = tuple((start + i * stride, stop + i * stride) for i in range(n))
     if repeated != self.intervals or shape[self.axis] != n * stride:
       return None
-    before, after = shape[: self.axis], shape[self.axis + 1 :]
-    intervals = [(0, d) for d in (*before, n)] + [(start, start + width)]
-    return (*before, n, stride, *after), Box((*intervals, *((0, d) for d in after)))
+    return (*shape[: self.axis], n, stride, *shape[self.axis + 1 :])
+
+  def _box(self, split: Shape) -> Box:
+    """Where the bands are, in the leaf with the axis split."""
+    intervals = [(0, d) for d in split]
+    intervals[self.axis + 1] = self.intervals[0]
+    return Box(tuple(intervals))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -44,7 +44,8 @@ LEAF = 4 * SIZE * SIZE
 
 def temporaries(compiled):
   """Bytes of temporaries, beside a few scalars."""
-  return max(0, compiled.memory_analysis().temp_size_in_bytes - 2048)
+  scalars = 1024
+  return max(0, compiled.memory_analysis().temp_size_in_bytes - scalars)
 
 
 @pytest.mark.parametrize("phase", [None, 0, 1, 4])

@@ -64,7 +64,7 @@ def test_histogram_counts_what_comparisons_count():
     np.testing.assert_array_equal(selection._compare(*args), selection._histogram(*args))
 
 
-def test_search_reads_the_data_seven_times_before_the_mask():
+def test_the_widest_range_of_keys_takes_seven_passes_or_three():
   # 24**7 > 2**32: the widest range of keys is narrowed to one in seven passes.
   assert selection._CPU_WAYS**7 >= 2**32 > selection._CPU_WAYS**6
   assert selection._GPU_WAYS**3 >= 2**32

@@ -57,12 +57,7 @@ def order(scores: jax.Array) -> jax.Array:
     return jnp.maximum(scores.astype(jnp.int32), _NAN + 1)
   if not jnp.issubdtype(dtype, jnp.floating):
     raise ValueError(f"scores: expected real numbers, found dtype {dtype}")
-  if dtype.itemsize > 4:
-    scores = scores.astype(jnp.float32)
-  elif dtype.itemsize < 4:
-    # A shift of the bits, so that subnormals survive.
-    scores = scores.astype(jnp.float32)
-  bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
+  bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
   magnitude = bits & 0x7FFFFFFF
   keys = jnp.where(bits < 0, -magnitude, magnitude)
   return jnp.where(magnitude > 0x7F800000, _NAN, keys)

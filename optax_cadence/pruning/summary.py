@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from optax_cadence import _paths
+from optax_cadence import _tables
 from optax_cadence.pruning import view
 
 
@@ -40,12 +41,8 @@ class Summary:
   def __str__(self) -> str:
     rows = [(p, n, f"{z / max(n, 1):.2%}", f"{f:.4g}") for p, (n, z, f) in self.leaves.items()]
     rows.append(("total", self.size, f"{self.sparsity:.2%}", f"{self.flop_sparsity:.2%} saved"))
-    cells = [("leaf", "weights", "sparsity", "FLOPs"), *[tuple(map(str, r)) for r in rows]]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-      "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
-    ]
-    return "\n".join(lines)
+    header = ("leaf", "weights", "sparsity", "FLOPs")
+    return "\n".join(_tables.lines((header, *rows), left=1))
 
 
 def summary(params: Any, state: Any, *, flops: Mapping[str, float] | None = None) -> Summary:
