@@ -115,3 +115,14 @@ def test_layer_cadence_on_cifar10(cifar10, tmp_path):
 def test_linen_cadence(tmp_path):
   printed = run("linen_cadence.py", cwd=tmp_path)
   assert float(re.search(r"test accuracy after \d+ micro-steps: ([\d.]+)", printed)[1]) > 0.85
+
+
+def test_prune_and_shock(tmp_path):
+  printed = run("prune_and_shock.py", "--out", "made/shock.png", cwd=tmp_path)
+  assert (tmp_path / "made" / "shock.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+  zeros = {
+    name: re.search(rf"^{name}  .*?([\d.]+)$", printed, re.MULTILINE)[1]
+    for name in ("dense", "pruned every epoch", "shock, magnitude", "shock, random", "RigL")
+  }
+  assert zeros["dense"] == zeros["shock, magnitude"] == zeros["shock, random"] == "0.0"
+  assert zeros["pruned every epoch"] == zeros["RigL"] == "90.0"

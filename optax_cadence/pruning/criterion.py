@@ -19,6 +19,8 @@ class Criterion:
     score: `score(param, grad_or_memory, key) -> scores` of the parameter's shape.
     reads_grads: Whether it needs gradients, and so an `inner` optimizer to see them before.
     remembers: Whether it sums `-grad * param` over the micro-steps and scores that sum.
+    cheap: Whether scores are computed entry by entry and at no cost, so that they are better
+      computed again in every pass than stored.
     key: PRNG key; folded with the micro-step and the position of the leaf.
   """
 
@@ -26,6 +28,7 @@ class Criterion:
   score: Score
   reads_grads: bool = False
   remembers: bool = False
+  cheap: bool = False
   key: Any = None
 
 
@@ -47,12 +50,14 @@ def movement() -> Criterion:
   >>> pruning.movement().remembers
   True
   """
-  return Criterion("movement", lambda p, m, k: m, reads_grads=True, remembers=True)
+  return Criterion("movement", lambda p, m, k: m, reads_grads=True, remembers=True, cheap=True)
 
 
-MAGNITUDE = Criterion("magnitude", lambda p, g, k: jnp.abs(p))
-SALIENCY = Criterion("saliency", lambda p, g, k: jnp.abs(p * g.astype(p.dtype)), reads_grads=True)
-GRADIENT = Criterion("gradient", lambda p, g, k: jnp.abs(g), reads_grads=True)
+MAGNITUDE = Criterion("magnitude", lambda p, g, k: jnp.abs(p), cheap=True)
+SALIENCY = Criterion(
+  "saliency", lambda p, g, k: jnp.abs(p * g.astype(p.dtype)), reads_grads=True, cheap=True
+)
+GRADIENT = Criterion("gradient", lambda p, g, k: jnp.abs(g), reads_grads=True, cheap=True)
 _NAMED = {"magnitude": MAGNITUDE, "saliency": SALIENCY}
 
 

@@ -85,4 +85,9 @@ def as_times(every: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Function:
+  """A user's function `micro_step -> bool`; it may be due at any."""
+
   due: Callable[[Any], Any]
+  period: int = 1
+  begin: int = 1
+  end: int | None = None
