@@ -28,6 +28,7 @@ from benchmarks import cases
 from benchmarks import machine
 from benchmarks import measure
 from benchmarks import picture
+from benchmarks import pruning_cases
 from benchmarks import readme
 from benchmarks import report
 from benchmarks import sizes
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   memory, accelerator = machine.memory(), jax.default_backend() != "cpu"
   chosen = sizes.choose(memory, accelerator, arguments.quick)
   available = cases.all_cases(chosen, accelerator)
+  available |= pruning_cases.all_cases(chosen, arguments.jaxpruner)
   names = [name for name in available if wanted(name, arguments.cases)]
   if arguments.list or not names:
     print("\n".join(available))
@@ -76,6 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add("--cases", default="*", help="patterns of names, separated by commas")
   add("--list", action="store_true", help="print the names of the cases")
   add("--rounds", type=int, help="how often each variant is timed")
+  add("--jaxpruner", type=pathlib.Path, help="folder of JaxPruner's source, to time it too")
   add("--out", type=pathlib.Path, default=FOLDER / "results", help="folder of the results")
   add("--machine", help="name of the files; by default the device's own")
   add("--table", action="store_true", help="write the README's table from the results")

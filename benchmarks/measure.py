@@ -21,7 +21,7 @@ from benchmarks import variants
 BANDWIDTH = "x + y"
 CHECKED_CYCLES = 2
 # Without it the rounding of a sum of eight would be compared, which is nobody's to promise.
-TOLERANCES = {"float32": 2e-5, "bfloat16": 2**-6}
+TOLERANCES = {"float32": 2e-5, "bfloat16": 2**-6, "bool": 0.5}
 
 Tick = Callable[[str], None]
 

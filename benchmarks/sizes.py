@@ -26,6 +26,8 @@ class Sizes:
     compiled_leaves: Leaves in the compilation case, of width `compiled_width`.
     compiled_width: Width of a leaf in the compilation and tracing cases.
     traced_leaves: Leaves in the tracing case.
+    pruned: Weights of the matrix whose mask is made.
+    pruned_globally: Weights of the forty leaves whose masks are made together.
     bandwidth: Entries of each array in the bandwidth measurement.
   """
 
@@ -40,6 +42,8 @@ class Sizes:
   compiled_leaves: int = 96
   compiled_width: int = 64
   traced_leaves: int = 1000
+  pruned: int = 2**24
+  pruned_globally: int = 100_000_000
   bandwidth: int = 2**26
 
 
@@ -53,6 +57,8 @@ QUICK = Sizes(
   configuration=2**14,
   compiled_leaves=24,
   traced_leaves=128,
+  pruned=2**20,
+  pruned_globally=2**20,
   bandwidth=2**24,
 )
 

@@ -19,6 +19,7 @@ from benchmarks import floors
 from benchmarks import machine
 from benchmarks import measure
 from benchmarks import picture
+from benchmarks import pruning_cases
 from benchmarks import readme
 from benchmarks import report
 from benchmarks import sizes
@@ -37,6 +38,8 @@ TINY = sizes.Sizes(
   compiled_leaves=4,
   compiled_width=2,
   traced_leaves=8,
+  pruned=2**12,
+  pruned_globally=2**12,
   bandwidth=256,
 )
 MEMORY = 2**30
@@ -49,8 +52,12 @@ def ordinary_promotion():
     yield
 
 
+def all_cases(accelerator=False):
+  return cases.all_cases(TINY, accelerator) | pruning_cases.all_cases(TINY, None)
+
+
 def tiny(name, accelerator=False):
-  return cases.all_cases(TINY, accelerator)[name]()
+  return all_cases(accelerator)[name]()
 
 
 def run(case, rounds=3, memory=MEMORY):
@@ -88,7 +95,7 @@ def test_mean_bytes_over_a_cycle():
 
 
 @pytest.mark.parametrize("accelerator", [False, True])
-@pytest.mark.parametrize("name", cases.all_cases(TINY, False))
+@pytest.mark.parametrize("name", all_cases())
 def test_every_case_names_variants_that_it_has(name, accelerator):
   case = tiny(name, accelerator)
   names = [variant.name for variant in case.variants]

@@ -1,0 +1,244 @@
+"""Pruning: how long a mask takes, and what a mask that holds costs a micro-step.
+
+JaxPruner, which is not on the package index, joins where `--jaxpruner` says where it is. How
+other cases are made is in `cases`.
+"""
+
+import dataclasses
+import functools
+import math
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_cadence as oc
+from benchmarks import cases
+from benchmarks import floors
+from benchmarks import peers
+from benchmarks import variants
+from benchmarks.sizes import Sizes
+from benchmarks.targets import Target
+from benchmarks.variants import Variant
+from optax_cadence.pruning import selection
+
+SPARSITY = 0.9
+SORT = "full sort"
+JAXPRUNER = "JaxPruner"
+NEVER = 2**30
+
+
+def all_cases(sizes: Sizes, jaxpruner: Path | None) -> dict[str, Callable[[], cases.Case]]:
+  """The cases by name, none of them built yet."""
+  return {
+    "prune-mask": functools.partial(one_mask, sizes.pruned, jaxpruner),
+    "prune-global": functools.partial(global_masks, sizes.pruned_globally),
+    "prune-held": functools.partial(held, sizes.skip, jaxpruner),
+    "prune-cadence": functools.partial(held_in_cadence, sizes.skip),
+  }
+
+
+def one_mask(n: int, jaxpruner: Path | None) -> cases.Case:
+  """The mask of the largest tenth of one matrix, by magnitude."""
+  width = 2 ** round(math.log2(n) / 2)
+  inputs, size = masked_inputs({"w": (width, width)}), width**2
+  kept = size - round(SPARSITY * size)
+
+  def by_selection(w: jax.Array) -> jax.Array:
+    ((mask,),) = selection.largest([[lambda: selection.order(jnp.abs(w))]], [kept])
+    return mask()
+
+  def by_sorting(w: jax.Array) -> jax.Array:
+    best = jnp.argsort(-jnp.abs(w).reshape(-1))[:kept]
+    return jnp.zeros(size, bool).at[best].set(True).reshape(w.shape)
+
+  found = {"selection": ("ours", by_selection), SORT: ("peer", by_sorting)}
+  if jaxpruner is not None:
+    topk = load_jaxpruner(jaxpruner).mask_calculator.topk_mask_calculator
+    found[JAXPRUNER] = ("peer", lambda w: topk(jnp.abs(w), SPARSITY).astype(bool))
+  peer = JAXPRUNER if jaxpruner else SORT
+  return cases.Case(
+    "prune-mask",
+    f"a mask of {cases.human(size).upper()} weights, sparsity {SPARSITY}",
+    [
+      Variant(name, role, inputs, no_state, (remasked(fn),), 5.0 * size, compared(name, SORT))
+      for name, (role, fn) in found.items()
+    ],
+    [
+      Target("selection", peer, 1 / 40),
+      cases.temporaries("selection", {"w": (width, width)}),
+    ],
+    "selection",
+    peer,
+    size,
+    4 * size,
+  )
+
+
+def global_masks(n: int) -> cases.Case:
+  """Masks of forty leaves that compete for what is kept, beside a mask for each."""
+  width = max(8, 8 * round(math.sqrt(n / 40) / 8))
+  shapes = dict.fromkeys(cases.names(40), (width, width))
+  size, inputs = cases.count(shapes), masked_inputs(shapes)
+
+  def masks(apart: bool, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    keys = [lambda w=w: selection.order(jnp.abs(w)) for w in leaves.values()]
+    pools = [[k] for k in keys] if apart else [keys]
+    sizes = [sum(jax.eval_shape(k).size for k in pool) for pool in pools]
+    found = selection.largest(pools, [k - round(SPARSITY * k) for k in sizes])
+    return dict(zip(leaves, (mask() for pool in found for mask in pool), strict=True))
+
+  def step(apart: bool, params: Any, state: Any, grads: Any) -> Any:
+    del grads
+    return {"weights": params["weights"], "mask": masks(apart, params["weights"])}, state
+
+  name, peer = "over all leaves", "a mask for each leaf"
+  roles = {name: "ours", peer: "baseline"}
+  return cases.Case(
+    "prune-global",
+    f"global masks of 40 leaves, {cases.human(size).upper()} weights",
+    [
+      Variant(key, role, inputs, no_state, (functools.partial(step, key == peer),), 5.0 * size)
+      for key, role in roles.items()
+    ],
+    # That the pool is one costs nothing, and nothing as large as the pool is made.
+    [Target(name, peer, 1.1), cases.temporaries(name, shapes)],
+    name,
+    peer,
+    size,
+    cases.largest(shapes),
+  )
+
+
+def held(n: int, jaxpruner: Path | None) -> cases.Case:
+  """AdamW at every micro-step, with a mask that holds and is not due."""
+  shapes = cases.twelve(n)
+  inputs, size = variants.inputs_of(shapes), cases.count(shapes)
+  floor = size * floors.every_micro_step()
+  tx = optax.chain(peers.adamw(), oc.prune(SPARSITY, every=NEVER))
+  found = [
+    ours("pruned, mask held", tx, inputs, floor + size / 4, cases.ADAMW),
+    ours("not packed", unpacked(), inputs, floor + 2 * size, cases.ADAMW),
+    variants.peer(cases.ADAMW, peers.adamw(), inputs, 8, floor),
+  ]
+  if jaxpruner is not None:
+    found.append(jaxpruner_held(load_jaxpruner(jaxpruner), inputs, floor + 2 * size))
+  return cases.Case(
+    "prune-held",
+    f"a held mask, AdamW, {cases.human(size).upper()} parameters",
+    found,
+    [Target("pruned, mask held", cases.ADAMW, 1.05)],
+    "pruned, mask held",
+    cases.ADAMW,
+    size,
+    cases.largest(shapes),
+  )
+
+
+def ours(
+  name: str, tx: Any, inputs: variants.Inputs, floor_bytes: float, reference: str
+) -> Variant:
+  """A transformation of ours through `update` and `apply_updates`."""
+  variant = variants.peer(name, tx, inputs, 8, floor_bytes, reference)
+  return dataclasses.replace(variant, role="ours")
+
+
+def unpacked() -> optax.GradientTransformation:
+  """AdamW and a mask of a byte per weight."""
+  return optax.chain(peers.adamw(), oc.prune(SPARSITY, every=NEVER, packed=False))
+
+
+def held_in_cadence(n: int) -> cases.Case:
+  """Period 8 through `update`, with a mask that holds and is not due."""
+  shapes = cases.twelve(n)
+  inputs, size = variants.inputs_of(shapes), cases.count(shapes)
+  floor = floors.mean_bytes({8: size}, separate_updates=True)
+  plain = oc.cadence(peers.adamw(), 8)
+  tx = optax.chain(plain, oc.prune(SPARSITY, every=NEVER))
+  name, baseline = "pruned, mask held", "not pruned"
+  return cases.Case(
+    "prune-cadence",
+    f"a held mask, period 8, {cases.human(size).upper()} parameters",
+    [
+      ours(name, tx, inputs, floor + size / 4, baseline),
+      variants.peer(baseline, plain, inputs, 8, floor),
+    ],
+    [Target(name, baseline, 1.05)],
+    name,
+    baseline,
+    size,
+    cases.largest(shapes),
+  )
+
+
+def masked_inputs(shapes: dict[str, tuple[int, ...]]) -> variants.Inputs:
+  """Weights, and their masks beside them, which all variants have to agree on."""
+
+  def params() -> Any:
+    weights = variants.waves(shapes, 0.0)
+    return {"weights": weights, "mask": jax.tree.map(lambda w: jnp.zeros(w.shape, bool), weights)}
+
+  return variants.Inputs(params, lambda: ())
+
+
+def remasked(fn: Callable[[jax.Array], jax.Array]) -> Callable[..., Any]:
+  """A step that makes every mask anew."""
+
+  def step(params: Any, state: Any, grads: Any) -> Any:
+    del grads
+    weights = params["weights"]
+    return {"weights": weights, "mask": jax.tree.map(fn, weights)}, state
+
+  return step
+
+
+def no_state(params: Any, grads: Any) -> Any:
+  """A mask depends on the weights alone."""
+  del params, grads
+  return ()
+
+
+def compared(name: str, reference: str) -> str | None:
+  """The variant that this one has to agree with."""
+  return None if name == reference else reference
+
+
+def load_jaxpruner(path: Path) -> Any:
+  """JaxPruner, with the names put back that it misses."""
+  if not hasattr(jax, "tree_map"):
+    jax.tree_map = jax.tree.map
+  # Its configuration is not used here.
+  config = types.ModuleType("ml_collections")
+  config.ConfigDict = dict
+  sys.modules.setdefault("ml_collections", config)
+  sys.path.insert(0, str(path))
+  try:
+    import jaxpruner
+    from jaxpruner import mask_calculator  # noqa: F401
+    from jaxpruner import sparsity_distributions  # noqa: F401
+  finally:
+    sys.path.remove(str(path))
+  return jaxpruner
+
+
+def jaxpruner_held(jaxpruner: Any, inputs: variants.Inputs, floor_bytes: float) -> Variant:
+  """JaxPruner's magnitude pruning between two updates of its masks."""
+  uniform = jaxpruner.sparsity_distributions.uniform
+  updater = jaxpruner.MagnitudePruning(
+    sparsity_distribution_fn=functools.partial(uniform, sparsity=SPARSITY),
+    scheduler=jaxpruner.OneShotSchedule(target_step=NEVER),
+  )
+  tx = updater.wrap_optax(peers.adamw())
+
+  def step(params: Any, state: Any, grads: Any) -> Any:
+    updates, state = tx.update(grads, state, params)
+    return updater.post_gradient_update(optax.apply_updates(params, updates), state), state
+
+  return Variant(
+    JAXPRUNER, "peer", inputs, lambda params, _: tx.init(params), (step,) * 8, floor_bytes
+  )
