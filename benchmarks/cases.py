@@ -72,6 +72,8 @@ class Case:
 
 def all_cases(sizes: Sizes, accelerator: bool) -> dict[str, Callable[[], Case | builds.BuildCase]]:
   """The cases by name, none of them built yet, in the order in which they run."""
+  from benchmarks import confidence_cases  # which needs this module
+
   cases = {f"uniform-{human(n)}": functools.partial(uniform, n, accelerator) for n in sizes.uniform}
   return cases | {
     "bfloat16": functools.partial(bfloat16, sizes.bfloat16, accelerator),
@@ -86,6 +88,7 @@ def all_cases(sizes: Sizes, accelerator: bool) -> dict[str, Callable[[], Case | 
     "vmap": functools.partial(vmap, sizes.configuration, sizes.configurations),
     "control": functools.partial(control_flow, sizes.control),
     "compile": functools.partial(builds.compilation, sizes.compiled_leaves, sizes.compiled_width),
+    **confidence_cases.cases(sizes),
     "trace": functools.partial(builds.tracing, sizes.traced_leaves, sizes.compiled_width),
   }
 

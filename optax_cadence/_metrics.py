@@ -87,7 +87,7 @@ def _region(group: Any, i: int, xp: Any) -> Iterator[tuple[str, Any]]:
     yield "skipped", group.skipped[i]
   if confidence is not None:
     yield "noise_scale", _noise_scale_of(confidence.estimate, i, xp)
-    yield "snr", confidence.period / _noise_scale_of(confidence.estimate, i, xp)
+    yield "snr", confidence.period.astype(xp.float32) / _noise_scale_of(confidence.estimate, i, xp)
 
 
 def _noise_scale_of(estimate: _statistics.Estimate, i: int, xp: Any) -> Any:
