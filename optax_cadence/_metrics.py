@@ -116,6 +116,8 @@ def _names(states: Sequence[Any]) -> list[list[str]]:
 def plot_confidence(history: Sequence[dict[str, Any]], *, axes: Any = None) -> Any:
   """Draws how the periods moved, and the noise scales where they are measured.
 
+  A period is the mean over what lies between two entries: micro-steps per update.
+
   Args:
     history: What `metrics` returned, from time to time.
     axes: Two Matplotlib axes to draw on; new ones by default.
@@ -133,26 +135,39 @@ def plot_confidence(history: Sequence[dict[str, Any]], *, axes: Any = None) -> A
     import matplotlib.pyplot as plt
 
     axes = plt.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")[1]
-  for ax, key, label in zip(
-    axes,
-    ("period", "noise_scale"),
-    ("period (micro-steps)", "noise scale (micro-batches)"),
-    strict=True,
-  ):
-    names = [name for name in history[-1] if name.endswith(f"/{key}")]
-    for i, name in enumerate(names):
-      points = [(m["micro_step"], m[name]) for m in history if name in m]
-      times, values = np.array(points, float).T
-      values[~(np.isfinite(values) & (values > 0))] = np.nan
-      draw = ax.step if key == "period" else ax.plot
-      options = {"where": "post"} if key == "period" else {}
-      draw(times, values, label=name.removesuffix(f"/{key}"), color=f"C{i}", **options)
+  labels = "mean period (micro-steps)", "noise scale (micro-batches)"
+  curves = _mean_periods(history), _curves(history, "noise_scale")
+  for ax, label, lines in zip(axes, labels, curves, strict=True):
+    for name, (times, values) in lines.items():
+      shown = np.where(np.isfinite(values) & (values > 0), values, np.nan)
+      ax.plot(times, shown, label=name)
     ax.set(ylabel=label)
     ax.set_yscale("log", base=2)
     ax.yaxis.set_major_formatter("{x:g}")
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
-    if names:
+    if lines:
       ax.legend(frameon=False, fontsize="small")
   axes[-1].set_xlabel("micro-step")
   return axes
+
+
+def _curves(history: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
+  """For each region the micro-steps and the values of a key: float [N] each."""
+  names = [name for name in history[-1] if name.endswith(f"/{key}")]
+  found = {}
+  for name in names:
+    points = [(entry["micro_step"], entry[name]) for entry in history if name in entry]
+    found[name.removesuffix(f"/{key}")] = np.array(points, float).T
+  return found
+
+
+def _mean_periods(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """Micro-steps per update since the entry at which the number of updates last changed."""
+  found = {}
+  for name, (times, updates) in _curves(history, "updates").items():
+    times, updates = np.append(0, times), np.append(0, updates)
+    changed = np.append(True, np.diff(updates) > 0)
+    times, updates = times[changed], updates[changed]
+    found[name] = times[1:], np.diff(times) / np.diff(updates)
+  return found

@@ -115,3 +115,16 @@ def test_layer_cadence_on_cifar10(cifar10, tmp_path):
 def test_linen_cadence(tmp_path):
   printed = run("linen_cadence.py", cwd=tmp_path)
   assert float(re.search(r"test accuracy after \d+ micro-steps: ([\d.]+)", printed)[1]) > 0.85
+
+
+@pytest.mark.parametrize("policy", ["certain", "late", "patient"])
+def test_confidence(policy, tmp_path):
+  printed = run("confidence.py", "--policy", policy, "--out", "made.png", cwd=tmp_path)
+  assert float(re.search(r"test accuracy ([\d.]+)", printed)[1]) > 0.7
+  rows = re.findall(r"^ *\d+00 +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)$", printed, re.MULTILINE)
+  assert len(rows) == 10
+  if policy == "late":
+    assert rows[0] == ("4", "4", "4", "4")
+    # 500 micro-steps at period 4, then 500 at 16, 8, 4 and 2.
+    assert re.search(r"^updates +156 +187 +250 +375$", printed, re.MULTILINE)
+  assert (tmp_path / "made.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
