@@ -25,6 +25,7 @@ import tqdm
 
 from benchmarks import builds
 from benchmarks import cases
+from benchmarks import confidence_cases
 from benchmarks import machine
 from benchmarks import measure
 from benchmarks import picture
@@ -44,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   jax.config.update("jax_enable_compilation_cache", False)
   memory, accelerator = machine.memory(), jax.default_backend() != "cpu"
   chosen = sizes.choose(memory, accelerator, arguments.quick)
-  available = cases.all_cases(chosen, accelerator)
-  available |= pruning_cases.all_cases(chosen, arguments.jaxpruner)
+  available = all_cases(chosen, accelerator, arguments.jaxpruner)
   names = [name for name in available if wanted(name, arguments.cases)]
   if arguments.list or not names:
     print("\n".join(available))
@@ -84,6 +84,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add("--table", action="store_true", help="write the README's table from the results")
   add("--readme", type=pathlib.Path, default=FOLDER.parent / "README.md", help="where to")
   return parser.parse_args(argv)
+
+
+def all_cases(
+  chosen: sizes.Sizes, accelerator: bool, jaxpruner: pathlib.Path | None = None
+) -> dict[str, Callable[[], Any]]:
+  """The cases by name, none of them built yet, in the order in which they run."""
+  return (
+    cases.all_cases(chosen, accelerator)
+    | confidence_cases.all_cases(chosen)
+    | pruning_cases.all_cases(chosen, jaxpruner)
+  )
 
 
 def wanted(name: str, patterns: str) -> bool:

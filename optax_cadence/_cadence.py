@@ -3,20 +3,24 @@
 What happens at a micro-step is in `_step`; here is what it is given.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from optax_cadence import _control
 from optax_cadence import _firing
 from optax_cadence import _layout
 from optax_cadence import _paths
 from optax_cadence import _schedules
+from optax_cadence import _statistics
 from optax_cadence import _step
 from optax_cadence import _windows
+from optax_cadence._policy import Policy
 from optax_cadence._state import CadenceState
+from optax_cadence._state import ConfidenceState
 from optax_cadence._state import GroupState
 
 
@@ -73,7 +77,8 @@ def cadence(
     every: A tree prefix of the parameters whose leaves are cadences, matched by key
       path, or a callable from parameters to one. A cadence is an integer, an `Every`,
       a `Grid` (`channels`, `quadrants`, `stacked`), an integer mask that broadcasts
-      against the leaf, a schedule `micro_steps_done -> period`, or a traced integer.
+      against the leaf, a schedule `micro_steps_done -> period`, a traced integer, or a
+      policy (`until_certain`, `as_settled`), which decides from the gradients.
       One schedule for the whole tree is `Every(schedule)`.
     accumulate: `"mean"` or `"sum"` of the gradients in a window, or `"latest"`, the
       last one alone, for which no accumulator is allocated.
@@ -151,11 +156,11 @@ class Cadence:
     _one_of("nonfinite", nonfinite, ("propagate", "skip"))
     _one_of("clock", clock, ("updates", "micro_steps"))
     _check_float("accumulator_dtype", accumulator_dtype)
+    self.accumulate = accumulate
     if not callable(every):
-      _layout.everys(every)
+      self._check_policies(_layout.everys(every))
     self.inner = optax.with_extra_args_support(inner)
     self.every = every
-    self.accumulate = accumulate
     self.accumulator_dtype = accumulator_dtype
     self.skip = nonfinite == "skip"
     self.clock = clock
@@ -177,8 +182,18 @@ class Cadence:
   def layout(self, tree: Any) -> _layout.Layout:
     """The groups of a tree."""
     found = _layout.layout(self.every, tree)
+    self._check_policies(group.every for group in found.groups)
     self._seen = tuple(group.every for group in found.groups)
     return found
+
+  def _check_policies(self, everys: Iterable[_schedules.Every]) -> None:
+    """Raises where a policy has no accumulator to judge."""
+    for every in everys:
+      if every.policy is not None and self.accumulate == "latest":
+        raise ValueError(
+          f'{every}: a policy needs the sum of its window, expected accumulate="mean" or "sum",'
+          ' found "latest"'
+        )
 
   def accumulates(self, every: _schedules.Every) -> bool:
     """Whether groups with this cadence have accumulators."""
@@ -280,9 +295,9 @@ class Cadence:
       )
 
   def _needs(self, every: _schedules.Every) -> tuple[bool, ...]:
-    """Which of accumulators, window, remaining and skipped a group has."""
+    """Which of accumulators, window, remaining, skipped and confidence a group has."""
     accumulates = self.accumulates(every)
-    return accumulates, accumulates, not every.always, self.skip
+    return accumulates, accumulates, not every.always, self.skip, every.policy is not None
 
   def _phase(self, phase: Any) -> int | None:
     return None if phase is None else _schedules.checked_phase(phase, self.cycle)
@@ -296,6 +311,7 @@ class Cadence:
       remaining=None if every.always else every.first_window(),
       updates=jnp.int32(0),
       skipped=jnp.zeros((n,), jnp.int32) if self.skip else None,
+      confidence=None if every.policy is None else _init_confidence(every.policy, n),
     )
 
   def _init_placeholder(self, placeholder: Any) -> CadenceState:
@@ -311,6 +327,16 @@ class Cadence:
         " jax.eval_shape(tx.init, params), which allocates nothing)"
       )
     return self._seen
+
+
+def _init_confidence(policy: Policy, n: int) -> ConfidenceState:
+  remembered = jax.tree.map(jnp.asarray, policy.init())
+  return ConfidenceState(
+    squares=jnp.zeros(n, jnp.float32),
+    estimate=_statistics.no_estimate(n),
+    period=jnp.int32(0),
+    policy=_control.cast_like(remembered, remembered),
+  )
 
 
 def _leaves(tree: Any) -> _firing.Leaves:

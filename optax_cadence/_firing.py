@@ -16,6 +16,7 @@ from optax_cadence import _clocks
 from optax_cadence import _control
 from optax_cadence import _inner
 from optax_cadence import _layout
+from optax_cadence import _learning_rate
 from optax_cadence import _regions
 from optax_cadence import _windows
 from optax_cadence._state import GroupState
@@ -194,6 +195,9 @@ class Firing:
     tree = functools.partial(self.layout.tree, group)
     old = self._restored(group, state, tree(grads))
     old = _clocks.set_schedules(old, micro_step) if self.set_schedules else old
+    old = _learning_rate.set_lengths(
+      old, lambda: tree([_windows.item(window.length, i) for i in range(len(grads))])
+    )
     tensors = None if params is None else tree(params)
     found, new = _inner.update(self.inner, tree(grads), old, tensors, self.extra_args)
     updates = _cast(self._checked(group, jax.tree.leaves(found), grads), dtypes)

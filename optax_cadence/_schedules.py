@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_cadence._policy import Policy
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Every:
@@ -22,7 +24,8 @@ class Every:
   Attributes:
     period: An integer of at least 1; or a schedule, `micro_steps_done -> period`,
       read at the start of each window (below 1 counts as 1, fractions are rounded);
-      or a traced integer scalar, so that `jax.vmap` sweeps periods in one program.
+      or a traced integer scalar, so that `jax.vmap` sweeps periods in one program; or a
+      `Policy`, which decides while the window is open.
     offset: Due when t ≡ offset (mod period); the first window is then that long.
       Only for integer periods.
 
@@ -43,7 +46,7 @@ class Every:
         raise ValueError(f"a period must be an integer, found dtype {self.period.dtype}")
       if not isinstance(self.period, jax.core.Tracer) and self.period < 1:
         raise ValueError(f"a period must be at least 1, found {self.period}")
-    elif not callable(self.period):
+    elif not callable(self.period) and self.policy is None:
       object.__setattr__(self, "period", _integer("a period", self.period))
       if self.period < 1:
         raise ValueError(f"a period must be at least 1, found {self.period}")
@@ -55,7 +58,7 @@ class Every:
     if not self.static and self.offset:
       raise ValueError(
         f"an offset needs an integer period, found {self.offset} beside a"
-        " schedule or a traced period"
+        " schedule, a traced period or a policy"
       )
 
   @property
@@ -67,6 +70,11 @@ class Every:
   def always(self) -> bool:
     """Whether every micro-step is due, as is known while tracing."""
     return self.static and self.period == 1
+
+  @property
+  def policy(self) -> Policy | None:
+    """The policy that decides, if one does."""
+    return self.period if isinstance(self.period, Policy) else None
 
   @property
   def key(self) -> Hashable:
@@ -82,7 +90,12 @@ class Every:
     return jnp.int32(self.offset) if self.offset else self.window(jnp.int32(0))
 
   def window(self, micro_steps: jax.Array) -> jax.Array:
-    """Length of the window that begins after this many micro-steps: int32 scalar."""
+    """Length of the window that begins after this many micro-steps: int32 scalar.
+
+    Under a policy it is the most that it can be.
+    """
+    if self.policy is not None:
+      return jnp.int32(self.policy.max_period)
     if self.static:
       return jnp.int32(self.period)
     found = self.period(micro_steps) if callable(self.period) else self.period
@@ -100,6 +113,8 @@ class Every:
 
   def score(self, steps: int) -> np.ndarray:
     """Which of the first `steps` micro-steps are due: bool [steps]; not under a trace."""
+    if self.policy is not None:
+      raise ValueError(f"{self} decides while training: when it is due is not known before")
     due = np.zeros(steps, bool)
     t = int(self.first_window())
     while t <= steps:
@@ -110,6 +125,8 @@ class Every:
   def __str__(self) -> str:
     if self.static:
       return f"{self.period}" + (f" (offset {self.offset})" if self.offset else "")
+    if self.policy is not None:
+      return str(self.policy)
     if not callable(self.period):
       return "traced"
     return getattr(self.period, "__name__", type(self.period).__name__)
@@ -142,7 +159,8 @@ def checked_phase(phase: Any, length: int | None) -> int:
   """
   if length is None:
     raise ValueError(
-      f"phase={phase} needs a static cycle, but a period is a schedule or traced; leave phase out"
+      f"phase={phase} needs a static cycle, but a period is a schedule, traced or a policy's;"
+      " leave phase out"
     )
   if isinstance(phase, jax.core.Tracer):
     raise ValueError(

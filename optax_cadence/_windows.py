@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_cadence import _statistics
+
 _SLABS = 8
 
 
@@ -24,11 +26,13 @@ class Window(NamedTuple):
       empty where no accumulators are kept and a window is one micro-step.
     length: Micro-steps in the sums: int32 scalar, or int32 [R].
     skipped: Micro-batches left out so far, int32 [R]; None where none ever is.
+    squares: Sum of the squared norms of its gradients: float32 [R]; None where nobody asks.
   """
 
   sums: list[Any]
   length: jax.Array
   skipped: jax.Array | None
+  squares: jax.Array | None = None
 
 
 def accumulator_dtype(dtype: Any, asked: Any | None) -> np.dtype:
@@ -64,9 +68,20 @@ def add(window: Window, grads: Sequence[jax.Array]) -> Window:
   sums = []
   for i, (old, grad) in enumerate(zip(window.sums, grads, strict=True)):
     grad = grad.astype(old.dtype)
-    new = jnp.where(_item(window.length, i) == 0, grad, old + grad)
+    new = jnp.where(item(window.length, i) == 0, grad, old + grad)
     sums.append(new if finite is None else jnp.where(finite[i], new, old))
-  return Window(sums, window.length + one, skipped)
+  squares = _add_squares(window, grads, finite)
+  return Window(sums, window.length + one, skipped, squares)
+
+
+def _add_squares(
+  window: Window, grads: Sequence[jax.Array], finite: list[jax.Array] | None
+) -> jax.Array | None:
+  if window.squares is None:
+    return None
+  found = _statistics.squared_norms(grads)
+  new = jnp.where(window.length == 0, found, window.squares + found)
+  return new if finite is None else jnp.where(jnp.stack(finite), new, window.squares)
 
 
 def total(window: Window) -> list[jax.Array]:
@@ -80,10 +95,11 @@ def total(window: Window) -> list[jax.Array]:
 def mean(window: Window) -> list[jax.Array]:
   """The mean over the window; zero for a tensor that has nothing in its own."""
   n = jnp.maximum(window.length, 1)
-  return [_divide(x, _item(n, i)) for i, x in enumerate(total(window))]
+  return [_divide(x, item(n, i)) for i, x in enumerate(total(window))]
 
 
-def _item(x: jax.Array, i: int) -> jax.Array:
+def item(x: jax.Array, i: int) -> jax.Array:
+  """What belongs to region i: an entry of [R], or the one number for all."""
   return x[i] if x.ndim else x
 
 

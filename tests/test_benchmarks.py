@@ -19,7 +19,6 @@ from benchmarks import floors
 from benchmarks import machine
 from benchmarks import measure
 from benchmarks import picture
-from benchmarks import pruning_cases
 from benchmarks import readme
 from benchmarks import report
 from benchmarks import sizes
@@ -52,12 +51,8 @@ def ordinary_promotion():
     yield
 
 
-def all_cases(accelerator=False):
-  return cases.all_cases(TINY, accelerator) | pruning_cases.all_cases(TINY, None)
-
-
 def tiny(name, accelerator=False):
-  return all_cases(accelerator)[name]()
+  return command.all_cases(TINY, accelerator)[name]()
 
 
 def run(case, rounds=3, memory=MEMORY):
@@ -95,7 +90,7 @@ def test_mean_bytes_over_a_cycle():
 
 
 @pytest.mark.parametrize("accelerator", [False, True])
-@pytest.mark.parametrize("name", all_cases())
+@pytest.mark.parametrize("name", command.all_cases(TINY, False))
 def test_every_case_names_variants_that_it_has(name, accelerator):
   case = tiny(name, accelerator)
   names = [variant.name for variant in case.variants]

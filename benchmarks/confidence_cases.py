@@ -1,0 +1,95 @@
+"""What a policy costs beside the fixed cadence of the same mean period.
+
+How it is timed is in `measure`; the other cases are in `cases`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+import optax_cadence as oc
+from benchmarks import builds
+from benchmarks import cases
+from benchmarks import floors
+from benchmarks import peers
+from benchmarks import variants
+from benchmarks.sizes import Sizes
+from benchmarks.targets import Target
+
+PERIOD = 8
+LAYERS = 12
+
+
+def all_cases(sizes: Sizes) -> dict[str, Callable[[], Any]]:
+  """The cases by name, none of them built yet."""
+  return {
+    "policy": functools.partial(overhead, sizes.skip),
+    "policy-compile": functools.partial(compilation, sizes.compiled_width),
+  }
+
+
+class Asked(oc.Policy):
+  """Due every `PERIOD` micro-steps, but asked from the first on: the most that asking costs."""
+
+  def due(self, window: oc.Statistics, state: Any) -> jax.Array:
+    del state
+    return window.length.max() >= PERIOD
+
+
+def overhead(n: int) -> Any:
+  """Policies that come to period 8, beside it."""
+  shapes = cases.twelve(n)
+  inputs, entries, fixed = variants.inputs_of(shapes), {PERIOD: cases.count(shapes)}, "period 8"
+
+  def dynamic(name: str, every: Any, role: str = "ours") -> variants.Variant:
+    tx = oc.cadence(peers.adamw(), every)
+    reference = None if role == "baseline" else fixed
+    return variants.ours(name, tx, inputs, entries, reference, role=role)[0]
+
+  # All gradients of the benchmark are the same: without noise `until_certain` fires at once.
+  names = "until_certain, asked once", "asked from the middle on", "asked at every micro-step"
+  policies = (
+    oc.until_certain(1.0, PERIOD, 8 * PERIOD),
+    Asked(PERIOD // 2, 8 * PERIOD),
+    Asked(1, 8 * PERIOD),
+  )
+  floor = floors.mean_bytes(entries)
+  return cases.Case(
+    "policy",
+    f"a policy, 12 leaves, {cases.human(n).upper()} parameters",
+    [
+      *(dynamic(name, policy) for name, policy in zip(names, policies, strict=True)),
+      dynamic(fixed, PERIOD, "baseline"),
+      variants.peer("MultiSteps", peers.multi_steps(PERIOD), inputs, PERIOD, floor, fixed),
+    ],
+    [*(Target(name, fixed, 1.3) for name in names), cases.temporaries(names[0], shapes)],
+    names[0],
+    fixed,
+    cases.count(shapes),
+    cases.largest(shapes),
+  )
+
+
+def compilation(width: int) -> builds.BuildCase:
+  """Twelve layers with a policy each, beside twelve fixed periods."""
+  ours, fixed = "a policy per layer", "a period per layer"
+
+  def program(every: Callable[[int], Any]) -> Any:
+    params = builds.many(LAYERS, width)
+    tx = oc.cadence(peers.adamw(), {name: every(i) for i, name in enumerate(params)})
+    return lambda *args: tx.apply(*args), builds.arguments(tx, params)
+
+  return builds.BuildCase(
+    "policy-compile",
+    "compilation, 12 layers in 12 groups",
+    "compile",
+    [
+      builds.BuildVariant(ours, "ours", lambda: program(lambda _: oc.until_certain(1.0, 2, 64))),
+      builds.BuildVariant(fixed, "peer", lambda: program(lambda i: 2 + i)),
+    ],
+    [Target(ours, fixed, 2.0)],
+    ours,
+    fixed,
+  )

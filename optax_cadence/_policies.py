@@ -1,0 +1,200 @@
+"""The policies: until certain, and as settled.
+
+Both read the estimates of `_statistics`; the protocol is in `_policy`.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_cadence import _paths
+from optax_cadence._policy import Policy
+from optax_cadence._statistics import Statistics
+
+
+class UntilCertain(Policy):
+  """See `until_certain`."""
+
+  def __init__(self, snr: Any, min_period: int, max_period: int) -> None:
+    super().__init__(min_period, max_period)
+    self.snr = _positive("snr", snr)
+
+  def due(self, window: Statistics, state: Any) -> jax.Array:
+    del state
+    signal = window.signal()
+    return (signal > 0) & (signal >= self.snr * window.noise_of_mean())
+
+  def __str__(self) -> str:
+    return f"until_certain({self.snr}, {self.min_period}-{self.max_period})"
+
+
+def until_certain(snr: Any, min_period: int, max_period: int) -> UntilCertain:
+  r"""Due as soon as the mean of the window is known well enough.
+
+  That is, as soon as the estimate of :math:`n |G|^2 / \operatorname{tr} \Sigma`, the squared
+  signal-to-noise ratio of the mean of n gradients, is at least `snr`; which theory expects at n =
+  `snr` times the noise scale, in micro-batches. Two gradients are the least from which noise can be
+  told. Without noise a region is due at once; with zero or NaN gradients, after `max_period`.
+
+  Args:
+    snr: The squared ratio, above 0; may be traced, so that `jax.vmap` sweeps it.
+    min_period: Micro-steps that a window has at least.
+    max_period: Micro-steps that a window has at most.
+
+  Returns:
+    A policy, which is a cadence. The same object in several places decides once for all.
+
+  Raises:
+    ValueError: If `snr` is not above 0, or `min_period` is above `max_period`.
+
+  References:
+    McCandlish et al. 2018, An empirical model of large-batch training, arXiv:1812.06162.
+
+  >>> import optax_cadence as oc
+  >>> print(oc.until_certain(1.0, 2, 64))
+  until_certain(1.0, 2-64)
+  """
+  return UntilCertain(snr, min_period, max_period)
+
+
+class SettledState(NamedTuple):
+  """What `as_settled` remembers.
+
+  Attributes:
+    period: Length of the window: int32 scalar.
+    signal: Decaying sum of |G|²: float32 scalar.
+    weight: Decaying sum of ones: float32 scalar.
+    peak: Largest smoothed |G|² so far: float32 scalar.
+  """
+
+  period: jax.Array
+  signal: jax.Array
+  weight: jax.Array
+  peak: jax.Array
+
+
+class AsSettled(Policy):
+  """See `as_settled`."""
+
+  def __init__(self, min_period: int, max_period: int, decay: Any) -> None:
+    super().__init__(min_period, max_period)
+    self.decay = fraction("decay", decay)
+
+  def init(self) -> SettledState:
+    return SettledState(jnp.int32(self.min_period), *(jnp.float32(0) for _ in range(3)))
+
+  def earliest(self, state: SettledState) -> jax.Array:
+    return state.period
+
+  def due(self, window: Statistics, state: Any) -> bool:
+    del window, state
+    return True
+
+  def fired(self, window: Statistics, state: SettledState) -> SettledState:
+    found = window.signal()
+    usable = jnp.isfinite(found) & (window.length > 1).any()
+    signal = self.decay * state.signal + (1 - self.decay) * found
+    weight = self.decay * state.weight + (1 - self.decay)
+    mean = jnp.maximum(signal / weight, 0)
+    peak = jnp.maximum(state.peak, mean)
+    left = jnp.sqrt(jnp.where(peak > 0, mean / peak, 1))
+    low, high = jnp.log(float(self.min_period)), jnp.log(float(self.max_period))
+    period = jnp.rint(jnp.exp(left * low + (1 - left) * high)).astype(jnp.int32)
+    new = SettledState(period, signal, weight, peak)
+    return jax.tree.map(lambda x, old: jnp.where(usable, x, old), new, state)
+
+  def __str__(self) -> str:
+    return f"as_settled({self.min_period}-{self.max_period})"
+
+
+def as_settled(min_period: int, max_period: int, *, decay: float = 0.8) -> AsSettled:
+  r"""The more settled a region, the slower: its period follows the decay of its gradient.
+
+  Let r be the share that is left of the largest :math:`|G|` that the region has had, where |G|² is
+  the unbiased estimate, smoothed over windows. A window then has :math:`a^r b^{1 - r}` micro-steps:
+  a is `min_period`, for the peak, b `max_period`, for when the gradient is gone. A window of fewer
+  than two gradients, or with a NaN among them, leaves the period as it is.
+
+  Args:
+    min_period: Micro-steps of a window to begin with, at least 2.
+    max_period: Micro-steps of a window at most.
+    decay: How slowly |G|² is smoothed, from 0 to below 1.
+
+  Returns:
+    A policy, which is a cadence. The same object in several places decides once for all.
+
+  Raises:
+    ValueError: If a period or the decay is out of range.
+
+  >>> import optax_cadence as oc
+  >>> print(oc.as_settled(2, 16))
+  as_settled(2-16)
+  """
+  policy = AsSettled(min_period, max_period, decay)
+  if min_period < 2:
+    raise ValueError(
+      f"min_period of as_settled must be at least 2, to tell noise, found {min_period}"
+    )
+  return policy
+
+
+def each_layer(policy: Policy) -> Callable[[Any], Any]:
+  """A copy of a policy for every layer, so that each decides on its own.
+
+  A layer is what stands at one place of the tree: a kernel and its bias share a copy.
+
+  Args:
+    policy: The policy.
+
+  Returns:
+    A function of the parameters, to stand for `every`.
+
+  Raises:
+    ValueError: If it is not a policy.
+
+  >>> import jax.numpy as jnp, optax_cadence as oc
+  >>> params = {"a": {"w": jnp.ones(2), "b": jnp.ones(2)}, "c": {"w": jnp.ones(2)}}
+  >>> every = oc.each_layer(oc.until_certain(1.0, 2, 64))(params)
+  >>> every["a"]["w"] is every["a"]["b"], every["a"]["w"] is every["c"]["w"]
+  (True, False)
+  """
+  if not isinstance(policy, Policy):
+    raise ValueError(f"each_layer expects a policy, found {policy!r}")
+
+  def every(params: Any) -> Any:
+    copies: dict[_paths.Path, Policy] = {}
+    paths = [path for path, _ in _paths.flatten_with_paths(params)]
+    found = [copies.setdefault(path[:-1], copy.copy(policy)) for path in paths]
+    return jax.tree.unflatten(jax.tree.structure(params), found)
+
+  return every
+
+
+def _positive(name: str, value: Any) -> Any:
+  if isinstance(value, jax.core.Tracer):
+    return value
+  try:
+    if jnp.ndim(value) == 0 and float(value) > 0:
+      return value
+  except (TypeError, ValueError):
+    pass
+  raise ValueError(f"{name} must be a number above 0, found {value!r}")
+
+
+def fraction(name: str, value: Any) -> Any:
+  """A number from 0 to below 1.
+
+  Raises:
+    ValueError: If it is anything else.
+  """
+  if isinstance(value, jax.core.Tracer):
+    return value
+  try:
+    if jnp.ndim(value) == 0 and 0 <= float(value) < 1:
+      return value
+  except (TypeError, ValueError):
+    pass
+  raise ValueError(f"{name} must be at least 0 and below 1, found {value!r}")

@@ -1,0 +1,71 @@
+"""What a policy is: a cadence that decides from the gradients when its regions are due.
+
+The policies themselves are in `_policies`, where they are asked is in `_step`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_cadence._statistics import Statistics
+
+
+class Policy:
+  """A cadence that decides, once a gradient is added to the window, whether it is enough.
+
+  Subclasses have `due`, and, where they remember something, `init` and `fired`. An object
+  decides for all its regions together; regions that decide on their own have one each.
+
+  Attributes:
+    min_period: Micro-steps that a window has at least.
+    max_period: Micro-steps that a window has at most.
+
+  >>> import jax.numpy as jnp, optax, optax_cadence as oc
+  >>> class Loud(oc.Policy):  # due once the sum of the window is long enough
+  ...   def due(self, window, state):
+  ...     return window.square.sum() >= 9.0
+  >>> tx = oc.cadence(optax.sgd(1.0), Loud(1, 8))
+  >>> state = tx.init(jnp.zeros(()))
+  >>> for _ in range(3):
+  ...   updates, state = tx.update(jnp.ones(()), state)
+  ...   print(updates)
+  0.0
+  0.0
+  -1.0
+  """
+
+  def __init__(self, min_period: int, max_period: int) -> None:
+    for name, value in (("min_period", min_period), ("max_period", max_period)):
+      if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, found {value!r}")
+    if min_period > max_period:
+      raise ValueError(
+        f"min_period must be at most max_period, found {min_period} above {max_period}"
+      )
+    self.min_period, self.max_period = min_period, max_period
+
+  def init(self) -> Any:
+    """What the policy remembers from window to window: a tree of arrays."""
+    return ()
+
+  def earliest(self, state: Any) -> Any:
+    """Micro-steps before `due` is asked first; a later one saves reading the accumulators."""
+    del state
+    return self.min_period
+
+  def due(self, window: Statistics, state: Any) -> bool | jax.Array:
+    """Whether the window is enough: boolean scalar."""
+    raise NotImplementedError
+
+  def fired(self, window: Statistics, state: Any) -> Any:
+    """What the policy remembers after this window, in the structure and dtypes of `state`."""
+    del window
+    return state
+
+  def opens(self, state: Any) -> jax.Array:
+    """`earliest` within the bounds: int32 scalar."""
+    return jnp.clip(jnp.int32(self.earliest(state)), self.min_period, self.max_period)
+
+  def __str__(self) -> str:
+    return f"{type(self).__name__}({self.min_period}-{self.max_period})"

@@ -1,0 +1,102 @@
+"""How noisy the gradients of a window are, from two sums of squares per region.
+
+From n gradients g_i with mean G and covariance Σ, s1 = Σ‖g_i‖² and s2 = ‖Σ g_i‖²:
+(s2 - s1) / (n (n - 1)) estimates |G|² and (s1 - s2/n) / (n - 1) estimates tr Σ, both
+without bias (McCandlish et al. 2018, arXiv:1812.06162). What is decided from them is in
+`_policies`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Statistics(NamedTuple):
+  """The gradients of a window, as numbers for each of the R regions of a group.
+
+  Attributes:
+    length: Gradients in the window: int32 [R].
+    squares: Sum of their squared norms, s1: float32 [R].
+    square: Squared norm of their sum, s2: float32 [R].
+  """
+
+  length: jax.Array
+  squares: jax.Array
+  square: jax.Array
+
+  def signals(self) -> jax.Array:
+    """Unbiased |G|² of each region: float32 [R]; zero where there are fewer than two gradients."""
+    n = self.length.astype(jnp.float32)
+    return jnp.where(n > 1, (self.square - self.squares) / jnp.maximum(n * (n - 1), 1), 0)
+
+  def noises(self) -> jax.Array:
+    """Unbiased tr Σ of each region: float32 [R]; zero where there are fewer than two gradients."""
+    n = self.length.astype(jnp.float32)
+    spread = self.squares - self.square / jnp.maximum(n, 1)
+    return jnp.where(n > 1, spread / jnp.maximum(n - 1, 1), 0)
+
+  def signal(self) -> jax.Array:
+    """|G|² of the whole group: float32 scalar."""
+    return self.signals().sum()
+
+  def noise_of_mean(self) -> jax.Array:
+    """Tr Σ / n, the variance of the window's mean, of the whole group: float32 scalar."""
+    return (self.noises() / jnp.maximum(self.length, 1).astype(jnp.float32)).sum()
+
+
+class Estimate(NamedTuple):
+  """|G|² and tr Σ of each region, smoothed over windows apart from one another.
+
+  Attributes:
+    signal: Decaying sum of estimates of |G|²: float32 [R].
+    noise: Decaying sum of estimates of tr Σ: float32 [R].
+    weight: Decaying sum of ones, which both are divided by: float32 [R].
+  """
+
+  signal: jax.Array
+  noise: jax.Array
+  weight: jax.Array
+
+  def signals(self) -> jax.Array:
+    """Smoothed |G|², without the bias of a start at zero: float32 [R]; NaN before the first."""
+    return self.signal / self.weight
+
+  def noises(self) -> jax.Array:
+    """Smoothed tr Σ, likewise."""
+    return self.noise / self.weight
+
+
+def no_estimate(regions: int) -> Estimate:
+  """The estimate before the first window."""
+  return Estimate(*(jnp.zeros(regions, jnp.float32) for _ in range(3)))
+
+
+def smooth(old: Estimate, window: Statistics, decay: Any) -> Estimate:
+  """The estimate with one more window, left as it was where that says nothing.
+
+  It says nothing with fewer than two gradients, or where a sum is not finite.
+  """
+  found = Estimate(window.signals(), window.noises(), jnp.ones_like(old.weight))
+  usable = (window.length > 1) & jnp.isfinite(found.signal) & jnp.isfinite(found.noise)
+  decay = jnp.asarray(decay, jnp.float32)
+  pairs = zip(old, found, strict=True)
+  return Estimate(*(jnp.where(usable, decay * x + (1 - decay) * y, x) for x, y in pairs))
+
+
+def squared_norms(tensors: Sequence[jax.Array]) -> jax.Array:
+  """Squared norm of each tensor, computed in float32: float32 [R]."""
+  return jnp.stack([_squared_norm(x) for x in tensors])
+
+
+def _squared_norm(x: jax.Array) -> jax.Array:
+  if jnp.iscomplexobj(x):
+    return _squared_norm(x.real) + _squared_norm(x.imag)
+  return jnp.square(x.astype(jnp.float32)).sum()
+
+
+def per_region(length: jax.Array, regions: int) -> jax.Array:
+  """The length of a window as one for each region: int32 [R]."""
+  return jnp.broadcast_to(length, (regions,)) if np.ndim(length) == 0 else length

@@ -1,0 +1,349 @@
+"""Policies against a slow oracle, in every transformation of JAX, and at the edges."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+
+import optax_cadence as oc
+
+PARAMS = {"a": jnp.ones((4, 6)), "b": jnp.ones(5)}
+
+
+def gradients(steps, seed=0, mu=0.3, params=PARAMS):
+  """A tree of gradients with a leading axis of micro-steps."""
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda p: jnp.asarray(mu + rng.normal(size=(steps, *p.shape)), jnp.float32), params
+  )
+
+
+def run(tx, grads, params=PARAMS):
+  """Parameters and state after every micro-step, stacked."""
+
+  def step(carry, g):
+    carry = tx.apply(*carry, g)
+    return carry, carry
+
+  carry = params, tx.init(params)
+  return jax.jit(lambda carry: jax.lax.scan(step, carry, grads)[1])(carry)
+
+
+def assert_equal(found, expected):
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def slow_until_certain(grads, snr, low, high):
+  """Micro-steps at which one region fires, from a Python list of its gradients."""
+  window, fired = [], []
+  for t, g in enumerate(np.asarray(grads, np.float64).reshape(len(grads), -1), 1):
+    window.append(g)
+    n = len(window)
+    certain = False
+    if n > 1:
+      s1, s2 = sum((g**2).sum() for g in window), (sum(window) ** 2).sum()
+      signal, noise = (s2 - s1) / (n * (n - 1)), (s1 - s2 / n) / (n - 1)
+      certain = signal > 0 and n * signal >= snr * noise
+    if n == high or (n >= low and certain):
+      fired.append(t)
+      window = []
+  return fired
+
+
+def fired(updates):
+  return (np.flatnonzero(np.diff(np.asarray(updates), prepend=0)) + 1).tolist()
+
+
+def test_until_certain_is_the_slow_decision():
+  grads = gradients(200, mu=0.25)
+  policies = {name: oc.until_certain(1.0, 3, 40) for name in PARAMS}
+  _, state = run(oc.cadence(optax.sgd(1.0), policies), grads)
+  for name, group in zip(PARAMS, state.groups, strict=True):
+    expected = slow_until_certain(grads[name], 1.0, 3, 40)
+    assert fired(group.updates) == expected
+    assert len(set(np.diff(expected))) > 3
+
+
+def test_parameters_follow_the_oracle_at_the_micro_steps_that_fire():
+  inner, grads = oracle.relaxed(optax.adamw(0.1)), gradients(60, mu=0.6)
+  policy = oc.until_certain(2.0, 2, 20)
+  params, state = run(oc.cadence(inner, policy), grads)
+  ends = fired(state.groups[0].updates)
+  mine, inner_state, start = PARAMS, inner.init(PARAMS), 0
+  for end in ends:
+    mean = jax.tree.map(lambda g, start=start, end=end: g[start:end].mean(0), grads)
+    updates, inner_state = inner.update(mean, inner_state, mine)
+    mine, start = optax.apply_updates(mine, updates), end
+    held = jax.tree.map(lambda p, end=end: p[end - 1], params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), held, mine)
+  assert len(ends) > 3
+
+
+class Fixed(oc.Policy):
+  """A third policy: its answer is constant."""
+
+  def __init__(self, period):
+    super().__init__(1, 100)
+    self.period = period
+
+  def due(self, window, state):
+    return window.length[0] >= self.period
+
+
+@pytest.mark.parametrize("policy", [Fixed(4), oc.until_certain(1.0, 4, 4), oc.as_settled(4, 4)])
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_a_constant_policy_is_the_fixed_cadence_bit_for_bit(policy, nonfinite):
+  grads = gradients(20)
+  inner = oracle.relaxed(optax.adamw(0.1))
+
+  def every(cadence):
+    return {"a": oc.quadrants([[cadence, 1], [cadence, 2]]), "b": cadence}
+
+  found = run(oc.cadence(inner, every(policy), nonfinite=nonfinite), grads)
+  expected = run(oc.cadence(inner, every(4), nonfinite=nonfinite), grads)
+  assert_equal(found[0], expected[0])
+  for mine, theirs in zip(found[1].groups, expected[1].groups, strict=True):
+    assert_equal(mine.inner_state, theirs.inner_state)
+    assert_equal(mine.updates, theirs.updates)
+
+
+def test_one_object_is_one_group_and_a_copy_for_each_layer_is_one_each():
+  params = {"x": {"w": jnp.ones(2), "b": jnp.ones(1)}, "y": {"w": jnp.ones(2)}}
+  policy = oc.until_certain(1.0, 2, 8)
+  count = lambda every: len(oc.cadence(optax.sgd(1.0), every).init(params).groups)
+  assert count(policy) == 1
+  assert count({"x": policy, "y": oc.until_certain(1.0, 2, 8)}) == 2
+  assert count(oc.each_layer(policy)) == 2
+  assert count(lambda params: jax.tree.map(lambda _: oc.until_certain(1.0, 2, 8), params)) == 3
+
+
+def test_vmap_over_snr_is_every_one_alone():
+  grads, ratios = gradients(40), [0.1, 0.7, 8.0]
+
+  def final(snr):
+    return run(oc.cadence(optax.sgd(0.1), oc.until_certain(snr, 2, 16)), grads)
+
+  swept = jax.jit(jax.vmap(final))(jnp.array(ratios))
+  counts = []
+  for i, snr in enumerate(ratios):
+    params, state = final(snr)
+    counts.append(int(state.groups[0].updates[-1]))
+    np.testing.assert_array_equal(swept[1].groups[0].updates[i], state.groups[0].updates)
+    jax.tree.map(
+      lambda x, y, i=i: np.testing.assert_allclose(x[i], y, rtol=1e-5, atol=1e-6), swept[0], params
+    )
+  assert counts[0] > counts[1] > counts[2]
+
+
+def test_a_checkpoint_in_mid_window_resumes_bit_for_bit(tmp_path):
+  checkpoint = pytest.importorskip("orbax.checkpoint")
+  every = {"a": oc.channels([oc.until_certain(4.0, 2, 16), 4]), "b": oc.as_settled(2, 16)}
+  tx, grads = oc.cadence(oracle.relaxed(optax.adam(0.1)), every), gradients(30)
+  step = jax.jit(tx.apply)
+  carry = PARAMS, tx.init(PARAMS)
+  at = lambda t: jax.tree.map(lambda g: g[t], grads)
+  for t in range(30):
+    if t == 13:
+      assert all(group.window > 0 for group in carry[1].groups)
+      with checkpoint.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "saved", carry)
+        saver.wait_until_finished()
+        other = saver.restore(tmp_path / "saved", jax.tree.map(jnp.zeros_like, carry))
+    carry = step(*carry, at(t))
+    if t >= 13:
+      other = step(*other, at(t))
+  assert_equal(carry, other)
+
+
+class Remembers(oc.Policy):
+  """Alternates between two lengths."""
+
+  def init(self):
+    return {"long": jnp.array(False)}
+
+  def due(self, window, state):
+    return window.length[0] >= jnp.where(state["long"], 5, 2)
+
+  def fired(self, window, state):
+    return {"long": ~state["long"]}
+
+
+def test_a_policy_of_ones_own_remembers():
+  _, state = run(oc.cadence(optax.sgd(1.0), Remembers(1, 10)), gradients(14))
+  assert fired(state.groups[0].updates) == [2, 7, 9, 14]
+  assert state.groups[0].confidence.period[-1] == 5
+
+
+def test_as_settled_slows_down_as_the_gradient_fades():
+  fade = 0.9 ** jnp.arange(400.0)
+  grads = {"a": jnp.broadcast_to(fade[:, None, None], (400, 4, 6)), "b": gradients(400)["b"] + 3}
+  every = {"a": oc.as_settled(2, 32), "b": oc.as_settled(2, 32)}
+  _, state = run(oc.cadence(optax.sgd(0.1), every), grads)
+  gaps = [np.diff(fired(group.updates)) for group in state.groups]
+  assert gaps[0][0] == 2 and gaps[0][-1] > 20 and (np.diff(gaps[0]) >= 0).all()
+  assert gaps[1].max() <= 4
+
+
+# ------------------------------------------------------------------------------ degenerate
+
+
+@pytest.mark.parametrize(
+  ("value", "expected"),
+  [(0.0, [16, 32]), (1.0, list(range(3, 33, 3))), (jnp.nan, [16, 32])],
+  ids=["zero", "constant", "nan"],
+)
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_degenerate_gradients_have_the_documented_answer(value, expected, nonfinite):
+  grads = jax.tree.map(lambda p: jnp.full((32, *p.shape), value), PARAMS)
+  tx = oc.cadence(optax.sgd(0.1), oc.until_certain(1.0, 3, 16), nonfinite=nonfinite)
+  _, state = run(tx, grads)
+  if nonfinite == "skip" and np.isnan(value):
+    expected = []
+  assert fired(state.groups[0].updates) == expected
+  confidence = jax.tree.map(lambda x: x[-1], state.groups[0].confidence)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(confidence.estimate))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(confidence.policy))
+
+
+def test_a_nan_is_forgotten_with_its_window():
+  grads = gradients(40)
+  grads["b"] = grads["b"].at[2].set(jnp.nan)
+  for policy in (oc.until_certain(0.5, 2, 8), oc.as_settled(8, 16)):
+    tx = oc.cadence(optax.sgd(0.0), {"a": 1, "b": policy})
+    _, state = run(tx, grads)
+    group = state.groups[1]
+    assert fired(group.updates)[0] == 8
+    assert all(np.isfinite(x[-1]).all() for x in jax.tree.leaves(group.confidence))
+    assert (np.asarray(group.confidence.estimate.weight[-1]) > 0).all()
+
+
+@pytest.mark.parametrize("policy", [oc.until_certain(1.0, 1, 1), Fixed(1)])
+def test_a_single_microbatch_tells_no_noise(policy):
+  tx = oc.cadence(optax.sgd(1.0), policy)
+  _, state = run(tx, gradients(5))
+  confidence = jax.tree.map(lambda x: x[-1], state.groups[0].confidence)
+  assert fired(state.groups[0].updates) == [1, 2, 3, 4, 5]
+  assert not any(x.any() for x in confidence.estimate)
+  found = oc.metrics(jax.tree.map(lambda x: x[-1], state))
+  assert np.isnan(found["a/noise_scale"]) and np.isnan(found["a/snr"])
+
+
+def test_skipped_microbatches_do_not_count_but_their_micro_steps_do():
+  grads = gradients(12)
+  grads["a"] = grads["a"].at[1::2].set(jnp.inf)
+  tx = oc.cadence(optax.sgd(0.1), oc.until_certain(1e9, 2, 6), nonfinite="skip")
+  params, state = run(tx, grads)
+  group = state.groups[0]
+  assert fired(group.updates) == [6, 12]
+  np.testing.assert_array_equal(group.window[4], [3, 5])
+  np.testing.assert_allclose(
+    group.confidence.squares[4, 0], (grads["a"][0:5:2] ** 2).sum(), rtol=1e-5
+  )
+  assert np.isfinite(params["a"]).all()
+
+
+# ---------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda: oc.until_certain(0.0, 2, 8), "snr must be a number above 0, found 0.0"),
+    (lambda: oc.until_certain("x", 2, 8), "snr must be a number above 0, found 'x'"),
+    (lambda: oc.until_certain(1.0, 9, 8), "min_period must be at most max_period, found 9 above 8"),
+    (lambda: oc.until_certain(1.0, 0, 8), "min_period must be an integer of at least 1, found 0"),
+    (lambda: oc.until_certain(1.0, 2, 8.5), "max_period must be an integer .* found 8.5"),
+    (lambda: oc.as_settled(1, 8), "min_period of as_settled must be at least 2, .* found 1"),
+    (lambda: oc.as_settled(2, 8, decay=1.0), "decay must be at least 0 and below 1, found 1.0"),
+    (lambda: oc.each_layer(8), "each_layer expects a policy, found 8"),
+    (lambda: oc.scale_by_cadence("cubic"), "rule must be 'sqrt' or 'linear', found 'cubic'"),
+    (lambda: oc.scale_by_cadence(base=0), "base must be a number above 0, found 0"),
+    (lambda: oc.late(-1, 4), "begin must be an integer of at least 0, found -1"),
+    (lambda: oc.ramp(5, 5, 4), "end must be an integer of at least 6, found 5"),
+    (lambda: oc.late(4, lambda p: Fixed(2))(PARAMS), "expect integer periods, found Fixed"),
+    (lambda: oc.noise_scale(decay=-1), "decay must be at least 0 and below 1, found -1"),
+    (
+      lambda: oc.noise_scale({"a": 2, "b": 1}).init(PARAMS),
+      "cadence of 'b': noise_scale expects windows of at least 2 gradients, found 1",
+    ),
+    (
+      lambda: oc.noise_scale({"a": Fixed(2), "b": 2}).init(PARAMS),
+      "cadence of 'a': noise_scale expects windows of known length, found Fixed",
+    ),
+    (lambda: oc.metrics(optax.EmptyState()), "expected a cadence in the state, found EmptyState"),
+    (lambda: oc.plot_confidence([]), "expected metrics of at least one micro-step, found none"),
+  ],
+)
+def test_bad_input_says_what_was_found_and_what_was_expected(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()
+
+
+def test_a_policy_needs_the_sum_of_its_window():
+  with pytest.raises(ValueError, match=r'until_certain\(1.0, 2-8\): .* found "latest"'):
+    oc.cadence(optax.sgd(1.0), {"a": 2, "b": oc.until_certain(1.0, 2, 8)}, accumulate="latest")
+
+
+def test_a_policy_has_no_phase_and_no_score():
+  tx = oc.cadence(optax.sgd(1.0), oc.until_certain(1.0, 2, 8))
+  assert tx.cycle is None
+  with pytest.raises(ValueError, match="a policy's"):
+    tx.update(PARAMS, tx.init(PARAMS), phase=0)
+  with pytest.raises(ValueError, match="decides while training"):
+    oc.plot_score(tx, PARAMS, 4)
+
+
+def test_a_state_without_the_statistics_is_refused():
+  fixed, tx = oc.cadence(optax.sgd(1.0), 4), oc.cadence(optax.sgd(1.0), Fixed(4))
+  with pytest.raises(ValueError, match="state: expected 1 groups"):
+    tx.update(PARAMS, fixed.init(PARAMS))
+
+
+# ---------------------------------------------------------------------------------- flush
+
+
+def test_flush_applies_what_is_there_and_opens_a_new_window():
+  tx, grads = oc.cadence(optax.sgd(1.0), oc.until_certain(1e9, 2, 8)), gradients(3)
+  params, state = jax.tree.map(lambda x: x[-1], run(tx, grads))
+  updates, state = tx.flush(state, params)
+  jax.tree.map(lambda u, g: np.testing.assert_allclose(u, -g.mean(0), rtol=1e-5), updates, grads)
+  assert state.groups[0].window == 0 and state.groups[0].updates == 1
+  _, state = tx.update(jax.tree.map(lambda g: g[0], grads), state, params)
+  np.testing.assert_allclose(state.groups[0].confidence.squares[1], (grads["b"][0] ** 2).sum())
+
+
+@dataclasses.dataclass
+class Program:
+  """What is copied and branched in a compiled micro-step."""
+
+  text: str
+
+  def copies(self, size):
+    return [x for x in self.text.splitlines() if " copy(" in x and f"f32[{size}" in x]
+
+
+def test_a_policy_copies_no_parameter_moment_or_accumulator():
+  params = {"w": jnp.ones((96, 96)), "v": jnp.ones((96, 96))}
+  tx = oc.cadence(oracle.relaxed(optax.adamw(0.1)), oc.until_certain(1.0, 2, 8))
+  step = jax.jit(tx.apply, donate_argnums=(0, 1))
+  compiled = step.lower(params, tx.init(params), params).compile()
+  assert Program(compiled.as_text()).copies(96) == []
+
+
+def test_one_trace_serves_every_micro_step():
+  tx, traces = oc.cadence(optax.sgd(1.0), oc.each_layer(oc.until_certain(1.0, 2, 8))), []
+
+  @jax.jit
+  def step(params, state, grads):
+    traces.append(1)
+    return tx.apply(params, state, grads)
+
+  carry = PARAMS, tx.init(PARAMS)
+  for _ in range(5):
+    carry = step(*carry, PARAMS)
+  assert len(traces) == 1
