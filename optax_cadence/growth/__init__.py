@@ -1,0 +1,49 @@
+"""Growing a network while it trains: new capacity behind one gate."""
+
+from optax_cadence.growth._coupling import Axis
+from optax_cadence.growth._coupling import couple
+from optax_cadence.growth._coupling import Dimension
+from optax_cadence.growth._coupling import dimension
+from optax_cadence.growth._coupling import Member
+from optax_cadence.growth._fresh import copies
+from optax_cadence.growth._fresh import given
+from optax_cadence.growth._fresh import gradmax
+from optax_cadence.growth._fresh import outer_product
+from optax_cadence.growth._gate import gated
+from optax_cadence.growth._gate import merge
+from optax_cadence.growth._kernels import deepening
+from optax_cadence.growth._kernels import enlarging
+from optax_cadence.growth._kernels import identity_kernel
+from optax_cadence.growth._phase_in import periods
+from optax_cadence.growth._phase_in import phase_in
+from optax_cadence.growth._phase_in import PhaseInState
+from optax_cadence.growth._plan import LeafChange
+from optax_cadence.growth._plan import Plan
+from optax_cadence.growth._plan import shrinking
+from optax_cadence.growth._plan import widening
+from optax_cadence.growth._state import grow_state
+
+__all__ = [
+  "Axis",
+  "Dimension",
+  "LeafChange",
+  "Member",
+  "PhaseInState",
+  "Plan",
+  "copies",
+  "couple",
+  "deepening",
+  "dimension",
+  "enlarging",
+  "gated",
+  "given",
+  "gradmax",
+  "grow_state",
+  "identity_kernel",
+  "merge",
+  "outer_product",
+  "periods",
+  "phase_in",
+  "shrinking",
+  "widening",
+]
