@@ -1,4 +1,11 @@
-"""Growing a network while it trains: new capacity behind one gate."""
+"""Growing a network while it trains: new capacity behind one gate.
+
+The core works on any tree of arrays. `growth.nnx` and `growth.linen` are its edges to Flax,
+imported when they are first used; `CKConv` and `to_continuous` are NNX's.
+"""
+
+import importlib
+from typing import Any
 
 from optax_cadence.growth._coupling import Axis
 from optax_cadence.growth._coupling import couple
@@ -22,6 +29,17 @@ from optax_cadence.growth._plan import Plan
 from optax_cadence.growth._plan import shrinking
 from optax_cadence.growth._plan import widening
 from optax_cadence.growth._state import grow_state
+
+_FLAX = {"CKConv": "ckconv", "to_continuous": "ckconv"}
+
+
+def __getattr__(name: str) -> Any:
+  if name in ("ckconv", "linen", "nnx"):
+    return importlib.import_module(f"{__name__}.{name}")
+  if name in _FLAX:
+    return getattr(importlib.import_module(f"{__name__}.{_FLAX[name]}"), name)
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
   "Axis",

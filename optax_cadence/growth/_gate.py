@@ -125,7 +125,8 @@ def _split(leaf: Any, change: LeafChange) -> Split:
   """A leaf in parts: old and new entries along every axis that has grown."""
   taps = change.taps
   axes = tuple(sorted(a for a in change.positions if a not in taps))
-  blocks = {(): jnp.asarray(leaf)}
+  leaf = jnp.asarray(leaf)
+  blocks: dict[tuple[int, ...], Any] = {(): leaf}
   for axis in axes:
     at = change.positions[axis]
     new = np.setdiff1d(np.arange(change.after[axis]), at)
