@@ -276,6 +276,13 @@ def merge(model: nnx.Module, *, optimizer: nnx.Optimizer | None = None) -> None:
   _follow(model, plan, before, optimizer)
 
 
+def set_alpha(model: nnx.Module, alpha: float) -> None:
+  """Sets the gate of a grown model by hand."""
+  plan_of(model)
+  gate = getattr(model, _ALPHA)
+  _set(gate, jnp.asarray(alpha, _get(gate).dtype))
+
+
 def plan_of(model: nnx.Module) -> Plan:
   """The plan by which a model with a gate has grown."""
   if not hasattr(type(model), "_growth"):
