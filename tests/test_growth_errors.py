@@ -43,9 +43,7 @@ def test_a_norm_that_was_not_described_changes_nothing():
 
 def test_kernels_do_not_shrink():
   kernel = {"kernel": jnp.ones((3, 3, 1, 2))}
-  with pytest.raises(
-    ValueError, match=r"'kernel' of shape \(3, 3, 1, 2\).*\(3, 3\), found \(1, 3\)"
-  ):
+  with pytest.raises(ValueError, match=r"'kernel' of shape .*\(3, 3\), found \(1, 3\)"):
     growth.enlarging(kernel, {"kernel": (1, 3)})
 
 
@@ -100,9 +98,7 @@ def test_channels_cut_into_groups():
 def test_a_plan_fits_its_tree_alone():
   plan = growth.widening(PARAMS, growth.dimension(PARAMS, {"one": -1, "bias": 0, "two": 0}), 2)
   other = {**PARAMS, "bias": jnp.ones(5)}
-  with pytest.raises(
-    ValueError, match=r"'bias': the plan expected shape \(4,\), found shape \(5,\)"
-  ):
+  with pytest.raises(ValueError, match=r"'bias': the plan expected shape \(4,\), found .*5"):
     plan.apply(other, PARAMS)
   with pytest.raises(ValueError, match=r"fresh values of 'one': expected shape \(3, 6\)"):
     plan.apply(PARAMS, PARAMS)

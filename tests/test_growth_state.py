@@ -137,7 +137,7 @@ def test_a_cut_leaf_is_refused():
     },
   )
   state = tx.init(PARAMS)
-  with pytest.raises(ValueError, match=r"cuts a leaf into regions"):
+  with pytest.raises(ValueError, match=r"cuts the leaf into regions"):
     growth.grow_state(
       tx, state, PARAMS, PLAN.apply(PARAMS, fresh), PLAN, new_tx=oc.cadence(optax.adam(1e-2), 1)
     )

@@ -306,7 +306,8 @@ def _equal(a: Any, b: Any) -> bool:
   if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
     return False
   if jax.dtypes.issubdtype(jnp.result_type(a), jax.dtypes.prng_key):
-    a, b = jax.random.key_data(a), jax.random.key_data(b)
+    with jax.ensure_compile_time_eval():
+      a, b = jax.random.key_data(a), jax.random.key_data(b)
   return bool(
     np.array_equal(np.asarray(a), np.asarray(b), equal_nan=np.asarray(a).dtype.kind == "f")
   )

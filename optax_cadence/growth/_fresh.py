@@ -238,7 +238,8 @@ class _Probe:
       if h.shape[:-1] != output.shape[:-1]:
         raise ValueError(
           f"the input of {_paths.join(self.producer)!r} has shape {h.shape}, the output of"
-          f" {_paths.join(self.consumer)!r} {output.shape}: expected one shape but for the last axis"
+          f" {_paths.join(self.consumer)!r} {output.shape}: expected one shape but for their last"
+          " axes"
         )
       if self.probe is None:
         self.sizes.append((h.shape[-1], output.shape[-1]))

@@ -229,7 +229,8 @@ def _follow(
   if at is None:
     raise ValueError(
       f"{where} has shape {np.shape(old)} before and {np.shape(fresh)} after, which the plan does"
-      " not explain (an optimizer that stores large leaves in another way than small ones?)"
+      " not explain: a cadence that cuts the leaf into regions, which would be others at the new"
+      " size, or an optimizer that stores large leaves in another way than small ones"
     )
   return jnp.asarray(fresh).at[at].set(old) if plan.grows else jnp.asarray(old)[at]
 

@@ -38,6 +38,12 @@ def find(known: Any, name: str) -> _paths.Path:
   return path
 
 
+def largest(known: Mapping[_paths.Path, tuple[int, ...]]) -> list[_paths.Path]:
+  """The paths whose leaves have the most axes: of a layer's leaves, its kernel."""
+  most = max(map(len, known.values()), default=0)
+  return [path for path, shape in known.items() if len(shape) == most]
+
+
 def insert(tree: Any, path: _paths.Path, value: Any) -> Any:
   """The nested mapping with `value` at a path where nothing is.
 

@@ -5,6 +5,7 @@ a plain tree of parameters; `CKConv` is the NNX layer. Coordinates run from -1 t
 axis of a kernel, whatever its size.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +24,7 @@ def init_kernel(
   *,
   hidden: int = 32,
   layers: int = 2,
-  omega: float = 10.0,
+  omega: float = 1.5,
 ) -> dict[str, Any]:
   """Parameters of a kernel network, initialized as a SIREN (arXiv:2006.09661).
 
@@ -50,7 +51,7 @@ def init_kernel(
     )
   sizes = [dims, *[hidden] * layers, in_features * out_features]
   params = {}
-  for i, (n, m) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+  for i, (n, m) in enumerate(itertools.pairwise(sizes)):
     key, one, two = jax.random.split(key, 3)
     bound = omega / n if i == 0 else math.sqrt(6 / n)
     if i == layers:  # so that a kernel's variance is that of a usual initializer
@@ -104,6 +105,11 @@ def sample_kernel(
   return scale * x.reshape(*size, in_features, out_features)
 
 
+def smooth(size: Sequence[int]) -> float:
+  """A frequency at which a kernel does not swing between its taps."""
+  return 0.3 * max(size)
+
+
 def fit_kernel(
   kernel: Any, key: jax.Array, *, steps: int = 3000, learning_rate: float = 3e-3, **settings: Any
 ) -> tuple[dict[str, Any], float]:
@@ -124,6 +130,8 @@ def fit_kernel(
   """
   kernel = jnp.asarray(kernel)
   *size, n, m = kernel.shape
+  if settings.get("omega") is None:
+    settings["omega"] = smooth(size)
   params = init_kernel(key, len(size), n, m, **settings)
   tx = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
   spread = jnp.std(kernel) + jnp.finfo(kernel.dtype).tiny
@@ -157,7 +165,8 @@ class CKConv(nnx.Module):
     use_bias: Whether a bias is added.
     hidden: Width of the kernel network.
     layers: Its number of sine layers.
-    omega: Frequency of the first of them.
+    omega: Frequency of the first of them, in radians per unit; by default 0.3 times the largest
+      number of taps, which keeps a kernel smooth between them.
     rngs: Random numbers.
 
   References:
@@ -181,7 +190,7 @@ class CKConv(nnx.Module):
     use_bias: bool = True,
     hidden: int = 32,
     layers: int = 2,
-    omega: float = 10.0,
+    omega: float | None = None,
     rngs: nnx.Rngs,
   ):
     if padding not in ("SAME", "VALID", "CAUSAL") or (padding == "CAUSAL" and len(kernel_size) > 1):
@@ -191,6 +200,7 @@ class CKConv(nnx.Module):
     self.in_features, self.out_features = in_features, out_features
     self.kernel_size = self.fitted_size = tuple(kernel_size)
     self.padding = padding
+    omega = smooth(self.kernel_size) if omega is None else omega
     params = init_kernel(
       rngs.params(),
       len(self.kernel_size),
@@ -245,7 +255,7 @@ def to_continuous(
   learning_rate: float = 3e-3,
   hidden: int = 32,
   layers: int = 2,
-  omega: float = 10.0,
+  omega: float | None = None,
 ) -> tuple[CKConv, float]:
   """A `CKConv` whose kernel is that of a trained convolution.
 
@@ -258,7 +268,8 @@ def to_continuous(
     learning_rate: Of the fit, at its start.
     hidden: Width of the kernel network.
     layers: Its number of sine layers.
-    omega: Frequency of the first of them.
+    omega: Frequency of the first of them, in radians per unit; by default 0.3 times the largest
+      number of taps, which keeps a kernel smooth between them.
 
   Returns:
     The layer, and the error that is left: norm of the difference over that of the kernel.

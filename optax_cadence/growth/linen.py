@@ -64,7 +64,7 @@ def _kernel(variables: Any, name: str) -> str:
   """The one leaf with two axes or more at, or under, a path."""
   prefix = tuple(name.split("/"))
   under = {p: s for p, s in _trees.shapes(variables).items() if p[: len(prefix)] == prefix}
-  found = [p for p, shape in under.items() if p == prefix or len(shape) > 1]
+  found = _trees.largest(under)
   if len(found) != 1:
     raise ValueError(
       f"producer {name!r}: expected one kernel there, found {_paths.listed(found or under)}"

@@ -393,7 +393,7 @@ def _kernel(model: nnx.Module, module: nnx.Module) -> _paths.Path:
   """The path of the one leaf of a module that has two axes or more."""
   prefix = _path(model, module)
   under = nnx.to_pure_dict(nnx.state(module, nnx.Param))
-  found = [path for path, shape in _trees.shapes(under).items() if len(shape) > 1]
+  found = _trees.largest(_trees.shapes(under))
   if len(found) != 1:
     raise ValueError(
       f"{_paths.join(prefix)!r} ({type(module).__name__}): expected one kernel in it, found"
