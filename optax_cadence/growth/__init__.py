@@ -11,6 +11,7 @@ from optax_cadence.growth._coupling import Axis
 from optax_cadence.growth._coupling import couple
 from optax_cadence.growth._coupling import Dimension
 from optax_cadence.growth._coupling import dimension
+from optax_cadence.growth._coupling import flops
 from optax_cadence.growth._coupling import Member
 from optax_cadence.growth._fresh import copies
 from optax_cadence.growth._fresh import given
@@ -53,6 +54,7 @@ __all__ = [
   "deepening",
   "dimension",
   "enlarging",
+  "flops",
   "gated",
   "given",
   "gradmax",

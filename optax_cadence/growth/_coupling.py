@@ -184,7 +184,7 @@ def couple(
   >>> import jax.numpy as jnp
   >>> from optax_cadence import growth
   >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones(4), "c": jnp.ones((4, 2))}
-  >>> fn = lambda p, x: jnp.tanh(x @ p["a"] + p["b"]) @ p["c"]
+  >>> fn = lambda p, x: jnp.tanh(x @ p["a"] + p["b"][None]) @ p["c"]
   >>> print(growth.couple(fn, params, jnp.ones((5, 3)), producer="a"))
   4 units
     a axis 1: incoming
@@ -192,10 +192,11 @@ def couple(
     c axis 0: outgoing
   """
   shapes = _trees.shapes(variables)
-  given = producer if isinstance(producer, Dimension) else None
-  if given is None:
-    names = [producer] if isinstance(producer, str) else list(producer)
-    given = dimension(variables, {n: Axis(axis, blocks, unit) for n in names})
+  if isinstance(producer, Dimension):
+    given = producer
+  else:
+    seeds = [producer] if isinstance(producer, str) else list(producer)
+    given = dimension(variables, {name: Axis(axis, blocks, unit) for name in seeds})
   graph = read(fn, variables, *args, **kwargs)
   for member in given.members:
     graph.leaves[member.path].put(member.axis, member.labels, "the description")
@@ -325,8 +326,7 @@ class Graph:
   def used(self) -> bool:
     """Whether a product sums over the units."""
     return any(
-      tie.summed
-      and any(operands[i] is not None and a in operands[i].labels for i, a in tie.operands)
+      tie.summed and any(_has(operands[i], a) for i, a in tie.operands)
       for eqn, operands, _, _ in self.operations
       if eqn.primitive.name in _PRODUCTS
       for tie in _ties.ties(eqn) or []
@@ -384,6 +384,10 @@ class Graph:
     return tuple(found)
 
 
+def _has(node: Node | None, axis: int) -> bool:
+  return node is not None and axis in node.labels
+
+
 def _axes_like(leaf: Node, labels: Labels) -> list[int]:
   same = [a for a, own in leaf.labels.items() if len(own) == len(labels)]
   return same or list(leaf.labels)
@@ -408,6 +412,17 @@ def _flops(eqn: Any) -> int:
     kernel = _ties.shape(eqn.invars[1])
     return 2 * size * int(np.prod(kernel, dtype=np.int64)) // kernel[out]
   return 0
+
+
+def flops(fn: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) -> int:
+  """Multiplications and additions in the products of one call of `fn(variables, *args)`.
+
+  >>> import jax.numpy as jnp
+  >>> from optax_cadence import growth
+  >>> growth.flops(lambda w, x: x @ w, jnp.ones((3, 4)), jnp.ones((5, 3)))
+  120
+  """
+  return read(fn, variables, *args, **kwargs).flops(lambda _: 1.0)[0]
 
 
 def read(fn: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) -> Graph:
@@ -542,8 +557,8 @@ def _spread(operation: Operation) -> bool:
   changed = False
   for tie in found:
     ends = [(operands[i], a) for i, a in tie.operands] + [(results[i], a) for i, a in tie.results]
-    ends = [(node, a) for node, a in ends if node is not None]
-    changed |= _tie(ends, ends, where)
+    known = [(node, a) for node, a in ends if node is not None]
+    changed |= _tie(known, known, where)
   rule = {"reshape": _spread_reshape, "concatenate": _spread_concatenate, "split": _spread_split}
   if eqn.primitive.name in rule:
     changed |= rule[eqn.primitive.name](operation, where)

@@ -107,7 +107,7 @@ class Evaluator:
       return self._custom(old, new, inner, operands)
     if name.startswith(("remat", "checkpoint")):
       return self._packed(jax.checkpoint, inner, operands, policy=old.params.get("policy"))
-    return self.run(*inner, operands)
+    return self.run(inner[0], inner[1], operands)
 
   def _basic(self, old: Any, new: Any, operands: list[Split]) -> list[Split]:
     if any(TAPS in x.axes for x in operands) and old.primitive.name != "conv_general_dilated":
@@ -161,7 +161,9 @@ class Evaluator:
     if any(TAPS in x.axes for x in operands):
       raise ValueError(f"a kernel whose taps grow goes through {old.primitive.name}")
     inside = Evaluator(self.alpha)
-    jax.eval_shape(lambda xs: _packs(inside.run(*inner, _unpacked(operands, xs))), _packs(operands))
+    jax.eval_shape(
+      lambda xs: _packs(inside.run(inner[0], inner[1], _unpacked(operands, xs))), _packs(operands)
+    )
     if inside.mixes:
       raise ValueError(
         f"{old.primitive.name} {old.params.get('name', '')} combines old and new entries, and its"
@@ -203,7 +205,7 @@ class Evaluator:
     layout: list[list[Split]] = []
 
     def body(xs: Any) -> Any:
-      results = self.run(*inner, _unpacked(operands, xs))
+      results = self.run(inner[0], inner[1], _unpacked(operands, xs))
       layout.append([Split(r.axes, dict.fromkeys(sorted(r.blocks))) for r in results])
       return _packs(results)
 

@@ -140,15 +140,16 @@ def _split(leaf: Any, change: LeafChange) -> Split:
   offset = tuple(int(change.positions[a][0]) if a in taps else 0 for a in change.spatial)
   parted = {}
   for bits, x in blocks.items():
-    at = tuple(
-      slice(int(change.positions[a][0]), int(change.positions[a][-1]) + 1)
-      if a in taps
-      else slice(None)
-      for a in range(x.ndim)
+    middle = tuple(
+      _middle(change.positions[a]) if a in taps else slice(None) for a in range(x.ndim)
     )
-    parted[(0, *bits)] = x[at]
-    parted[(1, *bits)] = x.at[at].set(0)
+    parted[(0, *bits)] = x[middle]
+    parted[(1, *bits)] = x.at[middle].set(0)
   return Split((TAPS, *axes), parted, offset)
+
+
+def _middle(at: np.ndarray) -> slice:
+  return slice(int(at[0]), int(at[-1]) + 1)
 
 
 def _take(x: Any, at: np.ndarray, axis: int) -> Any:

@@ -163,7 +163,7 @@ class Plan:
     if added:
       raise ValueError(f"{_paths.listed(added)} were added whole: remove them from the tree")
     changes = (
-      dataclasses.replace(c, before=c.after, after=c.before, labels={}) for c in self.changes
+      dataclasses.replace(c, before=c.after, after=c.before or (), labels={}) for c in self.changes
     )
     flops = self.flops and self.flops[::-1]
     return Plan(tuple(changes), False, self.alpha, flops)

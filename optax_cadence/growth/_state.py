@@ -111,7 +111,9 @@ def _taken_apart(tx: Any, state: Any, params: Any) -> _State:
   )
 
   def tag(value: Any, name: Any) -> Any:
-    return value if isinstance(value, optax.MaskedNode) else _Tag(*name.name, value)
+    return (
+      value if isinstance(value, optax.MaskedNode) else _Tag(name.name.path, name.name.keys, value)
+    )
 
   try:
     tagged = optax.tree_utils.tree_map_params(

@@ -222,9 +222,12 @@ def reshape_groups(
   >>> _ties.reshape_groups((2, 3, 4, 5), (2, 12, 5))
   [([0], [0]), ([1, 2], [1]), ([3], [2])]
   """
-  groups, i, j = [], 0, 0
+  groups: list[tuple[list[int], list[int]]] = []
+  i = j = 0
   while i < len(source) or j < len(target):
-    ins, outs, n, m = [], [], 1, 1
+    ins: list[int] = []
+    outs: list[int] = []
+    n = m = 1
     while not (ins and outs and n == m):
       if i < len(source) and (not ins or n < m or j == len(target)):
         n *= source[i]

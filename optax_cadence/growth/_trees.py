@@ -23,7 +23,7 @@ def with_leaves(tree: Any, new: Mapping[_paths.Path, Any]) -> Any:
   """The tree with the leaves of some paths replaced."""
   flat, structure = jax.tree.flatten(tree)
   paths = [path for path, _ in _paths.flatten_with_paths(tree)]
-  return structure.unflatten([new.get(p, x) for p, x in zip(paths, flat, strict=True)])
+  return jax.tree.unflatten(structure, [new.get(p, x) for p, x in zip(paths, flat, strict=True)])
 
 
 def find(known: Any, name: str) -> _paths.Path:
@@ -59,7 +59,7 @@ def insert(tree: Any, path: _paths.Path, value: Any) -> Any:
   if not rest and key in tree:
     raise ValueError(f"{_paths.join(path)!r}: expected nothing at this path, found something")
   new = insert(tree.get(key, {}), tuple(rest), value) if rest else value
-  return type(tree)({**tree, key: new})
+  return _like(tree, {**tree, key: new})
 
 
 def remove(tree: Any, path: _paths.Path) -> Any:
@@ -68,8 +68,13 @@ def remove(tree: Any, path: _paths.Path) -> Any:
   if not isinstance(tree, Mapping) or key not in tree:
     raise ValueError(f"expected {_paths.join(path)!r}, found no such key in {type(tree).__name__}")
   if rest:
-    return type(tree)({**tree, key: remove(tree[key], tuple(rest))})
-  return type(tree)({k: v for k, v in tree.items() if k != key})
+    return _like(tree, {**tree, key: remove(tree[key], tuple(rest))})
+  return _like(tree, {k: v for k, v in tree.items() if k != key})
+
+
+def _like(tree: Any, items: dict[str, Any]) -> Any:
+  kind: Any = type(tree)
+  return kind(items)
 
 
 def partition_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
@@ -79,8 +84,8 @@ def partition_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
 
   def rebuild(arrays: list[Any]) -> Any:
     remaining = iter(arrays)
-    return structure.unflatten(
-      [next(remaining) if a else x for a, x in zip(is_array, flat, strict=True)]
+    return jax.tree.unflatten(
+      structure, [next(remaining) if a else x for a, x in zip(is_array, flat, strict=True)]
     )
 
   return [x for a, x in zip(is_array, flat, strict=True) if a], rebuild

@@ -292,6 +292,6 @@ def to_continuous(
   )
   for name, value in params.items():
     getattr(layer, name)[...] = value
-  if bias is not None:
+  if layer.bias is not None:
     layer.bias[...] = jnp.asarray(bias)
   return layer, error

@@ -51,7 +51,7 @@ def couple(
   _check_plain(model)
   name = _paths.join(_kernel(model, producer))
   return _coupling.couple(
-    _forward(model), variables(model), *inputs, producer=name, axis=axis, **kwargs
+    forward(model), variables(model), *inputs, producer=name, axis=axis, **kwargs
   )
 
 
@@ -107,7 +107,7 @@ def widen(
   else:
     raise ValueError("widen needs inputs, to find what reads the units, or consumers=[...]")
   if inputs and (consumers is not None or isinstance(producer, _coupling.Dimension)):
-    dimension = _coupling.couple(_forward(model), tree, *inputs, producer=dimension)
+    dimension = _coupling.couple(forward(model), tree, *inputs, producer=dimension)
   plan = _plan.widening(tree, dimension, by)
   grow(
     model,
@@ -156,7 +156,7 @@ def enlarge(
     tree,
     {name: kernel_size},
     causal=getattr(conv, "padding", None) == "CAUSAL",
-    fn=_forward(model) if inputs else None,
+    fn=forward(model) if inputs else None,
     args=inputs,
   )
   grow(
@@ -270,7 +270,7 @@ def merge(model: nnx.Module, *, optimizer: nnx.Optimizer | None = None) -> None:
   plan = plan_of(model)
   merged = _gate.merge(variables(model), plan)
   before = _trained(model, optimizer)
-  object.__setattr__(model, "__class__", type(model)._growth.base)
+  object.__setattr__(model, "__class__", _growth_of(model).base)
   delattr(model, _ALPHA)
   _replace(model, merged)
   _follow(model, plan, before, optimizer)
@@ -287,7 +287,11 @@ def plan_of(model: nnx.Module) -> Plan:
   """The plan by which a model with a gate has grown."""
   if not hasattr(type(model), "_growth"):
     raise ValueError(f"{type(model).__name__} has no gate: it has not grown, or is merged already")
-  return type(model)._growth.plan
+  return _growth_of(model).plan
+
+
+def _growth_of(model: Any) -> Any:
+  return type(model)._growth
 
 
 class _Growth:
@@ -306,7 +310,8 @@ def _close(
   dtype = next((d for d in dtypes if jnp.issubdtype(d, jnp.floating)), jnp.float32)
   setattr(model, _ALPHA, nnx.Param(jnp.asarray(alpha, dtype)))
   body = {"__call__": _gated_call, "__module__": base.__module__, "__qualname__": base.__qualname__}
-  cls = type(base)(base.__name__, (base,), body)
+  metaclass: Any = type(base)
+  cls = metaclass(base.__name__, (base,), body)
   cls._growth = _Growth(base, plan, keep_groups)
   object.__setattr__(model, "__class__", cls)
   _follow(model, plan, before, optimizer)
@@ -330,34 +335,34 @@ def _gated_call(self: Any, *args: Any, **kwargs: Any) -> Any:
       fit(model, growth.keep_groups)
     return model(*args, **kwargs), nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
 
-  forward = _gate.gated(
+  gated = _gate.gated(
     lambda tree, *a, **k: run(tree, False, *a, **k),
     growth.plan,
     old=lambda tree, *a, **k: run(tree, True, *a, **k),
   )
-  output, changed = forward(tree, *args, **kwargs)
+  output, changed = gated(tree, *args, **kwargs)
   if jax.tree.leaves(changed):
     nnx.update(self, _filled(nnx.state(self, nnx.Not(nnx.Param)), changed))
   return output
 
 
-def _forward(model: nnx.Module) -> Callable[..., Any]:
-  """The forward pass as a function of the variables, with what it changes of them."""
+def forward(model: nnx.Module) -> Callable[..., Any]:
+  """The forward pass as a function of `variables(model)`; it returns what changes too."""
   graphdef, state = nnx.split(model)
 
-  def forward(tree: Any, *args: Any, **kwargs: Any) -> Any:
+  def run(tree: Any, *args: Any, **kwargs: Any) -> Any:
     live = nnx.merge(graphdef, _filled(state, tree))
     return live(*args, **kwargs), nnx.to_pure_dict(nnx.state(live, nnx.Not(nnx.Param)))
 
-  return forward
+  return run
 
 
 def _filled(state: Any, tree: Any) -> Any:
   """The state with the arrays of a nested dict."""
   values = _trees.leaves(tree)
-  flat, structure = jax.tree.flatten(state)
+  structure = jax.tree.structure(state)
   paths = [path for path, _ in _paths.flatten_with_paths(state)]
-  return structure.unflatten([values[path] for path, _ in zip(paths, flat, strict=True)])
+  return jax.tree.unflatten(structure, [values[path] for path in paths])
 
 
 def _replace(model: nnx.Module, tree: Any) -> None:
@@ -366,7 +371,7 @@ def _replace(model: nnx.Module, tree: Any) -> None:
 
 def _check_runs(model: nnx.Module, inputs: Sequence[Any]) -> None:
   try:
-    jax.eval_shape(_forward(model), variables(model), *inputs)
+    jax.eval_shape(forward(model), variables(model), *inputs)
   except (TypeError, ValueError) as error:
     raise ValueError(
       f"{type(model).__name__} does not run at its new size, so nothing was changed. A shared"
