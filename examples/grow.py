@@ -167,9 +167,8 @@ class Run:
 
 def train_grown(stage, seed, data, progress):
   """The network that grows: `stage` steps before each growth and after the last."""
-  run = Run(
-    SMALL, seed, optax.linear_schedule(0.0, 1.0, max(int(PHASE * stage), 1)), data, progress
-  )
+  gated = max(int(PHASE * stage), 1)
+  run = Run(SMALL, seed, optax.linear_schedule(0.0, 1.0, gated), data, progress)
   jumps, plans, x = [], [], data[0][0][:1]
   run.train(stage, flops_of(run.model, x))
   for i, (name, grow) in enumerate(GROWTHS.items()):
@@ -218,7 +217,7 @@ def draw(grown, jumps, fixed, path):
       color="0.35",
       transform=above.get_xaxis_transform(),
     )
-  above.set(yscale="log", ylabel="test loss")
+  above.set(xscale="log", yscale="log", ylabel="test loss")
   above.set_title("A network that grows while it trains, at equal FLOPs", fontweight="bold")
   above.legend(frameon=False, loc="lower left")
   below.set(xlabel="training cost (GFLOP)", ylabel="gate", ylim=(-0.05, 1.05))

@@ -68,6 +68,14 @@ class Transformer(nn.Module):
     return embed.attend(nn.LayerNorm(name="norm3")(x))
 
 
+def module_list(modules):
+  return nnx.List(modules) if hasattr(nnx, "List") else modules
+
+
+def put(variable, value):
+  variable.set_value(value) if hasattr(variable, "set_value") else setattr(variable, "value", value)
+
+
 class Mlp(nnx.Module):
   def __init__(self, rngs, hidden=8):
     self.one = nnx.Linear(16, hidden, rngs=rngs)
@@ -82,7 +90,7 @@ class NnxResNet(nnx.Module):
   def __init__(self, rngs):
     self.stem = nnx.Conv(1, 8, (3, 3), rngs=rngs)
     self.norm = nnx.BatchNorm(8, rngs=rngs)
-    self.blocks = nnx.List([Block(8, rngs)]) if hasattr(nnx, "List") else [Block(8, rngs)]
+    self.blocks = module_list([Block(8, rngs)])
     self.head = nnx.Linear(32, 3, rngs=rngs)
 
   def __call__(self, x):

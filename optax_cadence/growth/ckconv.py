@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from optax_cadence.growth import _variables
+
 
 def init_kernel(
   key: jax.Array,
@@ -221,7 +223,7 @@ class CKConv(nnx.Module):
   def kernel(self) -> jax.Array:
     """The kernel at the present size: [*kernel_size, in, out]."""
     names = [f"{kind}{i}" for i in range(self.depth) for kind in "wb"]
-    params = {name: getattr(self, name)[...] for name in names}
+    params = {name: _variables.get(getattr(self, name)) for name in names}
     return sample_kernel(
       params, self.kernel_size, self.in_features, self.out_features, fitted=self.fitted_size
     )
@@ -242,7 +244,11 @@ class CKConv(nnx.Module):
     y = jax.lax.conv_general_dilated(
       x, self.kernel, (1,) * len(size), padding, dimension_numbers=spec
     )
-    return y if self.bias is None else y + jnp.expand_dims(self.bias[...], tuple(range(y.ndim - 1)))
+    return (
+      y
+      if self.bias is None
+      else y + jnp.expand_dims(_variables.get(self.bias), tuple(range(y.ndim - 1)))
+    )
 
 
 def to_continuous(
@@ -291,7 +297,7 @@ def to_continuous(
     omega=omega,
   )
   for name, value in params.items():
-    getattr(layer, name)[...] = value
+    _variables.put(getattr(layer, name), value)
   if layer.bias is not None:
-    layer.bias[...] = jnp.asarray(bias)
+    _variables.put(layer.bias, jnp.asarray(bias))
   return layer, error

@@ -21,6 +21,7 @@ from optax_cadence.growth import _kernels
 from optax_cadence.growth import _plan
 from optax_cadence.growth import _state
 from optax_cadence.growth import _trees
+from optax_cadence.growth import _variables
 from optax_cadence.growth._coupling import Axis
 from optax_cadence.growth._plan import Plan
 
@@ -280,7 +281,7 @@ def set_alpha(model: nnx.Module, alpha: float) -> None:
   """Sets the gate of a grown model by hand."""
   plan_of(model)
   gate = getattr(model, _ALPHA)
-  _set(gate, jnp.asarray(alpha, _get(gate).dtype))
+  _variables.put(gate, jnp.asarray(alpha, _variables.get(gate).dtype))
 
 
 def plan_of(model: nnx.Module) -> Plan:
@@ -502,18 +503,7 @@ def _fit_attention(m: Any, _: bool) -> None:
 
 
 def _shape(variable: Any) -> tuple[int, ...]:
-  return tuple(np.shape(_get(variable)))
-
-
-def _get(variable: Any) -> Any:
-  return variable.get_value() if hasattr(variable, "get_value") else variable.value
-
-
-def _set(variable: Any, value: Any) -> None:
-  if hasattr(variable, "set_value"):
-    variable.set_value(value)
-  else:
-    variable.value = value
+  return tuple(np.shape(_variables.get(variable)))
 
 
 _FIT: dict[Any, Callable[[Any, bool], None]] = {
@@ -575,17 +565,17 @@ def _follow(model: Any, plan: Plan, before: Any, optimizer: Any) -> None:
   if optimizer is None:
     return
   tx, after = optimizer.tx, _trained(model, optimizer)
-  arrays = [_get(x) for x in _opt_variables(optimizer)]
+  arrays = [_variables.get(x) for x in _opt_variables(optimizer)]
   made = jax.tree.structure(jax.eval_shape(tx.init, before))
   state = jax.tree.unflatten(made, arrays)
   grown = _state.grow_state(tx, state, before, after, plan)
   fresh = type(optimizer)(model, tx, wrt=optimizer.wrt)
   for variable, value in zip(_opt_variables(fresh), jax.tree.leaves(grown), strict=True):
-    _set(variable, value)
+    _variables.put(variable, value)
   optimizer.opt_state = fresh.opt_state
 
 
 def _opt_variables(optimizer: Any) -> list[Any]:
   flat = jax.tree.leaves(optimizer.opt_state, is_leaf=lambda x: isinstance(x, nnx.Variable))
   # What an optimizer has masked is no array, but it is wrapped all the same.
-  return [x for x in flat if isinstance(x, nnx.Variable) and hasattr(_get(x), "dtype")]
+  return [x for x in flat if isinstance(x, nnx.Variable) and hasattr(_variables.get(x), "dtype")]
