@@ -1,5 +1,7 @@
 """The gate: nothing changes at 0, at 1 the plain module is there, in between only α speaks."""
 
+import functools
+
 import growth_nets as nets
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,15 @@ from optax_cadence import growth
 KINDS = list(nets.WIDENINGS)
 
 
+@functools.cache
+def init(module, seed):
+  return jax.jit(module.init)(jax.random.key(seed), module.inputs)
+
+
+@functools.cache
 def grown(kind, train=False):
   old, new, producer, settings = nets.WIDENINGS[kind]
-  variables = old.init(jax.random.key(0), old.inputs)
+  variables = init(old, 0)
   before, after = nets.apply(old, train), nets.apply(new, train)
   settings = dict(settings)
   by = settings.pop("by")
@@ -21,7 +29,7 @@ def grown(kind, train=False):
     producer += "/embedding" if producer.endswith("embed") else "/kernel"
   units = growth.couple(before, variables, old.inputs, producer=producer, **settings)
   plan = growth.widening(variables, units, by, alpha="params/alpha")
-  bigger = plan.apply(variables, new.init(jax.random.key(1), old.inputs))
+  bigger = plan.apply(variables, init(new, 1))
   return variables, bigger, plan, before, after, growth.gated(after, plan, old=before), old.inputs
 
 
@@ -131,10 +139,10 @@ def test_a_gate_on_statistics_merges_at_one_alone():
 @pytest.mark.parametrize("train", [False, True])
 def test_larger_filters(train):
   old, new = nets.ResNet(), nets.ResNet(kernel=5)
-  variables = old.init(jax.random.key(0), old.inputs)
+  variables = init(old, 0)
   before, after = nets.apply(old, train), nets.apply(new, train)
   plan = growth.enlarging(variables, {"params/stem/kernel": (5, 5)}, alpha="params/alpha")
-  bigger = plan.apply(variables, new.init(jax.random.key(1), old.inputs))
+  bigger = plan.apply(variables, init(new, 1))
   forward = growth.gated(after, plan, old=before)
   close(jax.jit(forward)(bigger, old.inputs), jax.jit(before)(variables, old.inputs))
   for alpha in (0.5, 1.0):
@@ -147,9 +155,9 @@ def test_larger_filters(train):
 @pytest.mark.parametrize("train", [False, True])
 def test_a_new_residual_block(train):
   old, new = nets.ResNet(), nets.ResNet(blocks=2)
-  variables = old.init(jax.random.key(0), old.inputs)
+  variables = init(old, 0)
   before, after = nets.apply(old, train), nets.apply(new, train)
-  fresh = new.init(jax.random.key(1), old.inputs)
+  fresh = init(new, 1)
   plan = growth.deepening(variables, fresh, outgoing=["params/block1_out"], alpha="params/alpha")
   bigger = plan.apply(variables, fresh)
   forward = growth.gated(after, plan)
@@ -167,13 +175,13 @@ def test_a_new_residual_block(train):
 
 def test_width_and_filters_behind_one_gate():
   old, new = nets.ResNet(), nets.ResNet(kernel=5, channels=12)
-  variables = old.init(jax.random.key(0), old.inputs)
+  variables = init(old, 0)
   before, after = nets.apply(old, False), nets.apply(new, False)
   units = growth.couple(before, variables, old.inputs, producer="params/stem/kernel")
   plan = growth.widening(variables, units, 4, alpha="params/alpha") + growth.enlarging(
     variables, {"params/stem/kernel": (5, 5)}, alpha="params/alpha"
   )
-  bigger = plan.apply(variables, new.init(jax.random.key(1), old.inputs))
+  bigger = plan.apply(variables, init(new, 1))
   forward = growth.gated(after, plan, old=before)
   close(jax.jit(forward)(bigger, old.inputs), before(variables, old.inputs))
   one = with_alpha(bigger, 1.0)
@@ -218,7 +226,7 @@ def test_shrinking_gives_back_the_old_tree(kind):
 
 def test_a_pruned_channel_can_be_removed():
   old = nets.ResNet()
-  variables = old.init(jax.random.key(0), old.inputs)
+  variables = init(old, 0)
   before = nets.apply(old, False)
   units = growth.couple(before, variables, old.inputs, producer="params/block0_in/kernel")
   gone = [1, 5, 6]

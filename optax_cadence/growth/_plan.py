@@ -142,7 +142,7 @@ class Plan:
     old = _trees.leaves(variables)
     if not self.grows:
       return _trees.with_leaves(
-        variables, {c.path: jnp.asarray(old[c.path])[c.index] for c in self.changes}
+        variables, {c.path: _trees.taken(old[c.path], c.index) for c in self.changes}
       )
     source = fresh if callable(fresh) else _reader(fresh, old)
     made = {c.path: _grown(c, old.get(c.path), source) for c in self.changes}
@@ -242,7 +242,7 @@ def _grown(change: LeafChange, old: Any, fresh: Callable[..., Any]) -> Any:
       f" {np.shape(new)}"
     )
   new = jnp.asarray(new)
-  return new if old is None else new.at[change.index].set(jnp.asarray(old, new.dtype))
+  return new if old is None else _trees.placed(new, change.index, jnp.asarray(old, new.dtype))
 
 
 def _alpha_dtype(old: Mapping[_paths.Path, Any]) -> Any:

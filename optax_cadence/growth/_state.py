@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -234,7 +233,7 @@ def _follow(
       " not explain: a cadence that cuts the leaf into regions, which would be others at the new"
       " size, or an optimizer that stores large leaves in another way than small ones"
     )
-  return jnp.asarray(fresh).at[at].set(old) if plan.grows else jnp.asarray(old)[at]
+  return _trees.placed(fresh, at, old) if plan.grows else _trees.taken(old, at)
 
 
 def _index(change: LeafChange, old: Any, new: Any, grows: bool) -> Any:

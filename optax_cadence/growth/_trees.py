@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from optax_cadence import _paths
@@ -89,6 +90,18 @@ def partition_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     )
 
   return [x for a, x in zip(is_array, flat, strict=True) if a], rebuild
+
+
+def placed(large: Any, index: Any, small: Any) -> Any:
+  """`large` with `small` at an index. On the host: nothing is compiled for a shape used once."""
+  result = np.array(large)
+  result[index] = np.asarray(small)
+  return jnp.asarray(result)
+
+
+def taken(large: Any, index: Any) -> Any:
+  """What lies at an index of `large`, by way of the host too."""
+  return jnp.asarray(np.asarray(large)[index])
 
 
 def check_concrete(what: str, tree: Any) -> None:
