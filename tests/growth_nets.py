@@ -1,7 +1,10 @@
 """Networks that grow in the tests, and an oracle for the gate, written out by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import nnx
 
@@ -152,3 +155,34 @@ def apply(module, train):
   """`apply(variables, x)` in training or evaluation mode; what changes is returned too."""
   extra = {"rngs": {"dropout": jax.random.key(3)}, "mutable": ["batch_stats"]} if train else {}
   return lambda variables, x: module.apply(variables, x, train=train, **extra)
+
+
+def make(kind, *args, seed=0):
+  """An NNX module with variables by NumPy, for the same reason as `init`."""
+  graphdef, state = nnx.split(nnx.eval_shape(lambda: kind(*args, nnx.Rngs(0))))
+  rng = np.random.default_rng(seed)
+
+  def value(path, leaf):
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return jax.random.key(seed)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      return jnp.zeros(leaf.shape, leaf.dtype)
+    x = 0.3 * rng.normal(size=leaf.shape).astype(np.float32)
+    positive = any(getattr(key, "key", None) in ("scale", "var") for key in path)
+    return jnp.asarray(1 + np.abs(x) if positive else x)
+
+  return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(value, state))
+
+
+@functools.cache
+def init(module, seed):
+  """Variables of a Linen module, by NumPy: XLA takes seconds to compile random numbers."""
+  rng = np.random.default_rng(seed)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), module.inputs)
+
+  def value(path, leaf):
+    x = 0.3 * rng.normal(size=leaf.shape).astype(np.float32)
+    positive = path[-1].key in ("scale", "var")
+    return jnp.asarray(1 + np.abs(x) if positive else x)
+
+  return jax.tree_util.tree_map_with_path(value, shapes)

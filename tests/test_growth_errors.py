@@ -4,7 +4,6 @@ import growth_nets as nets
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 from optax_cadence import growth
 
@@ -28,13 +27,13 @@ def test_sizes_that_do_not_agree():
 
 
 def test_a_consumer_that_does_not_match():
-  model = nets.Mlp(nnx.Rngs(0))
+  model = nets.make(nets.Mlp)
   with pytest.raises(ValueError, match=r"consumer 'one/kernel' of shape \(16, 8\) has 16 inputs"):
     growth.nnx.widen(model, producer=model.two, consumers=[model.one], by=2)
 
 
 def test_a_norm_that_was_not_described_changes_nothing():
-  model = nets.NnxResNet(nnx.Rngs(0))
+  model = nets.make(nets.NnxResNet)
   block = model.blocks[0]
   with pytest.raises(ValueError, match="lacks 'blocks/0/norm/"):
     growth.nnx.widen(model, nets.IMAGES, producer=block.up, consumers=[block.down], by=4)
@@ -90,7 +89,7 @@ def test_units_that_cannot_be_followed():
 
 def test_channels_cut_into_groups():
   old = nets.ResNet(groups=4)
-  variables = old.init(jax.random.key(0), old.inputs)
+  variables = nets.init(old, 0)
   with pytest.raises(ValueError, match=r"unit=2 .*blocks=4"):
     growth.couple(old.apply, variables, old.inputs, producer="params/stem/kernel")
 
@@ -110,7 +109,7 @@ def test_a_plan_fits_its_tree_alone():
 
 
 def test_one_growth_at_a_time():
-  model = nets.Mlp(nnx.Rngs(0))
+  model = nets.make(nets.Mlp)
   growth.nnx.widen(model, nets.IMAGES, producer=model.one, by=2)
   with pytest.raises(ValueError, match="merge it before"):
     growth.nnx.widen(model, nets.IMAGES, producer=model.one, by=2)

@@ -14,14 +14,9 @@ KINDS = list(nets.WIDENINGS)
 
 
 @functools.cache
-def init(module, seed):
-  return jax.jit(module.init)(jax.random.key(seed), module.inputs)
-
-
-@functools.cache
 def grown(kind, train=False):
   old, new, producer, settings = nets.WIDENINGS[kind]
-  variables = init(old, 0)
+  variables = nets.init(old, 0)
   before, after = nets.apply(old, train), nets.apply(new, train)
   settings = dict(settings)
   by = settings.pop("by")
@@ -29,7 +24,7 @@ def grown(kind, train=False):
     producer += "/embedding" if producer.endswith("embed") else "/kernel"
   units = growth.couple(before, variables, old.inputs, producer=producer, **settings)
   plan = growth.widening(variables, units, by, alpha="params/alpha")
-  bigger = plan.apply(variables, init(new, 1))
+  bigger = plan.apply(variables, nets.init(new, 1))
   return variables, bigger, plan, before, after, growth.gated(after, plan, old=before), old.inputs
 
 
@@ -86,7 +81,7 @@ def test_gradients_of_old_entries_are_those_without_growth(kind):
     np.testing.assert_array_equal(a, b)
   compiled = plan.inverse().apply(plain(jax.jit(lambda v: gradients(forward, v))(bigger)))
   for a, b in zip(jax.tree.leaves(compiled), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6)
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6 * max(1, float(jnp.abs(b).max())))
 
 
 def test_the_oracle_of_a_dense_layer_at_any_alpha():
@@ -139,10 +134,10 @@ def test_a_gate_on_statistics_merges_at_one_alone():
 @pytest.mark.parametrize("train", [False, True])
 def test_larger_filters(train):
   old, new = nets.ResNet(), nets.ResNet(kernel=5)
-  variables = init(old, 0)
+  variables = nets.init(old, 0)
   before, after = nets.apply(old, train), nets.apply(new, train)
   plan = growth.enlarging(variables, {"params/stem/kernel": (5, 5)}, alpha="params/alpha")
-  bigger = plan.apply(variables, init(new, 1))
+  bigger = plan.apply(variables, nets.init(new, 1))
   forward = growth.gated(after, plan, old=before)
   close(jax.jit(forward)(bigger, old.inputs), jax.jit(before)(variables, old.inputs))
   for alpha in (0.5, 1.0):
@@ -155,9 +150,9 @@ def test_larger_filters(train):
 @pytest.mark.parametrize("train", [False, True])
 def test_a_new_residual_block(train):
   old, new = nets.ResNet(), nets.ResNet(blocks=2)
-  variables = init(old, 0)
+  variables = nets.init(old, 0)
   before, after = nets.apply(old, train), nets.apply(new, train)
-  fresh = init(new, 1)
+  fresh = nets.init(new, 1)
   plan = growth.deepening(variables, fresh, outgoing=["params/block1_out"], alpha="params/alpha")
   bigger = plan.apply(variables, fresh)
   forward = growth.gated(after, plan)
@@ -175,13 +170,13 @@ def test_a_new_residual_block(train):
 
 def test_width_and_filters_behind_one_gate():
   old, new = nets.ResNet(), nets.ResNet(kernel=5, channels=12)
-  variables = init(old, 0)
+  variables = nets.init(old, 0)
   before, after = nets.apply(old, False), nets.apply(new, False)
   units = growth.couple(before, variables, old.inputs, producer="params/stem/kernel")
   plan = growth.widening(variables, units, 4, alpha="params/alpha") + growth.enlarging(
     variables, {"params/stem/kernel": (5, 5)}, alpha="params/alpha"
   )
-  bigger = plan.apply(variables, init(new, 1))
+  bigger = plan.apply(variables, nets.init(new, 1))
   forward = growth.gated(after, plan, old=before)
   close(jax.jit(forward)(bigger, old.inputs), before(variables, old.inputs))
   one = with_alpha(bigger, 1.0)
@@ -226,7 +221,7 @@ def test_shrinking_gives_back_the_old_tree(kind):
 
 def test_a_pruned_channel_can_be_removed():
   old = nets.ResNet()
-  variables = init(old, 0)
+  variables = nets.init(old, 0)
   before = nets.apply(old, False)
   units = growth.couple(before, variables, old.inputs, producer="params/block0_in/kernel")
   gone = [1, 5, 6]
@@ -275,7 +270,7 @@ def test_training_does_not_retrace_and_the_merge_leaves_nothing():
     bigger = step(bigger, x)
   assert len(traces) == 1
   merged = growth.merge(with_alpha(bigger, 1.0), plan)
-  fresh = nets.Dense(hidden=11).init(jax.random.key(2), x)
+  fresh = nets.init(nets.Dense(hidden=11), 2)
   lowered = [jax.jit(after).lower(v, x).as_text() for v in (merged, fresh)]
   assert lowered[0] == lowered[1]
   del variables
