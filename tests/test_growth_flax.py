@@ -102,20 +102,18 @@ def test_a_live_model_goes_on_as_it_was_and_merges(kind, train):
 
 
 def train(model, optimizer, x, steps):
-  def gradients(model, x):
-    with jax.disable_jit():  # as XLA may round sums in another order inside larger programs
-      return nnx.grad(lambda model: (model(x) ** 2).mean())(model)
-
-  @nnx.jit
-  def update(model, optimizer, grads):
-    if NEW_UPDATE:
-      optimizer.update(model, grads)
-    else:  # Flax before 0.11
-      optimizer.update(grads)
-
+  # Operation by operation: inside larger programs XLA may round sums in another order.
   for _ in range(steps):
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-      update(model, optimizer, gradients(model, x))
+    with (
+      jax.disable_jit(),
+      jax.numpy_dtype_promotion("standard"),
+      jax.numpy_rank_promotion("allow"),
+    ):
+      grads = nnx.grad(lambda model: (model(x) ** 2).mean())(model)
+      if NEW_UPDATE:
+        optimizer.update(model, grads)
+      else:  # Flax before 0.11
+        optimizer.update(grads)
 
 
 def optimizer_of(model):

@@ -502,7 +502,7 @@ def _inherit_origin(eqn: Any, operands: list[Any], results: list[Node]) -> None:
 def _flatten_scan(
   graph: Graph, eqn: Any, operands: list[Any], results: list[Node], repeat: int
 ) -> None:
-  consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+  consts, carries = _ties.scan_counts(eqn)
   jaxpr, _ = _ties.opened(eqn.params["jaxpr"])
   inside: list[Any] = list(operands[: consts + carries])
   for var, outside in zip(

@@ -230,7 +230,8 @@ class Evaluator:
 
   def _scan(self, old: Any, new: Any, operands: list[Split]) -> list[Split]:
     p = old.params
-    consts, end = p["num_consts"], p["num_consts"] + p["num_carry"]
+    consts, carried = _ties.scan_counts(old)
+    end = consts + carried
     layout: list[list[Split]] = []
     slices = [_moved(x, -1) for x in operands[end:]]
 

@@ -264,6 +264,20 @@ def is_literal(var: Any) -> bool:
   return isinstance(var, jex_core.Literal)
 
 
+def scan_counts(eqn: Any) -> tuple[int, int]:
+  """How many operands of a scan are constants, and how many are carried.
+
+  From the shapes, as the parameters that hold these numbers differ between JAX versions.
+  """
+  body, _ = opened(eqn.params["jaxpr"])
+
+  def stacked(outside: list[Any], inside: list[Any]) -> int:
+    return sum(len(shape(o)) != len(shape(i)) for o, i in zip(outside, inside, strict=True))
+
+  carried = len(eqn.outvars) - stacked(eqn.outvars, body.outvars)
+  return len(eqn.invars) - stacked(eqn.invars, body.invars) - carried, carried
+
+
 def inlined(eqn: Any) -> Any | None:
   """The one program that an operation runs once with its own operands and results, if so."""
   if eqn.primitive.name in ("cond", "scan", "while"):
