@@ -1,5 +1,6 @@
 """Gradient accumulation in which every part of a network has its own rhythm."""
 
+from optax_cadence import pruning
 from optax_cadence._builders import by_depth
 from optax_cadence._builders import by_path
 from optax_cadence._cadence import cadence
@@ -18,6 +19,7 @@ from optax_cadence._schedules import Every
 from optax_cadence._state import CadenceState
 from optax_cadence._state import GroupState
 from optax_cadence._trainable import trainable
+from optax_cadence.pruning.transformation import prune
 
 __all__ = [
   "CadenceState",
@@ -35,6 +37,8 @@ __all__ = [
   "describe",
   "forward_order",
   "plot_score",
+  "prune",
+  "pruning",
   "quadrants",
   "stacked",
   "trainable",

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_cadence import _firing
 from optax_cadence import _layout
 from optax_cadence import _paths
 from optax_cadence import _schedules
@@ -88,8 +89,8 @@ def cadence(
 
   Returns:
     A `CadenceTransformation`: `init` and `update` as in Optax, where `update` takes
-    `phase`, a Python int that is t modulo `cycle`, so that no branch is left in the
-    program; besides them `apply`, `flush` and `cycle`.
+    `phase`, a Python int that is t modulo `cycle`, so that what is due is known while
+    tracing; besides them `apply`, `flush` and `cycle`.
 
   Raises:
     ValueError: For a bad argument, at construction, `init` or while tracing; it names
@@ -214,9 +215,9 @@ class Cadence:
     phase: int | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, CadenceState]:
-    step, leaves = self._step(grads, state, params, extra_args), _leaves(grads)
+    firing, leaves = self._firing(grads, state, params, extra_args), _leaves(grads)
     zeros = {i: jnp.zeros_like(g) for i, g in leaves.items()}
-    updates, state = step.advance(leaves, state, zeros, self._phase(phase))
+    updates, state = _step.advance(firing, leaves, state, zeros, self._phase(phase))
     return jax.tree.unflatten(jax.tree.structure(grads), updates.values()), state
 
   def apply(
@@ -228,32 +229,33 @@ class Cadence:
     **extra_args: Any,
   ) -> tuple[optax.Params, CadenceState]:
     _check_given("apply", params, needed=bool(jax.tree.leaves(grads)))
-    step = self._step(grads, state, params, extra_args, in_place=True)
-    leaves, state = step.advance(_leaves(grads), state, _leaves(params), self._phase(phase))
+    firing = self._firing(grads, state, params, extra_args, in_place=True)
+    given, targets = _leaves(grads), _leaves(params)
+    leaves, state = _step.advance(firing, given, state, targets, self._phase(phase))
     return jax.tree.unflatten(jax.tree.structure(params), leaves.values()), state
 
   def flush(
     self, state: CadenceState, params: optax.Params, **extra_args: Any
   ) -> tuple[optax.Updates, CadenceState]:
     _check_given("flush", params, needed=getattr(state, "groups", None) != ())
-    step = self._step(params, state, params, extra_args)
+    firing = self._firing(params, state, params, extra_args)
     zeros = {i: jnp.zeros_like(p) for i, p in _leaves(params).items()}
-    updates, state = step.flush(state, zeros)
+    updates, state = _step.flush(firing, state, zeros)
     return jax.tree.unflatten(jax.tree.structure(params), updates.values()), state
 
-  def _step(
+  def _firing(
     self,
     grads: Any,
     state: CadenceState,
     params: Any,
     extra_args: dict[str, Any],
     in_place: bool = False,
-  ) -> _step.Step:
+  ) -> _firing.Firing:
     if params is not None:
       _paths.check_same("gradient", "as the parameters have", params, grads)
     layout = self.layout(grads)
     self._check_state(layout, state)
-    return _step.Step(
+    return _firing.Firing(
       inner=self.inner,
       layout=layout,
       dtypes={i: g.dtype for i, g in _leaves(grads).items()},
@@ -311,7 +313,7 @@ class Cadence:
     return self._seen
 
 
-def _leaves(tree: Any) -> _step.Leaves:
+def _leaves(tree: Any) -> _firing.Leaves:
   return dict(enumerate(map(jnp.asarray, jax.tree.leaves(tree))))
 
 

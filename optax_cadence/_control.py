@@ -2,15 +2,18 @@
 
 A branch of `lax.cond` that returns an operand unchanged copies it; a loop that runs
 zero times leaves its carry where it is. A loop cannot be differentiated in reverse,
-so under differentiation the same computation is a `lax.cond`.
+so under differentiation the same computation is a `lax.cond`. Where a batch has a
+predicate for each of its members, the loop runs if any is true and `keep` selects.
 """
 
+import collections
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Literal
 
 
 def maybe(when: bool | jax.Array, fn: Callable[[Any, Any], Any], carry: Any, consts: Any) -> Any:
@@ -31,6 +34,85 @@ def maybe(when: bool | jax.Array, fn: Callable[[Any, Any], Any], carry: Any, con
     return cast_like(fn(carry, consts), carry) if when else carry
   run, hoisted = _hoist(lambda carry, consts: cast_like(fn(carry, consts), carry), carry, consts)
   return _zero_or_once(run, when, carry, (hoisted, consts))
+
+
+def keep(when: Any, fn: Callable[[Any, Any], Any], carry: Any, consts: Any) -> Any:
+  """Returns `fn(carry, consts)` where `when`, else `carry`, without a branch.
+
+  A value that goes into the result is selected as soon as it is computed, and what `fn`
+  computes from it further on reads the selected one. A select at the end instead would
+  keep the old and the new value of every array alive, and so copy it.
+
+  Args:
+    when: A boolean scalar; or a tree of them like `carry`, in which a leaf may be True.
+    fn: As in `maybe`.
+    carry: Tree of arrays.
+    consts: Tree of arrays that `fn` reads.
+
+  Returns:
+    A tree like `carry`.
+  """
+  old, treedef = jax.tree.flatten(jax.tree.map(_strong, carry))
+  flags = jax.tree.leaves(when)
+  flags = flags * len(old) if len(flags) == 1 else flags
+  closed = jax.make_jaxpr(lambda *args: cast_like(fn(*args), carry))(carry, consts)
+  jaxpr = closed.jaxpr
+  # A value that goes into the result several times is selected at the end, for each by itself.
+  uses = collections.Counter(v for v in jaxpr.outvars if not _is_literal(v))
+  computed = {v for eqn in jaxpr.eqns for v in eqn.outvars if uses[v] == 1}
+  place = {v: i for i, v in enumerate(jaxpr.outvars) if not _is_literal(v) and v in computed}
+  values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+  values |= zip(jaxpr.invars, jax.tree.leaves((carry, consts)), strict=True)
+
+  def select(i: int, x: jax.Array) -> jax.Array:
+    return x if flags[i] is True else jnp.where(flags[i], x, old[i])
+
+  for eqn in jaxpr.eqns:
+    inputs = list(dict.fromkeys(v for v in eqn.invars if not _is_literal(v)))
+    step = jaxpr.replace(constvars=[], invars=inputs, outvars=list(eqn.outvars), eqns=[eqn])
+    found = jax.core.eval_jaxpr(step, (), *(values[v] for v in inputs))
+    for v, x in zip(eqn.outvars, found, strict=True):
+      values[v] = select(place[v], x) if v in place else x
+  found = [v.val if _is_literal(v) else values[v] for v in jaxpr.outvars]
+  early = set(place.values())
+  new = [x if i in early else select(i, x) for i, x in enumerate(found)]
+  return jax.tree.unflatten(treedef, new)
+
+
+def _is_literal(v: Any) -> bool:
+  return isinstance(v, Literal)
+
+
+def apart(fn: Callable[[Any, Any], Any], carry: Any, consts: Any, count: jax.Array) -> Any:
+  """Returns `fn(carry, consts)`, on CPUs fused with nothing that comes before or after.
+
+  There XLA runs an operation that computes and writes a part of an array on one core, and
+  copies the array where it is reshaped on the way. The means is a loop that always runs
+  once, which the compiler cannot know.
+
+  Args:
+    fn: As in `maybe`.
+    carry: Tree of arrays.
+    consts: Tree of arrays that `fn` reads.
+    count: int32 scalar that is never negative.
+
+  Returns:
+    A tree like `carry`.
+  """
+  return jax.lax.platform_dependent(
+    carry,
+    consts,
+    count,
+    cpu=lambda carry, consts, count: maybe(count >= 0, fn, carry, consts),
+    default=lambda carry, consts, _: fn(carry, consts),
+  )
+
+
+def choose(when: bool | jax.Array, one: jax.Array, other: jax.Array) -> jax.Array:
+  """`one` if `when`, else `other`; a Python bool leaves no select in the program."""
+  if isinstance(when, bool):
+    return one if when else other
+  return jnp.where(when, one, other)
 
 
 def cast_like(tree: Any, like: Any) -> Any:
@@ -74,12 +156,44 @@ def _hoist(fn: Callable[..., Any], carry: Any, consts: Any) -> tuple[Callable[..
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _zero_or_once(fn: Callable[..., Any], when: jax.Array, carry: Any, args: Any) -> Any:
-  hoisted, consts = args
+  @jax.custom_batching.custom_vmap
+  def run(when: jax.Array, carry: Any, args: Any) -> Any:
+    hoisted, consts = args
 
-  def body(loop: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-    return jnp.zeros_like(when), fn(hoisted, loop[1], consts)
+    def body(loop: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+      return jnp.zeros_like(when), fn(hoisted, loop[1], consts)
 
-  return jax.lax.while_loop(lambda loop: loop[0], body, (when, carry))[1]
+    return jax.lax.while_loop(lambda loop: loop[0], body, (when, carry))[1]
+
+  run.def_vmap(functools.partial(_batched, fn))
+  return run(when, carry, args)
+
+
+def _batched(
+  fn: Callable[..., Any], size: int, batched: Any, when: jax.Array, carry: Any, args: Any
+) -> tuple[Any, Any]:
+  """The rule of `_zero_or_once` for `jax.vmap`: the carry is batched throughout."""
+  each_when, each_carry, each_args = batched
+  carry = jax.tree.map(
+    lambda x, each: x if each else jnp.broadcast_to(x, (size, *x.shape)), carry, each_carry
+  )
+  axes = jax.tree.map(lambda each: 0 if each else None, each_args)
+  if not each_when:
+
+    def run(hoisted: Any, carry: Any, consts: Any) -> Any:
+      return jax.vmap(fn, in_axes=(axes[0], 0, axes[1]))(hoisted, carry, consts)
+
+    new = _zero_or_once(run, when, carry, args)
+  else:
+
+    def one(when: jax.Array, carry: Any, args: Any) -> Any:
+      return keep(when, lambda carry, args: fn(args[0], carry, args[1]), carry, args)
+
+    def selected(_: Any, carry: Any, consts: Any) -> Any:
+      return jax.vmap(one, in_axes=(0, 0, axes))(consts[0], carry, consts[1])
+
+    new = _zero_or_once(selected, when.any(), carry, ((), (when, args)))
+  return new, jax.tree.map(lambda _: True, carry)
 
 
 @_zero_or_once.defjvp

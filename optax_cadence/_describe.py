@@ -9,6 +9,7 @@ import optax
 
 from optax_cadence import _cadence
 from optax_cadence import _layout
+from optax_cadence import _tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +56,8 @@ class Description:
       _bytes(sum(g.accumulator_bytes for g in self.groups)),
       "",
     )
-    cells = [[str(c) for c in row] for row in (header, *rows, total)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-      "  ".join(_align(c, w, i) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-      for row in cells
-    ]
     cycle = "dynamic" if self.cycle is None else f"{self.cycle} micro-steps"
-    return "\n".join(line.rstrip() for line in [*lines, f"cycle: {cycle}"])
+    return "\n".join([*_tables.lines((header, *rows, total), left=2), f"cycle: {cycle}"])
 
 
 def describe(
@@ -175,10 +170,6 @@ def _bytes(n: float) -> str:
       return f"{n:.1f} {unit}" if unit != "B" else f"{n} B"
     n /= 1000
   return f"{n:.1f} TB"
-
-
-def _align(cell: str, width: int, column: int) -> str:
-  return cell.ljust(width) if column < 2 else cell.rjust(width)
 
 
 def _score(layout: _layout.Layout, steps: int) -> list[tuple[str, np.ndarray]]:

@@ -1,7 +1,7 @@
 """Calls the inner optimizer on the tensors of one group.
 
 Here its state is matched to them: restored where a framework has rebuilt it, explained
-where it belongs to other parameters, and left alone where a window is empty.
+where it belongs to other parameters, and told apart where a window is empty.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cadence import _control
 from optax_cadence import _paths
 
 
@@ -55,38 +54,34 @@ def like(state: optax.OptState, old: Any) -> Any:
   return jax.tree.unflatten(jax.tree.structure(old), jax.tree.leaves(state))
 
 
-def keep_empty(
-  inner: optax.GradientTransformation,
-  filled: Any,
-  new: optax.OptState,
-  old: optax.OptState,
-) -> optax.OptState:
-  """The new state, but the old one for tensors whose window is empty.
+def filled(inner: optax.GradientTransformation, state: optax.OptState, tensors: Any) -> Any:
+  """Which leaves of a state belong to tensors whose window is not empty.
 
   Args:
     inner: The inner optimizer.
-    filled: Tree of bool scalars, one per tensor of the group.
-    new: State after the update.
-    old: State before it.
+    state: Its state.
+    tensors: Tree of bool scalars, one per tensor of the group.
+
+  Returns:
+    A tree like the state; what belongs to no tensor goes with any that is not empty.
 
   Raises:
     ValueError: If the state does not follow the parameters.
   """
-  any_filled = jnp.stack(jax.tree.leaves(filled)).any()
+  any_filled = jnp.stack(jax.tree.leaves(tensors)).any()
   try:
-    keep = optax.tree_utils.tree_map_params(
+    return optax.tree_utils.tree_map_params(
       inner,
       lambda x, flag: x if _is_masked(x) else flag,
-      new,
-      filled,
+      state,
+      tensors,
       transform_non_params=lambda _: any_filled,
       is_leaf=_is_masked,
     )
-    return jax.tree.map(jax.lax.select, keep, _control.cast_like(new, old), old)
   except (TypeError, ValueError, AttributeError) as error:
     raise ValueError(
       'nonfinite="skip" expected an inner optimizer whose state follows the parameters, as'
-      f" optax.tree_utils.tree_map_params understands it, found {type(new).__name__}"
+      f" optax.tree_utils.tree_map_params understands it, found {type(state).__name__}"
     ) from error
 
 

@@ -43,7 +43,8 @@ class Group:
     """The leaves with this group's tensors written into them."""
     leaves = dict(leaves)
     for t, tensor in zip(self.tensors, tensors, strict=True):
-      leaves[t.leaf] = t.cut.put(leaves[t.leaf], tensor)
+      leaf = leaves[t.leaf]
+      leaves[t.leaf] = t.cut.put(t.cut.view(leaf), tensor).reshape(leaf.shape)
     return leaves
 
   @property

@@ -125,8 +125,12 @@ class Cut(Protocol):
     """Reads the tensor out of the leaf."""
     ...
 
-  def put(self, leaf: jax.Array, tensor: jax.Array) -> jax.Array:
-    """Returns the leaf with the tensor written in its place."""
+  def view(self, leaf: jax.Array) -> jax.Array:
+    """The leaf in the shape in which `put` can write the tensor in place."""
+    ...
+
+  def put(self, view: jax.Array, tensor: jax.Array) -> jax.Array:
+    """Returns the view with the tensor written in its place."""
     ...
 
   def size(self, shape: Shape) -> int:
@@ -138,11 +142,17 @@ class Cut(Protocol):
     """Where the tensor begins; sorts the cuts of a leaf."""
     ...
 
+  @property
+  def contiguous(self) -> bool:
+    """Whether it is one run of the leaf's memory (in the row-major layout)."""
+    ...
+
 
 class Whole:
   """The leaf itself."""
 
   start = ()
+  contiguous = True
 
   def __str__(self) -> str:
     return ""
@@ -150,8 +160,11 @@ class Whole:
   def take(self, leaf: jax.Array) -> jax.Array:
     return leaf
 
-  def put(self, leaf: jax.Array, tensor: jax.Array) -> jax.Array:
-    del leaf
+  def view(self, leaf: jax.Array) -> jax.Array:
+    return leaf
+
+  def put(self, view: jax.Array, tensor: jax.Array) -> jax.Array:
+    del view
     return tensor
 
   def size(self, shape: Shape) -> int:
@@ -163,6 +176,7 @@ class Box:
   """A rectangle: one interval per axis."""
 
   intervals: tuple[Interval, ...]
+  contiguous: bool = False
 
   @property
   def start(self) -> tuple[int, ...]:
@@ -174,9 +188,12 @@ class Box:
   def take(self, leaf: jax.Array) -> jax.Array:
     return jax.lax.slice(leaf, *zip(*self.intervals, strict=True))
 
-  def put(self, leaf: jax.Array, tensor: jax.Array) -> jax.Array:
+  def view(self, leaf: jax.Array) -> jax.Array:
+    return leaf
+
+  def put(self, view: jax.Array, tensor: jax.Array) -> jax.Array:
     starts = [start for start, _ in self.intervals]
-    return jax.lax.dynamic_update_slice(leaf, tensor, starts)
+    return jax.lax.dynamic_update_slice(view, tensor, starts)
 
   def size(self, shape: Shape) -> int:
     del shape
@@ -193,6 +210,7 @@ class Bands:
 
   axis: int
   intervals: tuple[Interval, ...]
+  contiguous = False
 
   @property
   def start(self) -> tuple[int, ...]:
@@ -203,30 +221,31 @@ class Bands:
     return f"[axis {self.axis}: {', '.join(shown)}{', …' if len(self.intervals) > 2 else ''}]"
 
   def take(self, leaf: jax.Array) -> jax.Array:
-    regular = self._regular(leaf.shape)
-    if regular is None:
+    split = self._split(leaf.shape)
+    if split is None:
       return leaf.at[self._at()].get(
         unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds"
       )
-    split, box = regular
-    return box.take(leaf.reshape(split)).reshape(self._shape(leaf.shape))
+    return self._box(split).take(leaf.reshape(split)).reshape(self._shape(leaf.shape))
 
-  def put(self, leaf: jax.Array, tensor: jax.Array) -> jax.Array:
-    regular = self._regular(leaf.shape)
-    if regular is not None:
-      split, box = regular
-      piece = tuple(stop - start for start, stop in box.intervals)
-      return box.put(leaf.reshape(split), tensor.reshape(piece)).reshape(leaf.shape)
+  def view(self, leaf: jax.Array) -> jax.Array:
+    split = self._split(leaf.shape)
+    return leaf if split is None else leaf.reshape(split)
+
+  def put(self, view: jax.Array, tensor: jax.Array) -> jax.Array:
+    if view.ndim > tensor.ndim:
+      box = self._box(view.shape)
+      return box.put(view, tensor.reshape([stop - start for start, stop in box.intervals]))
     if len(self.intervals) > _MAX_SLICES:
-      return leaf.at[self._at()].set(
+      return view.at[self._at()].set(
         tensor, unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds"
       )
     done = 0
     for start, stop in self.intervals:
       band = jax.lax.slice_in_dim(tensor, done, done + stop - start, axis=self.axis)
-      leaf = jax.lax.dynamic_update_slice_in_dim(leaf, band, start, axis=self.axis)
+      view = jax.lax.dynamic_update_slice_in_dim(view, band, start, axis=self.axis)
       done += stop - start
-    return leaf
+    return view
 
   def size(self, shape: Shape) -> int:
     return int(np.prod(self._shape(shape), dtype=np.int64))
@@ -239,16 +258,20 @@ class Bands:
     width = sum(stop - start for start, stop in self.intervals)
     return (*shape[: self.axis], width, *shape[self.axis + 1 :])
 
-  def _regular(self, shape: Shape) -> tuple[Shape, Box] | None:
-    """Bands of one width at one distance: the split of the axis, and a box in it."""
+  def _split(self, shape: Shape) -> Shape | None:
+    """The axis as bands of one width at one distance; None where they are not."""
     (start, stop), (second, _) = self.intervals[:2]
-    width, stride, n = stop - start, second - start, len(self.intervals)
+    stride, n = second - start, len(self.intervals)
     repeated = tuple((start + i * stride, stop + i * stride) for i in range(n))
     if repeated != self.intervals or shape[self.axis] != n * stride:
       return None
-    before, after = shape[: self.axis], shape[self.axis + 1 :]
-    intervals = [(0, d) for d in (*before, n)] + [(start, start + width)]
-    return (*before, n, stride, *after), Box((*intervals, *((0, d) for d in after)))
+    return (*shape[: self.axis], n, stride, *shape[self.axis + 1 :])
+
+  def _box(self, split: Shape) -> Box:
+    """Where the bands are, in the leaf with the axis split."""
+    intervals = [(0, d) for d in split]
+    intervals[self.axis + 1] = self.intervals[0]
+    return Box(tuple(intervals))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -256,6 +279,7 @@ class Entries:
   """Scattered entries, as a vector in row-major order."""
 
   indices: np.ndarray
+  contiguous = False
 
   @property
   def start(self) -> tuple[int, ...]:
@@ -271,13 +295,13 @@ class Entries:
       .get(unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds")
     )
 
-  def put(self, leaf: jax.Array, tensor: jax.Array) -> jax.Array:
-    flat = (
-      leaf.reshape(-1)
-      .at[self.indices]
-      .set(tensor, unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds")
+  def view(self, leaf: jax.Array) -> jax.Array:
+    return leaf.reshape(-1)
+
+  def put(self, view: jax.Array, tensor: jax.Array) -> jax.Array:
+    return view.at[self.indices].set(
+      tensor, unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds"
     )
-    return flat.reshape(leaf.shape)
 
   def size(self, shape: Shape) -> int:
     del shape
@@ -407,7 +431,8 @@ def _band(axis: int, intervals: list[Interval], shape: Shape) -> Cut:
     return Whole()
   if len(intervals) > 1:
     return Bands(axis, tuple(intervals))
-  return Box(tuple(intervals[0] if i == axis else (0, n) for i, n in enumerate(shape)))
+  box = tuple(intervals[0] if i == axis else (0, n) for i, n in enumerate(shape))
+  return Box(box, contiguous=axis == 0)
 
 
 def _checked_mask(mask: Any) -> np.ndarray:

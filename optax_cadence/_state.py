@@ -12,7 +12,8 @@ class GroupState(NamedTuple):
   Attributes:
     inner_state: State of the group's instance of the inner optimizer.
     accumulators: Sum of the gradients in the window, in the tree that the inner
-      optimizer sees. None for period 1 and for `accumulate="latest"`.
+      optimizer sees; of no meaning while the window is empty. None for period 1 and for
+      `accumulate="latest"`.
     window: Micro-steps in the window so far: int32 scalar, or int32 [R] with one for each
       of the group's R regions under `nonfinite="skip"`. None without accumulators.
     remaining: Micro-steps until the group is due: int32 scalar. None for period 1.

@@ -5,6 +5,7 @@ micro-step overwrites the accumulators, so that nothing needs clearing and a NaN
 not outlive its window.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,18 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_SLABS = 8
+
 
 class Window(NamedTuple):
   """The gradients of a window.
 
   Attributes:
-    sums: One array for each of the R tensors of the group; empty where no accumulators
-      are kept and a window is one micro-step.
+    sums: One array for each of the R tensors of the group, or None where it is elsewhere;
+      empty where no accumulators are kept and a window is one micro-step.
     length: Micro-steps in the sums: int32 scalar, or int32 [R].
     skipped: Micro-batches left out so far, int32 [R]; None where none ever is.
   """
 
-  sums: list[jax.Array]
+  sums: list[Any]
   length: jax.Array
   skipped: jax.Array | None
 
@@ -39,12 +42,22 @@ def accumulator_dtype(dtype: Any, asked: Any | None) -> np.dtype:
     return jnp.promote_types(asked, jnp.complex64)
 
 
+def holds(accumulator: jax.Array, x: jax.Array) -> bool:
+  """Whether an accumulator's dtype represents every value of the dtype of `x`."""
+  if jnp.iscomplexobj(accumulator) != jnp.iscomplexobj(x):
+    return False
+  if not jnp.issubdtype(x.dtype, jnp.inexact):
+    return bool(accumulator.dtype == x.dtype)
+  with jax.numpy_dtype_promotion("standard"):
+    return bool(jnp.promote_types(accumulator.dtype, x.dtype) == accumulator.dtype)
+
+
 def add(window: Window, grads: Sequence[jax.Array]) -> Window:
   """The window with one more micro-batch, a gradient per tensor."""
   finite, one, skipped = None, jnp.int32(1), window.skipped
   if skipped is not None:
-    finite = _all_finite(grads)
-    one = finite.astype(jnp.int32)
+    finite = [_all_finite(grad) for grad in grads]
+    one = jnp.stack(finite).astype(jnp.int32)
     skipped = skipped + 1 - one
   if not window.sums:
     return Window(list(grads), one, skipped)
@@ -74,9 +87,23 @@ def _item(x: jax.Array, i: int) -> jax.Array:
   return x[i] if x.ndim else x
 
 
-def _all_finite(grads: Sequence[jax.Array]) -> jax.Array:
-  """For each array, whether all its entries are finite: bool [R]."""
-  return jnp.stack([jnp.isfinite(grad).all() for grad in grads])
+def _all_finite(x: jax.Array) -> jax.Array:
+  """Whether all entries are finite: bool scalar."""
+  if x.ndim == 0 or x.shape[0] % _SLABS:
+    return jnp.isfinite(x).all()
+  return jax.lax.platform_dependent(
+    x, cpu=_all_finite_by_slabs, default=lambda x: jnp.isfinite(x).all()
+  )
+
+
+def _all_finite_by_slabs(x: jax.Array) -> jax.Array:
+  """The same, as a sum of zeros, which an infinity or a NaN makes NaN.
+
+  Most of it is an elementwise operation, which XLA vectorizes and runs on all CPU cores; a
+  reduction to a scalar it does not.
+  """
+  slabs = (x * jnp.zeros((), x.dtype)).reshape(_SLABS, x.shape[0] // _SLABS, *x.shape[1:])
+  return (functools.reduce(jnp.add, list(slabs)) == 0).all()
 
 
 def _divide(x: jax.Array, n: jax.Array) -> jax.Array:

@@ -120,6 +120,17 @@ def assert_zero_where_not_due(leaf: Leaf, update: jax.Array, t: int) -> None:
       assert not np.asarray(update)[piece.index].astype("complex64").any()
 
 
+def in_use(state: oc.CadenceState) -> oc.CadenceState:
+  """The state, with zeros for accumulators of empty windows: what they hold has no meaning."""
+  groups = [
+    group
+    if group.window is None or group.window.any()
+    else group._replace(accumulators=jax.tree.map(jnp.zeros_like, group.accumulators))
+    for group in state.groups
+  ]
+  return state._replace(groups=tuple(groups))
+
+
 def follow_the_oracle(tree: list[Leaf], inner: Any, accumulate: str, seed: int) -> None:
   """Two cycles of `update`, `apply` and static `phase` beside the oracle."""
   rng = np.random.default_rng(seed)
@@ -139,8 +150,8 @@ def follow_the_oracle(tree: list[Leaf], inner: Any, accumulate: str, seed: int) 
     for leaf, found, want in zip(tree, jax.tree.leaves(updates), expected, strict=True):
       assert_close(found, want)
       assert_zero_where_not_due(leaf, found, t)
-    jax.tree.map(assert_close, phased, (updates, state))
-    jax.tree.map(assert_close, applied, (params, state))
+    jax.tree.map(assert_close, (phased[0], in_use(phased[1])), (updates, in_use(state)))
+    jax.tree.map(assert_close, (applied[0], in_use(applied[1])), (params, in_use(state)))
 
 
 INNERS = {
@@ -233,8 +244,9 @@ def test_static_phase_and_apply_give_the_very_same_state():
     _, states[0] = tx.update(grads, states[0], params)
     _, states[1] = tx.update(grads, states[1], params, phase=t % tx.cycle)
     _, states[2] = tx.apply(params, states[2], grads)
-    chex.assert_trees_all_close(states[0], states[1], rtol=1e-6, atol=1e-6)
-    chex.assert_trees_all_close(states[0], states[2], rtol=1e-6, atol=1e-6)
+    found = [in_use(state) for state in states]
+    chex.assert_trees_all_close(found[0], found[1], rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(found[0], found[2], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

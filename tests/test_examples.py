@@ -127,3 +127,15 @@ def test_the_examples_of_growth_run(name, says, tmp_path):
     pytest.skip("these examples need Flax 0.11: the optimizer's update takes the model since then")
   assert re.search(says, run(name, "--out", "picture.png", cwd=tmp_path))
   assert (tmp_path / "picture.png").exists()
+
+
+def test_prune_and_shock(tmp_path):
+  printed = run("prune_and_shock.py", "--out", "made/shock.png", cwd=tmp_path)
+  assert (tmp_path / "made" / "shock.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+  zeros = {
+    name: float(re.search(rf"^{name}  .*? ([\d.]+)$", printed, re.MULTILINE)[1])
+    for name in ("dense", "pruned every epoch", "shock, magnitude", "shock, random", "RigL")
+  }
+  assert zeros["dense"] == 0 and zeros["pruned every epoch"] == zeros["RigL"] == 90
+  # All but the weights of pixels that are blank in every image have come back.
+  assert zeros["shock, magnitude"] < 10 and zeros["shock, random"] < 10

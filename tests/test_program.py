@@ -22,7 +22,9 @@ def parameters():
 
 
 def transformation(every=None, **options):
-  return oc.cadence(oracle.relaxed(optax.adamw(1e-3)), every or PERIODS, **options)
+  return oc.cadence(
+    oracle.relaxed(optax.adamw(1e-3)), PERIODS if every is None else every, **options
+  )
 
 
 def apply_program(tx, params, phase=None, **jit_options):
@@ -35,6 +37,15 @@ def instructions(compiled, opcode):
   pattern = re.compile(rf"= (\S+) {opcode}\(")
   found = (pattern.search(line) for line in compiled.as_text().splitlines())
   return [m.group(0) for m in found if m and LARGE.search(m.group(1))]
+
+
+LEAF = 4 * SIZE * SIZE
+
+
+def temporaries(compiled):
+  """Bytes of temporaries, beside a few scalars."""
+  scalars = 1024
+  return max(0, compiled.memory_analysis().temp_size_in_bytes - scalars)
 
 
 @pytest.mark.parametrize("phase", [None, 0, 1, 4])
@@ -53,18 +64,62 @@ def test_held_micro_step_that_skips_nonfinite_copies_nothing():
   assert instructions(static, "copy") == []
 
 
-@pytest.mark.parametrize(
-  "cadence",
-  [
-    oc.quadrants([[1, 2], [4, 8]]),
-    oc.channels([2, 4]),
-    oc.channels([2, 4], axis=0),
-  ],
-)
-def test_no_copy_for_parts_of_a_leaf(cadence):
-  params = {"w": jnp.ones((SIZE, SIZE))}
-  compiled = apply_program(transformation({"w": cadence}), params).compile()
+PARTS = {
+  "quadrants": oc.quadrants([[1, 2], [4, 8]]),
+  "bands of the last axis": oc.channels([1, 2, 4, 8] * 4),
+  "bands of the first axis": oc.channels([1, 2, 4, 8] * 4, axis=0),
+  "two bands": oc.channels([2, 4]),
+  "two contiguous bands": oc.channels([2, 4], axis=0),
+}
+
+
+@pytest.mark.parametrize("phase", [None, 0, 1])
+@pytest.mark.parametrize("cadence", PARTS.values(), ids=PARTS)
+def test_no_copy_for_parts_of_a_leaf(cadence, phase):
+  params, tx = {"w": jnp.ones((SIZE, SIZE))}, transformation({"w": cadence})
+  compiled = apply_program(tx, params, phase).compile()
   assert instructions(compiled, "copy") == []
+  assert temporaries(compiled) <= LEAF
+
+
+def test_update_carries_no_array_of_updates():
+  params = {name: jnp.ones((SIZE, SIZE)) for name in "abcdef"}
+  tx = transformation(8)
+
+  def step(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params).compile()
+  assert instructions(compiled, "copy") == []
+  assert temporaries(compiled) == 0
+
+
+# Older compilers copy what a select could overwrite.
+selects_in_place = pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA copies")
+
+
+@selects_in_place
+@pytest.mark.parametrize("phase", [None, 0, 1])
+def test_skipping_nonfinite_microbatches_takes_no_copies(phase):
+  tx = transformation(nonfinite="skip")
+  compiled = apply_program(tx, parameters(), phase).compile()
+  assert instructions(compiled, "copy") == []
+  assert temporaries(compiled) <= LEAF
+
+
+@selects_in_place
+def test_a_batch_of_periods_is_selected_without_copies():
+  def step(period, params, state, grads):
+    return transformation(period).apply(params, state, grads)
+
+  periods = jnp.array([1, 2, 4, 8])
+  params = {"w": jnp.ones((4, SIZE, SIZE))}
+  state = jax.vmap(lambda period, p: transformation(period).init(p))(periods, params)
+  batched = jax.jit(jax.vmap(step), donate_argnums=(1, 2))
+  compiled = batched.lower(periods, params, state, params).compile()
+  assert instructions(compiled, "copy") == []
+  assert temporaries(compiled) == 0
 
 
 def test_every_donated_buffer_becomes_its_own_successor():
@@ -79,9 +134,7 @@ def test_every_donated_buffer_becomes_its_own_successor():
 
 
 def test_temporaries_stay_below_one_leaf():
-  memory = apply_program(transformation(), parameters()).compile().memory_analysis()
-  scalars = 1024
-  assert memory.temp_size_in_bytes <= 4 * SIZE * SIZE + scalars
+  assert temporaries(apply_program(transformation(), parameters()).compile()) <= LEAF
 
 
 def test_held_micro_step_with_static_phase_touches_accumulators_alone():

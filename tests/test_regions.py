@@ -16,6 +16,11 @@ def cut(cadence, shape):
   return _regions.cut(cadence, shape, key=lambda cell: cell)
 
 
+def written(one, leaf, tensor):
+  """The leaf with the tensor of a cut written into it."""
+  return one.put(one.view(leaf), tensor).reshape(leaf.shape)
+
+
 def expect(cuts, pieces, shape):
   """The cuts read and write exactly the entries of the pieces, in order of the pieces."""
   leaf = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
@@ -23,9 +28,9 @@ def expect(cuts, pieces, shape):
   for (_, one), piece in zip(cuts, pieces, strict=True):
     tensor = one.take(jnp.asarray(leaf))
     np.testing.assert_array_equal(tensor, leaf[piece.index])
-    written = leaf.copy()
-    written[piece.index] *= -2
-    np.testing.assert_array_equal(one.put(jnp.asarray(leaf), tensor * -2), written)
+    expected = leaf.copy()
+    expected[piece.index] *= -2
+    np.testing.assert_array_equal(written(one, jnp.asarray(leaf), tensor * -2), expected)
     assert one.size(shape) == tensor.size
 
 
@@ -88,7 +93,7 @@ def test_a_mask_is_the_coarsest_grid_on_which_it_is_constant(mask, kind):
   assert kind in {type(one) for _, one in cuts}
   covered = np.zeros((4, 6), int)
   for period, one in cuts:
-    full = np.asarray(one.put(jnp.zeros((4, 6)), one.take(jnp.ones((4, 6))))) > 0
+    full = np.asarray(written(one, jnp.zeros((4, 6)), one.take(jnp.ones((4, 6))))) > 0
     np.testing.assert_array_equal(np.broadcast_to(mask, (4, 6))[full], period)
     covered += full
   np.testing.assert_array_equal(covered, 1)

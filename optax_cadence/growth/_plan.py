@@ -6,13 +6,14 @@ that grows says where the old entries lie among the new; one that shrinks, which
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from optax_cadence import _paths
+from optax_cadence import _tables
 from optax_cadence.growth import _trees
 from optax_cadence.growth._coupling import Contraction
 from optax_cadence.growth._coupling import Dimension
@@ -110,9 +111,7 @@ class Plan:
       for c in self.changes
     ]
     total = ("total", "", "", "", f"{sum(map(_added, self.changes)):+d}")
-    cells = [header, *rows, total]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [_line(row, widths) for row in cells]
+    lines = _tables.lines([header, *rows, total], left=len(header) - 1)
     if self.flops:
       before, after = self.flops
       lines.append(f"FLOPs of a forward pass: {before} before, {after} after ({after - before:+d})")
@@ -212,11 +211,6 @@ def _expected(shape: Shape | None) -> str:
 
 def _added(change: LeafChange) -> int:
   return math.prod(change.after) - (0 if change.before is None else math.prod(change.before))
-
-
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-  cells = [c.ljust(w) for c, w in zip(row[:-1], widths[:-1], strict=True)]
-  return "  ".join([*cells, row[-1].rjust(widths[-1])]).rstrip()
 
 
 def _reader(fresh: Any, old: Mapping[_paths.Path, Any]) -> Callable[..., Any]:

@@ -1,0 +1,55 @@
+"""Pruning and shocks in mid-training: the choices of `optax_cadence.prune`."""
+
+from optax_cadence.pruning.allocation import erdos_renyi
+from optax_cadence.pruning.criterion import Criterion
+from optax_cadence.pruning.criterion import movement
+from optax_cadence.pruning.criterion import random
+from optax_cadence.pruning.moments import clear_moments
+from optax_cadence.pruning.regrowth import at_random
+from optax_cadence.pruning.regrowth import by_gradient
+from optax_cadence.pruning.regrowth import Regrowth
+from optax_cadence.pruning.schedule import cubic
+from optax_cadence.pruning.schedule import every_epoch
+from optax_cadence.pruning.schedule import once
+from optax_cadence.pruning.schedule import Times
+from optax_cadence.pruning.structure import Block
+from optax_cadence.pruning.structure import Channel
+from optax_cadence.pruning.structure import NM
+from optax_cadence.pruning.structure import Unstructured
+from optax_cadence.pruning.summary import plot
+from optax_cadence.pruning.summary import Summary
+from optax_cadence.pruning.summary import summary
+from optax_cadence.pruning.transformation import prunable
+from optax_cadence.pruning.transformation import prune
+from optax_cadence.pruning.transformation import PruneState
+from optax_cadence.pruning.view import masked
+from optax_cadence.pruning.view import masks
+from optax_cadence.pruning.view import with_masks
+
+__all__ = [
+  "NM",
+  "Block",
+  "Channel",
+  "Criterion",
+  "PruneState",
+  "Regrowth",
+  "Summary",
+  "Times",
+  "Unstructured",
+  "at_random",
+  "by_gradient",
+  "clear_moments",
+  "cubic",
+  "erdos_renyi",
+  "every_epoch",
+  "masked",
+  "masks",
+  "movement",
+  "once",
+  "plot",
+  "prunable",
+  "prune",
+  "random",
+  "summary",
+  "with_masks",
+]

@@ -1,0 +1,56 @@
+"""Which pruned weights come back: by the gradient, or at random."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from optax_cadence.pruning import criterion as criteria
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Regrowth:
+  """Growth of as many weights as are dropped.
+
+  Attributes:
+    grow: Scores what is grown.
+    first: Draws the first mask, at micro-step 1.
+    fraction: Share of the kept weights that is exchanged, at the start.
+    stop: Micro-step at which a cosine brings it to zero; None: it is constant.
+  """
+
+  grow: criteria.Criterion
+  first: criteria.Criterion
+  fraction: float = 0.3
+  stop: int | None = None
+
+  def __post_init__(self) -> None:
+    if not 0 <= self.fraction <= 1:
+      raise ValueError(f"regrow: expected a fraction in [0, 1], found {self.fraction}")
+
+  def share(self, t: Any) -> Any:
+    """The share at micro-step t."""
+    if self.stop is None:
+      return jnp.float32(self.fraction)
+    angle = jnp.pi * jnp.minimum(t.astype(jnp.float32) / self.stop, 1.0)
+    return self.fraction / 2 * (1 + jnp.cos(angle))
+
+
+def by_gradient(*, stop: int | None, fraction: float = 0.3, key: Any = 0) -> Regrowth:
+  """RigL (Evci et al. 2020, arXiv:1911.11134): grows where the gradient is largest.
+
+  >>> from optax_cadence import pruning
+  >>> pruning.by_gradient(stop=1000).grow.name
+  'gradient'
+  """
+  return Regrowth(criteria.GRADIENT, criteria.random(key), fraction, stop)
+
+
+def at_random(key: Any = 0, *, fraction: float = 0.3, stop: int | None = None) -> Regrowth:
+  """SET (Mocanu et al. 2018, arXiv:1707.04780): grows at random.
+
+  >>> from optax_cadence import pruning
+  >>> pruning.at_random(0).fraction
+  0.3
+  """
+  return Regrowth(criteria.random(key), criteria.random(key), fraction, stop)

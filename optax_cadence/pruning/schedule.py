@@ -1,0 +1,93 @@
+"""When masks are due, and how sparse they are then."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+  """Due every `period` micro-steps t = 1, 2, … from `begin` to `end`, both included.
+
+  >>> from optax_cadence import pruning
+  >>> [t for t in range(1, 10) if pruning.Times(2, begin=3, end=7).due(t)]
+  [4, 6]
+  """
+
+  period: int
+  begin: int = 1
+  end: int | None = None
+
+  def __post_init__(self) -> None:
+    if self.period < 1:
+      raise ValueError(f"every: expected a period of at least 1, found {self.period}")
+    if self.end is not None and self.end < self.begin:
+      raise ValueError(f"every: expected an end of at least {self.begin}, found {self.end}")
+
+  def due(self, t: Any) -> Any:
+    """Whether micro-step t is due."""
+    if self.period == 1 and self.begin <= 1 and self.end is None:
+      return True
+    due = (t % self.period == 0) & (t >= self.begin)
+    return due if self.end is None else due & (t <= self.end)
+
+
+def once(at: int) -> Times:
+  """Due at micro-step `at` and never again.
+
+  >>> from optax_cadence import pruning
+  >>> pruning.once(5).due(5), pruning.once(5).due(10)
+  (True, False)
+  """
+  return Times(at, at, at)
+
+
+def every_epoch(examples: int, batch_size: int, *, drop_last: bool = False) -> Times:
+  """Due at the end of every epoch.
+
+  >>> from optax_cadence import pruning
+  >>> pruning.every_epoch(50_000, 128).period
+  391
+  """
+  return Times(examples // batch_size if drop_last else -(-examples // batch_size))
+
+
+def cubic(final: Any, begin: int, end: int, *, initial: float = 0.0) -> Callable[[Any], jax.Array]:
+  r"""Sparsity :math:`s_f + (s_i - s_f)(1 - (t - t_0)/(t_1 - t_0))^3` (arXiv:1710.01878).
+
+  >>> from optax_cadence import pruning
+  >>> float(pruning.cubic(0.5, begin=0, end=10)(5))
+  0.4375
+  """
+  if end <= begin:
+    raise ValueError(f"cubic: expected an end after {begin}, found {end}")
+
+  def schedule(t: Any) -> jax.Array:
+    left = 1 - jnp.clip((jnp.asarray(t, jnp.float32) - begin) / (end - begin), 0.0, 1.0)
+    return jnp.asarray(final + (initial - final) * left**3, jnp.float32)
+
+  return schedule
+
+
+def as_times(every: Any) -> Any:
+  """What an integer or a function `t -> bool` stands for."""
+  if isinstance(every, Times):
+    return every
+  if isinstance(every, int) and not isinstance(every, bool):
+    return Times(every)
+  if callable(every):
+    return _Function(every)
+  raise ValueError(f"every: expected an integer, pruning.Times or a function, found {every!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Function:
+  """A user's function `micro_step -> bool`; it may be due at any."""
+
+  due: Callable[[Any], Any]
+  period: int = 1
+  begin: int = 1
+  end: int | None = None

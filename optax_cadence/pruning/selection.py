@@ -1,0 +1,352 @@
+"""Which entries are among the k largest: a search for the threshold, not a sort.
+
+Scores become 32-bit integers that compare as the scores do. A pass over the data counts how
+many keys reach each of several thresholds at once, which narrows the range of the k-th
+largest key by that factor; no pass moves or copies the data. Entries of several arrays are
+searched together as one pool by adding up their counts: nothing is joined, and on sharded
+arrays what travels is the counts. The counts are kept by rows, so that ties at the threshold
+are settled within the one row of each array in which they are cut.
+
+What is scored, and how many are kept, is decided elsewhere.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Makes keys, int32 of any shape. It is called inside the passes, so that cheap keys are
+# computed from the data in the pass that counts them and are never stored.
+Keys = Callable[[], jax.Array]
+
+_LOWEST = -(2**31)
+_HIGHEST = 2**31 - 1  # above every score
+EXCLUDED = _LOWEST  # ranks below every score
+_NAN = _LOWEST + 1  # ranks below every number
+
+_MAX_SIZE = 2**31 - 1
+_MIN_ROWS = 64  # enough for every core to have some
+_MAX_ROWS = 2**16
+_GPU_COPIES = 64  # of the histogram, so that atomic additions seldom meet
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """How a pass over an array counts.
+
+  Attributes:
+    ways: Into how many parts a pass divides the range of keys.
+    tie_ways: The same for a pass over the row in which ties are cut.
+    count: `count(keys, axes, low, step, ways)`: how many keys of each row reach `low + i * step`,
+      for i = 1, …, ways - 1: int32 [rows, ways - 1].
+    rows: Shape to view an array of some shape in, and how many of its axes count the rows.
+  """
+
+  ways: int
+  tie_ways: int
+  count: Callable[..., jax.Array]
+  rows: Callable[[tuple[int, ...]], tuple[tuple[int, ...], int]]
+
+
+def order(scores: jax.Array) -> jax.Array:
+  """Integers that compare as the scores do.
+
+  Args:
+    scores: Floats or integers of at most 32 bits, of any shape.
+
+  Returns:
+    int32 of the same shape. -0.0 equals 0.0; NaNs equal one another and rank below -inf.
+
+  Raises:
+    ValueError: If the scores are not real numbers, or too wide.
+  """
+  dtype = scores.dtype
+  if dtype == jnp.uint32:
+    # The two lowest keys have a meaning of their own, and the highest is a bound.
+    scores = jnp.clip(scores, jnp.uint32(2), jnp.uint32(2**32 - 2))
+    return jax.lax.bitcast_convert_type(scores ^ jnp.uint32(2**31), jnp.int32)
+  if jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_:
+    if dtype.itemsize > 4:
+      raise ValueError(f"scores: expected at most 32 bits, found dtype {dtype}")
+    return jnp.clip(scores.astype(jnp.int32), _NAN + 1, _HIGHEST - 1)
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f"scores: expected real numbers, found dtype {dtype}")
+  bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
+  magnitude = bits & 0x7FFFFFFF
+  keys = jnp.where(bits < 0, -magnitude, magnitude)
+  return jnp.where(magnitude > 0x7F800000, _NAN, keys)
+
+
+def largest(pools: Sequence[Sequence[Keys]], kept: Sequence[int | jax.Array]) -> list[list[Keys]]:
+  """Masks of the largest keys of every pool; among equal ones those of the lower index.
+
+  Args:
+    pools: Makers of the keys of each array of each pool. Indices run through the arrays
+      in order, and through each in row-major order.
+    kept: How many entries of each pool are kept, at most its size: int32 scalars.
+
+  Returns:
+    For each array a function that makes its mask, bool of the array's shape.
+
+  Raises:
+    ValueError: If a pool has 2**31 entries or more.
+  """
+  if not pools:
+    return []
+  for pool in pools:
+    if sum(math.prod(shape) for shape in _shapes(pool)) > _MAX_SIZE:
+      raise ValueError(f"a pool of weights has at most {_MAX_SIZE} entries, found more")
+
+  def by(method: Method) -> Callable[..., Any]:
+    return lambda wanted: _cut(pools, wanted, method)
+
+  wanted = jnp.stack([jnp.asarray(k, jnp.int32) for k in kept])
+  histogram = by(HISTOGRAM)
+  thresholds, ends = jax.lax.platform_dependent(
+    wanted, cuda=histogram, rocm=histogram, default=by(COMPARE)
+  )
+  return [
+    [
+      functools.partial(_mask, keys, thresholds[g], end)
+      for keys, end in zip(pool, ends[g], strict=True)
+    ]
+    for g, pool in enumerate(pools)
+  ]
+
+
+def _shapes(pool: Sequence[Keys]) -> list[tuple[int, ...]]:
+  return [jax.eval_shape(keys).shape for keys in pool]
+
+
+def _mask(keys: Keys, threshold: jax.Array, end: jax.Array) -> jax.Array:
+  k = keys()
+  return (k > threshold) | ((k == threshold) & (_index(k.shape) < end))
+
+
+def _index(shape: tuple[int, ...]) -> jax.Array:
+  """Position in row-major order: int32 of this shape."""
+  index = jnp.zeros(shape, jnp.int32)
+  for axis, stride in enumerate(math.prod(shape[i + 1 :]) for i in range(len(shape))):
+    index += jax.lax.broadcasted_iota(jnp.int32, shape, axis) * stride
+  return index
+
+
+def _cut(
+  pools: Sequence[Sequence[Keys]], wanted: jax.Array, method: Method
+) -> tuple[jax.Array, list[list[jax.Array]]]:
+  """The threshold of each pool, and up to which index of each array keys equal to it stay."""
+  low, high = jnp.full_like(wanted, _LOWEST), jnp.full_like(wanted, _HIGHEST)
+  threshold, above, equal = _search(pools, low, high, wanted, method)
+  ranks, sizes, places, missing = [], [], [], []
+  for g, pool in enumerate(pools):
+    left = wanted[g] - above[g]
+    for keys, shape, counts in zip(pool, _shapes(pool), equal[g], strict=True):
+      # The row in which the ties of this array are cut, and how many of them stay in it.
+      here = jnp.clip(left, 0, counts.sum(dtype=jnp.int32))
+      ends = jnp.cumsum(counts, dtype=jnp.int32)
+      full = ends < here
+      row = full.sum(dtype=jnp.int32)
+      view, axes = method.rows(shape)
+      size = math.prod(view[axes:])
+      ranks.append([functools.partial(_ranks, keys, threshold[g], row, view, axes)])
+      sizes.append(size)
+      places.append(row * size)
+      missing.append(here - jnp.where(full, counts, 0).sum(dtype=jnp.int32))
+      left -= here
+  some = jnp.stack(missing) > 0
+  top = jnp.where(some, jnp.array(sizes, jnp.int32) + 1, 1)
+  within = dataclasses.replace(method, ways=method.tie_ways)
+  least, more, _ = _search(ranks, jnp.zeros_like(top), top, jnp.stack(missing), within)
+  # A threshold that splits off as many as stay is one above the least of them.
+  least = jnp.where(more < jnp.stack(missing), least, least + 1)
+  ends = jnp.where(some, jnp.stack(places) + jnp.array(sizes, jnp.int32) + 1 - least, 0)
+  flat = iter(ends)
+  return threshold, [[next(flat) for _ in pool] for pool in pools]
+
+
+def _ranks(
+  keys: Keys, threshold: jax.Array, row: jax.Array, view: tuple[int, ...], axes: int
+) -> jax.Array:
+  """For entries of a row at the threshold the larger the lower their index, 0 for all others."""
+  k = keys().reshape(view)
+  for axis in range(axes):
+    i = row // math.prod(view[axis + 1 : axes]) % view[axis]
+    k = jnp.take(k, i, axis=0, mode="clip")  # of a sharded array the row travels, not the rest
+  return jnp.where(k == threshold, k.size - _index(k.shape), 0)
+
+
+def _search(
+  pools: Sequence[Sequence[Keys]],
+  low: jax.Array,
+  high: jax.Array,
+  kept: jax.Array,
+  method: Method,
+) -> tuple[jax.Array, jax.Array, list[list[jax.Array]]]:
+  """The kept-th largest key of each pool.
+
+  Args:
+    pools: Makers of keys.
+    low: No key is below it: int32 [G].
+    high: No key reaches it: int32 [G].
+    kept: int32 [G].
+    method: How passes count.
+
+  Returns:
+    That key, int32 [G]; how many keys are larger, int32 [G]; and for each array how many are
+    equal, int32 [rows]. Where a threshold splits off exactly `kept` keys, the largest integer
+    below it stands for the kept-th largest key.
+  """
+
+  def width(low: jax.Array, high: jax.Array) -> jax.Array:
+    # Up to 2**32 - 1, which wraps in int32 and not in uint32.
+    return (high - low).astype(jnp.uint32)
+
+  def unfinished(carry: Any) -> jax.Array:
+    low, high, *_ = carry
+    return (width(low, high) > 1).any()
+
+  def one_pass(carry: Any) -> Any:
+    low, high, reached, above = carry
+    # What depends on the range is not computed ahead of the loop, and so never stored.
+    (data, low) = jax.lax.optimization_barrier((consts, low))
+    step = jnp.maximum((width(low, high) - 1) // method.ways + 1, 1)
+    new: list[tuple[Any, ...]] = []
+    for g, pool in enumerate(made(data)):
+      viewed = [_viewed(keys, method) for keys in pool]
+      counts = [method.count(*view, low[g], step[g], method.ways) for view in viewed]
+      new.append(_narrowed(low[g], high[g], step[g], kept[g], reached[g], above[g], counts))
+    lows, highs, reached, above = zip(*new, strict=True)
+    return jnp.stack(lows), jnp.stack(highs), list(reached), list(above)
+
+  def rows(shape: tuple[int, ...]) -> jax.Array:
+    view, axes = method.rows(shape)
+    return jnp.full(math.prod(view[:axes]), math.prod(view[axes:]), jnp.int32)
+
+  made, consts = _opened(pools)
+  everything = [[rows(shape) for shape in _shapes(pool)] for pool in pools]
+  nothing = jax.tree.map(jnp.zeros_like, everything)
+  low, _, reached, above = jax.lax.while_loop(
+    unfinished, one_pass, (low, high, everything, nothing)
+  )
+  larger = jnp.stack([sum(x.sum(dtype=jnp.int32) for x in pool) for pool in above])
+  return low, larger, jax.tree.map(jnp.subtract, reached, above)
+
+
+def _opened(pools: Sequence[Sequence[Keys]]) -> tuple[Callable[[Any], Any], Any]:
+  """All keys as a function of what their makers close over, and that."""
+  closed, out = jax.make_jaxpr(
+    lambda: [[keys() for keys in pool] for pool in pools], return_shape=True
+  )()
+
+  def made(consts: Any) -> Any:
+    return jax.tree.unflatten(jax.tree.structure(out), jax.core.eval_jaxpr(closed.jaxpr, consts))
+
+  return made, closed.consts
+
+
+def _viewed(keys: jax.Array, method: Method) -> tuple[jax.Array, int]:
+  view, axes = method.rows(keys.shape)
+  return keys.reshape(view), axes
+
+
+def _narrowed(
+  low: jax.Array,
+  high: jax.Array,
+  step: jax.Array,
+  kept: jax.Array,
+  reached: list[jax.Array],
+  above: list[jax.Array],
+  counts: list[jax.Array],
+) -> tuple[jax.Array, jax.Array, list[jax.Array], list[jax.Array]]:
+  """The part of the range of one pool in which the kept-th largest key is.
+
+  Args:
+    low: Lower bound of the range.
+    high: Upper bound, not included.
+    step: Distance between the thresholds.
+    kept: Which key is searched.
+    reached: For each array how many keys of a row reach `low`: int32 [rows].
+    above: How many reach `high`.
+    counts: How many reach each of the thresholds: int32 [rows, ways - 1].
+
+  Returns:
+    low, high, reached and above of that part.
+  """
+  width = (high - low).astype(jnp.uint32)
+  at = jnp.arange(1, counts[0].shape[1] + 1, dtype=jnp.uint32) * step
+  inside = at < width
+  bounds = [
+    jnp.concatenate([r[:, None], jnp.where(inside, c, a[:, None]), a[:, None]], axis=1)
+    for r, a, c in zip(reached, above, counts, strict=True)
+  ]
+  totals = jnp.stack([b.sum(0, dtype=jnp.int32) for b in bounds]).sum(0, dtype=jnp.int32)[1:-1]
+  exact = inside & (totals == kept)
+  part = (inside & (totals >= kept)).sum(dtype=jnp.int32)
+  offset = part.astype(jnp.uint32) * step
+  new_low = low + offset.astype(jnp.int32)
+  new_high = new_low + jnp.minimum(step, width - offset).astype(jnp.int32)
+  # A threshold that splits off exactly as many as are kept ends the search.
+  found = exact.any()
+  first = jnp.argmax(exact).astype(jnp.int32) + 1
+  split = low + (first.astype(jnp.uint32) * step).astype(jnp.int32)
+  upper = jnp.where(found, first, part + 1)
+  lower = jnp.where(found, first, part)
+  column = lambda b, i: jax.lax.dynamic_index_in_dim(b, i, 1, keepdims=False)  # noqa: E731
+  return (
+    jnp.where(found, split - 1, new_low),
+    jnp.where(found, split, new_high),
+    [column(b, lower) for b in bounds],
+    [column(b, upper) for b in bounds],
+  )
+
+
+def _compare(keys: jax.Array, axes: int, low: jax.Array, step: jax.Array, ways: int) -> jax.Array:
+  """Counts by comparing with every threshold.
+
+  One reduction of many operands, which reads the data once; a reduction for each threshold
+  would read it as often. Subtracting a comparison, which is -1 where it holds, vectorizes.
+  """
+  thresholds = [low + (jnp.uint32(i) * step).astype(jnp.int32) for i in range(1, ways)]
+  reached = [-(keys >= t).astype(jnp.int32) for t in thresholds]
+  zeros = [jnp.int32(0)] * len(reached)
+  add = lambda x, y: [a + b for a, b in zip(x, y, strict=True)]  # noqa: E731
+  partial = jax.lax.reduce(reached, zeros, add, tuple(range(axes, keys.ndim)))
+  return -jnp.stack([p.reshape(-1) for p in partial], axis=1)
+
+
+def _histogram(keys: jax.Array, axes: int, low: jax.Array, step: jax.Array, ways: int) -> jax.Array:
+  """Counts by counting the keys between two thresholds; the array is one row."""
+  del axes
+  distance = (keys - low).astype(jnp.uint32) // step
+  bins = jnp.where(keys < low, 0, jnp.minimum(distance, ways - 1).astype(jnp.int32))
+  copy = _index(keys.shape) // max(1, -(-keys.size // _GPU_COPIES))
+  counts = jnp.zeros((_GPU_COPIES, ways), jnp.int32).at[copy, bins].add(1)
+  return jnp.cumsum(counts.sum(0, dtype=jnp.int32)[::-1], dtype=jnp.int32)[::-1][None, 1:]
+
+
+def _rows(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+  """Rows of the first few axes, as many as keep every core busy; a long first axis is split.
+
+  Later axes are neither split nor joined, so that a sharded array stays where it is. Keys that
+  are split are stored, since XLA does not fuse what comes before a reshape with a reduction.
+  """
+  if 0 in shape:
+    return shape, 0
+  if shape and shape[0] > _MAX_ROWS:
+    n = max(d for d in range(1, 4097) if shape[0] % d == 0)
+    shape = (n, shape[0] // n, *shape[1:])
+  axes = 0
+  while axes < len(shape) - 1 and math.prod(shape[:axes]) < _MIN_ROWS:
+    axes += 1
+  return shape, axes
+
+
+# On a CPU a pass compares with as many thresholds as it does at nearly the speed of memory;
+# seven passes narrow 2**32 keys to one. A row is small, and few thresholds compile sooner. On a
+# GPU a pass is a histogram, and three are enough.
+COMPARE = Method(24, 4, _compare, _rows)
+HISTOGRAM = Method(2**11, 2**11, _histogram, lambda shape: (shape, 0))
