@@ -128,6 +128,43 @@ def test_factored_moments_follow():
   assert (166,) in changed
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("inner", [None, optax.adam(1e-2)])
+def test_masks_of_pruning_follow(packed, inner):
+  settings = {"every": oc.pruning.once(2), "packed": packed, "where": lambda path, x: x.ndim == 2}
+  if inner is None:
+    tx = optax.chain(optax.adam(1e-2), oc.prune(0.5, **settings), ZERO)
+  else:
+    tx = optax.chain(oc.prune(0.5, criterion="saliency", inner=inner, **settings), ZERO)
+  params, state = run(tx, forward, PARAMS, init(tx, PARAMS), 3)
+  before = oc.pruning.masks(params, state)
+  assert 0 < int(before["one"]["kernel"].sum()) < 40
+  bigger = PLAN.apply(params, fresh)
+  grown_state = growth.grow_state(tx, state, params, bigger, PLAN)
+  masks = oc.pruning.masks(bigger, grown_state)
+  np.testing.assert_array_equal(masks["one"]["kernel"][:, :8], before["one"]["kernel"])
+  assert masks["one"]["kernel"][:, 8:].all() and masks["two"]["kernel"][8:].all()
+  equal(jax.tree.map(jnp.shape, grown_state), jax.tree.map(jnp.shape, init(tx, bigger)))
+
+  bigger, grown_state = run(tx, growth.gated(forward, PLAN), bigger, grown_state, 3)
+  params, state = run(tx, forward, params, state, 3)
+  back = {k: v for k, v in bigger.items() if k != "alpha"}
+  equal(PLAN.inverse().apply(back), params)
+  merged_state = growth.grow_state(tx, grown_state, bigger, back, PLAN)
+  small_state = growth.grow_state(tx, merged_state, back, params, PLAN.inverse())
+  equal(small_state[:-1], state[:-1])
+
+
+def test_what_pruning_remembers_follows():
+  where = lambda path, x: x.ndim == 2
+  tx = oc.prune(0.5, every=5, criterion=oc.pruning.movement(), inner=optax.sgd(0.1), where=where)
+  params, state = run(tx, forward, PARAMS, init(tx, PARAMS), 2)
+  bigger = PLAN.apply(params, fresh)
+  found = growth.grow_state(tx, state, params, bigger, PLAN).memory["two/kernel"]
+  np.testing.assert_array_equal(found[:8], state.memory["two/kernel"])
+  assert not found[8:].any()
+
+
 def test_a_cut_leaf_is_refused():
   tx = oc.cadence(
     optax.adam(1e-2),

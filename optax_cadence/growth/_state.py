@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -12,6 +13,7 @@ from optax_cadence.growth import _trees
 from optax_cadence.growth._phase_in import relative
 from optax_cadence.growth._plan import LeafChange
 from optax_cadence.growth._plan import Plan
+from optax_cadence.pruning import packing
 
 
 class _Tag:
@@ -31,7 +33,8 @@ class _State(NamedTuple):
 
   Attributes:
     following: Value by where its copy of the parameter tree stands, and the parameter's path.
-    rest: All other leaves, by where they stand.
+    rest: All other leaves, by where they stand. What a transformation keeps by path instead of as
+      a copy of the tree, as `prune` does its masks, is one of them: a dict.
     order: What the leaves are, in order: the keys of the two above.
     structure: Its tree structure.
   """
@@ -98,7 +101,10 @@ def grow_state(
       before = old.following.get((names.get(where, where), path))
       values.append(_follow(key, before, fresh, changes, path, plan, params))
     else:
-      values.append(_keep(key, old, new, names))
+      value = _keep(key, old, new, names)
+      if isinstance(value, Mapping):
+        value = _follow_by_path(key, value, new.rest[key], changes, plan, params, new_params)
+      values.append(value)
   return jax.tree.unflatten(new.structure, values)
 
 
@@ -140,7 +146,8 @@ def _taken_apart(tx: Any, state: Any, params: Any) -> _State:
       key = (path[: len(path) - x.keys], x.path)
       following[key] = x.value
       order.append(key)
-  return _State(following, rest, order, jax.tree.structure(state))
+  structure = jax.tree.structure(tagged, is_leaf=lambda x: isinstance(x, _Tag))
+  return _State(following, rest, order, structure)
 
 
 class _Leaf:
@@ -206,6 +213,38 @@ def _keep(path: Any, old: _State, new: _State, names: Mapping[Any, Any]) -> Any:
 def _covers(where: Any, path: Any) -> bool:
   index = [i for i, key in enumerate(where) if isinstance(key, jax.tree_util.SequenceKey)]
   return bool(index) and path[: index[-1] + 1] == where[: index[-1] + 1]
+
+
+def _follow_by_path(
+  key: Any,
+  old: Mapping[str, Any],
+  fresh: Mapping[str, Any],
+  changes: Mapping[_paths.Path, LeafChange],
+  plan: Plan,
+  params: Any,
+  new_params: Any,
+) -> dict[str, Any]:
+  """A dict by path of leaves that follow parameters; masks may be packed to bits."""
+  shapes = [
+    {_paths.join(path): shape for path, shape in _trees.shapes(tree).items()}
+    for tree in (params, new_params)
+  ]
+  named = {_paths.join(path): path for path in _trees.shapes(new_params)}
+  values = {}
+  for name, new in fresh.items():
+    if name not in named:
+      raise ValueError(
+        f"state{jax.tree_util.keystr(key)} holds {name!r}: expected one of"
+        f" {_paths.listed(named.values())}"
+      )
+    before = old.get(name)
+    packed = new.dtype == jnp.uint8
+    if packed:
+      new = packing.unpack(new, shapes[1][name])
+      before = None if before is None else packing.unpack(before, shapes[0][name])
+    value = _follow((key, named[name]), before, new, changes, named[name], plan, params)
+    values[name] = packing.pack(jnp.asarray(value)) if packed else value
+  return values
 
 
 def _follow(
