@@ -102,7 +102,7 @@ def enlarge(model, optimizer, x, rngs):
 GROWTHS = {
   "channels 4 to 8": widen_channels,
   "hidden 8 to 32": widen_hidden,
-  "a residual block": deepen,
+  "residual block": deepen,
   "filters 3x3 to 5x5": enlarge,
 }
 
@@ -206,19 +206,11 @@ def draw(grown, jumps, fixed, path):
   for name, flops, _ in jumps:
     for axes in (above, below):
       axes.axvline(flops / 1e9, color="0.7", lw=1, zorder=0)
-    above.text(
-      flops / 1e9,
-      0.98,
-      f" {name}",
-      rotation=90,
-      va="top",
-      ha="left",
-      fontsize=9,
-      color="0.35",
-      transform=above.get_xaxis_transform(),
-    )
+    where = above.get_xaxis_transform()
+    text = name.replace(" ", "\n", 1)
+    above.text(flops / 1e9, 1.01, text, va="bottom", ha="center", size=9, transform=where)
   above.set(xscale="log", yscale="log", ylabel="test loss")
-  above.set_title("A network that grows while it trains, at equal FLOPs", fontweight="bold")
+  above.set_title("A network that grows while it trains, at equal FLOPs", weight="bold", pad=34)
   above.legend(frameon=False, loc="lower left")
   below.set(xlabel="training cost (GFLOP)", ylabel="gate", ylim=(-0.05, 1.05))
   for axes in (above, below):
