@@ -75,16 +75,16 @@ LARGE = {"channels": 8, "hidden": 32, "blocks": 1, "kernel": 5}
 
 
 def widen_channels(model, optimizer, x, rngs):
-  return growth.nnx.widen(model, x, producer=model.stem, by=4, optimizer=optimizer, rngs=rngs)
+  return growth.widen(model, x, producer=model.stem, by=4, optimizer=optimizer, rngs=rngs)
 
 
 def widen_hidden(model, optimizer, x, rngs):
-  return growth.nnx.widen(model, x, producer=model.hidden, by=24, optimizer=optimizer, rngs=rngs)
+  return growth.widen(model, x, producer=model.hidden, by=24, optimizer=optimizer, rngs=rngs)
 
 
 def deepen(model, optimizer, x, rngs):
   block = Block(8, rngs)
-  return growth.nnx.deepen(
+  return growth.deepen(
     model,
     lambda m: m.blocks.append(nnx.clone(block)),
     x,
@@ -94,7 +94,7 @@ def deepen(model, optimizer, x, rngs):
 
 
 def enlarge(model, optimizer, x, rngs):
-  return growth.nnx.enlarge(
+  return growth.enlarge(
     model, x, conv=model.stem, kernel_size=(5, 5), optimizer=optimizer, rngs=rngs
   )
 

@@ -174,6 +174,12 @@ def make(kind, *args, seed=0):
   return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(value, state))
 
 
+def fresh(path, shape, dtype):
+  """New entries by NumPy, as `init` makes variables."""
+  rng = np.random.default_rng(len("/".join(path)))
+  return jnp.asarray(0.3 + 0.3 * np.abs(rng.normal(size=shape)).astype(np.float32), dtype)
+
+
 @functools.cache
 def init(module, seed):
   """Variables of a Linen module, by NumPy: XLA takes seconds to compile random numbers."""

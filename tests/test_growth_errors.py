@@ -29,14 +29,14 @@ def test_sizes_that_do_not_agree():
 def test_a_consumer_that_does_not_match():
   model = nets.make(nets.Mlp)
   with pytest.raises(ValueError, match=r"consumer 'one/kernel' of shape \(16, 8\) has 16 inputs"):
-    growth.nnx.widen(model, producer=model.two, consumers=[model.one], by=2)
+    growth.widen(model, producer=model.two, consumers=[model.one], by=2)
 
 
 def test_a_norm_that_was_not_described_changes_nothing():
   model = nets.make(nets.NnxResNet)
   block = model.blocks[0]
   with pytest.raises(ValueError, match="lacks 'blocks/0/norm/"):
-    growth.nnx.widen(model, nets.IMAGES, producer=block.up, consumers=[block.down], by=4)
+    growth.widen(model, nets.IMAGES, producer=block.up, consumers=[block.down], by=4)
   assert type(model) is nets.NnxResNet and block.up.kernel.shape == (3, 3, 8, 12)
 
 
@@ -110,9 +110,9 @@ def test_a_plan_fits_its_tree_alone():
 
 def test_one_growth_at_a_time():
   model = nets.make(nets.Mlp)
-  growth.nnx.widen(model, nets.IMAGES, producer=model.one, by=2)
+  growth.widen(model, nets.IMAGES, producer=model.one, by=2)
   with pytest.raises(ValueError, match="merge it before"):
-    growth.nnx.widen(model, nets.IMAGES, producer=model.one, by=2)
+    growth.widen(model, nets.IMAGES, producer=model.one, by=2)
 
 
 @pytest.mark.parametrize("by", [0, -1, 1.5, True])

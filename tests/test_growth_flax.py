@@ -16,8 +16,9 @@ NEW_UPDATE = "model" in inspect.signature(nnx.Optimizer.update).parameters
 ZERO = growth.phase_in(lambda t: 0.0)
 
 
+@nnx.jit
 def out(model, x):
-  return nnx.jit(lambda model, x: model(x))(model, x)
+  return model(x)
 
 
 def close(found, expected):
@@ -25,7 +26,7 @@ def close(found, expected):
 
 
 def widen_mlp(m, x, **kwargs):
-  return growth.nnx.widen(m, x, producer=m.one, by=3, **kwargs)
+  return growth.widen(m, x, producer=m.one, by=3, **kwargs)
 
 
 GROWTHS = {
@@ -33,29 +34,37 @@ GROWTHS = {
   "dense, described": (
     nets.Mlp,
     nets.IMAGES,
-    lambda m, x, **kw: growth.nnx.widen(m, producer=m.one, consumers=[m.two], by=3, **kw),
+    lambda m, x, **kw: growth.widen(m, producer=m.one, consumers=[m.two], by=3, **kw),
   ),
   "residual stream": (
     nets.NnxResNet,
     nets.IMAGES,
-    lambda m, x, **kw: growth.nnx.widen(m, x, producer=m.stem, by=4, **kw),
+    lambda m, x, **kw: growth.widen(m, x, producer=m.stem, by=4, fresh=nets.fresh, **kw),
   ),
   "conv to conv": (
     nets.NnxResNet,
     nets.IMAGES,
-    lambda m, x, **kw: growth.nnx.widen(
-      m, producer=m.blocks[0].up, consumers=[m.blocks[0].down], also=[m.blocks[0].norm], by=4, **kw
+    lambda m, x, **kw: growth.widen(
+      m,
+      producer=m.blocks[0].up,
+      consumers=[m.blocks[0].down],
+      also=[m.blocks[0].norm],
+      by=4,
+      fresh=nets.fresh,
+      **kw,
     ),
   ),
   "filters": (
     nets.NnxResNet,
     nets.IMAGES,
-    lambda m, x, **kw: growth.nnx.enlarge(m, x, conv=m.stem, kernel_size=(5, 5), **kw),
+    lambda m, x, **kw: growth.enlarge(
+      m, x, conv=m.stem, kernel_size=(5, 5), fresh=nets.fresh, **kw
+    ),
   ),
   "block": (
     nets.NnxResNet,
     nets.IMAGES,
-    lambda m, x, **kw: growth.nnx.deepen(
+    lambda m, x, **kw: growth.deepen(
       m,
       lambda m: m.blocks.append(nets.make(nets.Block, 8, seed=8)),
       x,
@@ -66,17 +75,19 @@ GROWTHS = {
   "embedding": (
     nets.NnxTransformer,
     nets.TOKENS,
-    lambda m, x, **kw: growth.nnx.widen(m, x, producer=m.embed, by=4, **kw),
+    lambda m, x, **kw: growth.widen(m, x, producer=m.embed, by=4, fresh=nets.fresh, **kw),
   ),
   "heads": (
     nets.NnxTransformer,
     nets.TOKENS,
-    lambda m, x, **kw: growth.nnx.widen(m, x, producer=m.attention.query, axis=-2, by=1, **kw),
+    lambda m, x, **kw: growth.widen(
+      m, x, producer=m.attention.query, axis=-2, by=1, fresh=nets.fresh, **kw
+    ),
   ),
   "hidden": (
     nets.NnxTransformer,
     nets.TOKENS,
-    lambda m, x, **kw: growth.nnx.widen(m, x, producer=m.up, by=5, **kw),
+    lambda m, x, **kw: growth.widen(m, x, producer=m.up, by=5, fresh=nets.fresh, **kw),
   ),
 }
 
@@ -178,7 +189,7 @@ def test_a_shrunk_model_runs():
   nets.put(down.kernel, down.kernel[...].at[:, :, jnp.array([0, 3])].set(0))
   expected = out(model, nets.IMAGES)
   units = growth.nnx.couple(model, nets.IMAGES, producer=model.blocks[0].up)
-  growth.nnx.shrink(model, growth.shrinking(growth.nnx.variables(model), units, remove=[0, 3]))
+  growth.shrink(model, growth.shrinking(growth.nnx.variables(model), units, remove=[0, 3]))
   assert model.blocks[0].up.kernel.shape == (3, 3, 8, 10)
   close(out(model, nets.IMAGES), expected)
 
@@ -201,7 +212,7 @@ def test_net2deeper_needs_no_gate():
 
   model, x = Deep(nnx.Rngs(0)), nets.IMAGES.reshape(4, 16)
   expected = out(model, x)
-  growth.nnx.deepen(model, add, x)
+  growth.deepen(model, add, x)
   close(out(model, x), expected)
   growth.nnx.merge(model)
   close(out(model, x), expected)

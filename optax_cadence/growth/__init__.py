@@ -1,7 +1,8 @@
 """Growing a network while it trains: new capacity behind one gate.
 
 The core works on any tree of arrays. `growth.nnx` and `growth.linen` are its edges to Flax,
-imported when they are first used; `CKConv` and `to_continuous` are NNX's.
+imported when they are first used; `widen`, `deepen`, `enlarge` and `shrink`, which change live
+models, and `CKConv` and `to_continuous` are NNX's.
 """
 
 import importlib
@@ -31,7 +32,14 @@ from optax_cadence.growth._plan import shrinking
 from optax_cadence.growth._plan import widening
 from optax_cadence.growth._state import grow_state
 
-_FLAX = {"CKConv": "ckconv", "to_continuous": "ckconv"}
+_FLAX = {
+  "CKConv": "ckconv",
+  "deepen": "nnx",
+  "enlarge": "nnx",
+  "shrink": "nnx",
+  "to_continuous": "ckconv",
+  "widen": "nnx",
+}
 
 
 def __getattr__(name: str) -> Any:
