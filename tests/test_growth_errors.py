@@ -40,6 +40,21 @@ def test_a_norm_that_was_not_described_changes_nothing():
   assert type(model) is nets.NnxResNet and block.up.kernel.shape == (3, 3, 8, 12)
 
 
+def test_a_description_without_inputs_is_checked_when_it_runs_and_can_be_taken_back():
+  model = nets.make(nets.NnxResNet)
+  before = growth.nnx.variables(model)
+  block = model.blocks[0]
+  plan = growth.widen(model, producer=block.up, consumers=[block.down], by=4, fresh=nets.fresh)
+  with pytest.raises(ValueError, match=r"'blocks/0/norm/bias' of shape \(12,\)"):
+    model(nets.IMAGES)
+  growth.nnx.set_alpha(model, 1.0)
+  growth.nnx.merge(model)
+  growth.shrink(model, plan.inverse())
+  assert jax.tree.all(
+    jax.tree.map(lambda a, b: (a == b).all(), growth.nnx.variables(model), before)
+  )
+
+
 def test_kernels_do_not_shrink():
   kernel = {"kernel": jnp.ones((3, 3, 1, 2))}
   with pytest.raises(ValueError, match=r"'kernel' of shape .*\(3, 3\), found \(1, 3\)"):

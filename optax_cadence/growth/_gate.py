@@ -108,7 +108,10 @@ def _run(fn: Any, old: Any, plan: Plan, alpha: Any, variables: Any, args: Any, k
     },
   )
   before, paths, _ = _coupling.trace(old, small, *args, **kwargs)
-  after, _, rebuild = _coupling.trace(fn, variables, *args, **kwargs)
+  try:
+    after, _, rebuild = _coupling.trace(fn, variables, *args, **kwargs)
+  except (TypeError, ValueError) as error:
+    raise _does_not_run(plan, variables, error) from error
   leaves = _trees.leaves(variables)
   inputs = [_split(leaves[p], changes[p]) if p in changes else whole(leaves[p]) for p in paths]
   inputs += [whole(x) for x in _trees.partition_arrays((args, kwargs))[0]]
@@ -119,6 +122,22 @@ def _run(fn: Any, old: Any, plan: Plan, alpha: Any, variables: Any, args: Any, k
       whole(_joined(x, at)) if x.axes else x for x, at in zip(outputs, positions, strict=True)
     ]
   return rebuild([x.blocks[()] for x in outputs])
+
+
+def _does_not_run(plan: Plan, variables: Any, error: Exception) -> ValueError:
+  """What may be missing in a description that was never checked against a program."""
+  sizes = {c.before[a] for c in plan.changes if c.before for a in c.positions}
+  left = [
+    f"{_paths.join(path)!r} of shape {shape}"
+    for path, shape in _trees.shapes(variables).items()
+    if path not in plan.by_path and sizes & set(shape)
+  ]
+  return ValueError(
+    "the network runs at its old size, but not at its new one. A shared dimension may lack a"
+    f" member: of the same size as what has grown {', '.join(left) or 'no other leaf'} stayed."
+    " Describe all members, or give inputs, so that they are found and checked before anything"
+    f" changes; shrinking by plan.inverse() gives back the old network. ({error})"
+  )
 
 
 def _split(leaf: Any, change: LeafChange) -> Split:
