@@ -155,6 +155,15 @@ def test_trained_with_the_gate_shut_it_is_the_run_without_growth(kind):
   assert int(optimizers[0].step[...]) == int(optimizers[1].step[...])
 
 
+def test_an_optimizer_that_cannot_follow_leaves_the_model_as_it_was():
+  model, other = nets.make(nets.Mlp), nets.make(nets.NnxResNet)
+  with pytest.raises(ValueError, match="optimizer: expected the state for this model, 10 arrays"):
+    growth.widen(model, producer=model.one, consumers=[model.two], by=3, fresh=nets.fresh,
+                 optimizer=optimizer_of(other))  # fmt: skip
+  assert type(model) is nets.Mlp and model.one.kernel.shape == (16, 8)
+  assert not hasattr(model, "alpha")
+
+
 def test_the_optimizer_goes_on_after_the_merge():
   model = nets.make(nets.Mlp)
   optimizer = optimizer_of(model)

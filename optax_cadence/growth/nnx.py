@@ -201,10 +201,14 @@ def deepen(
   plan = _kernels.deepening(tree, deeper_tree, outgoing=names)
   if inputs:
     _check_runs(deeper, inputs)
-  before = _trained(model, optimizer)
-  add(model)
-  nnx.update(model, nnx.state(deeper))
-  _close(model, plan, before, optimizer, alpha, False)
+  values = nnx.state(deeper)
+
+  def change(model: nnx.Module) -> None:
+    add(model)
+    nnx.update(model, values)
+    _close(model, plan, alpha, False)
+
+  _with_optimizer(model, plan, optimizer, change)
   return plan
 
 
@@ -237,10 +241,13 @@ def grow(
   fit(probe, keep_groups)
   if inputs:
     _check_runs(probe, inputs)
-  before = _trained(model, optimizer)
-  _replace(model, new)
-  fit(model, keep_groups)
-  _close(model, plan, before, optimizer, alpha, keep_groups)
+
+  def change(model: nnx.Module) -> None:
+    _replace(model, new)
+    fit(model, keep_groups)
+    _close(model, plan, alpha, keep_groups)
+
+  _with_optimizer(model, plan, optimizer, change)
 
 
 def shrink(
@@ -252,10 +259,13 @@ def shrink(
 ) -> None:
   """Applies a plan of `growth.shrinking` to the live model, and to its optimizer's state."""
   _check_plain(model)
-  before = _trained(model, optimizer)
-  _replace(model, plan.apply(variables(model)))
-  fit(model, keep_groups)
-  _follow(model, plan, before, optimizer)
+  new = plan.apply(variables(model))
+
+  def change(model: nnx.Module) -> None:
+    _replace(model, new)
+    fit(model, keep_groups)
+
+  _with_optimizer(model, plan, optimizer, change)
 
 
 def merge(model: nnx.Module, *, optimizer: nnx.Optimizer | None = None) -> None:
@@ -270,11 +280,13 @@ def merge(model: nnx.Module, *, optimizer: nnx.Optimizer | None = None) -> None:
   """
   plan = plan_of(model)
   merged = _gate.merge(variables(model), plan)
-  before = _trained(model, optimizer)
-  object.__setattr__(model, "__class__", _growth_of(model).base)
-  delattr(model, _ALPHA)
-  _replace(model, merged)
-  _follow(model, plan, before, optimizer)
+
+  def change(model: nnx.Module) -> None:
+    object.__setattr__(model, "__class__", _growth_of(model).base)
+    delattr(model, _ALPHA)
+    _replace(model, merged)
+
+  _with_optimizer(model, plan, optimizer, change)
 
 
 def set_alpha(model: nnx.Module, alpha: float) -> None:
@@ -302,9 +314,7 @@ class _Growth:
     self.base, self.plan, self.keep_groups = base, plan, keep_groups
 
 
-def _close(
-  model: Any, plan: Plan, before: Any, optimizer: Any, alpha: float, keep_groups: bool
-) -> None:
+def _close(model: Any, plan: Plan, alpha: float, keep_groups: bool) -> None:
   """Attaches the gate to a model whose arrays have grown."""
   base = type(model)
   dtypes = [x.dtype for x in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))]
@@ -315,7 +325,6 @@ def _close(
   cls = metaclass(base.__name__, (base,), body)
   cls._growth = _Growth(base, plan, keep_groups)
   object.__setattr__(model, "__class__", cls)
-  _follow(model, plan, before, optimizer)
 
 
 def _gated_call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -553,26 +562,31 @@ def default_init(model: nnx.Module, rngs: nnx.Rngs | None = None) -> Fresh:
   return read
 
 
-def _trained(model: Any, optimizer: Any) -> Any:
-  """The parameters that an optimizer updates, apart from the live model."""
+def _with_optimizer(model: Any, plan: Plan, optimizer: Any, change: Callable[[Any], None]) -> None:
+  """Changes a model and its optimizer's state, or, on an error, neither."""
   if optimizer is None:
-    return None
-  return jax.tree.map(lambda x: x, nnx.state(model, optimizer.wrt))
-
-
-def _follow(model: Any, plan: Plan, before: Any, optimizer: Any) -> None:
-  """Lets the optimizer's state follow the model."""
-  if optimizer is None:
+    change(model)
     return
-  tx, after = optimizer.tx, _trained(model, optimizer)
-  arrays = [_variables.get(x) for x in _opt_variables(optimizer)]
-  made = jax.tree.structure(jax.eval_shape(tx.init, before))
-  state = jax.tree.unflatten(made, arrays)
-  grown = _state.grow_state(tx, state, before, after, plan)
-  fresh = type(optimizer)(model, tx, wrt=optimizer.wrt)
-  for variable, value in zip(_opt_variables(fresh), jax.tree.leaves(grown), strict=True):
+  probe = nnx.clone(model)
+  change(probe)
+  before, after = (nnx.state(m, optimizer.wrt) for m in (model, probe))
+  state = _state.grow_state(optimizer.tx, _state_of(optimizer, before), before, after, plan)
+  change(model)
+  fresh = type(optimizer)(model, optimizer.tx, wrt=optimizer.wrt)
+  for variable, value in zip(_opt_variables(fresh), jax.tree.leaves(state), strict=True):
     _variables.put(variable, value)
   optimizer.opt_state = fresh.opt_state
+
+
+def _state_of(optimizer: Any, params: Any) -> Any:
+  """The state of an NNX optimizer as its transformation knows it."""
+  arrays = [_variables.get(x) for x in _opt_variables(optimizer)]
+  made: Any = jax.tree.structure(jax.eval_shape(optimizer.tx.init, params))
+  if made.num_leaves != len(arrays):
+    raise ValueError(
+      f"optimizer: expected the state for this model, {made.num_leaves} arrays, found {len(arrays)}"
+    )
+  return jax.tree.unflatten(made, arrays)
 
 
 def _opt_variables(optimizer: Any) -> list[Any]:
