@@ -1,5 +1,6 @@
 """Networks that grow in the tests, and an oracle for the gate, written out by hand."""
 
+import contextlib
 import functools
 
 import jax
@@ -172,6 +173,21 @@ def make(kind, *args, seed=0):
     return jnp.asarray(1 + np.abs(x) if positive else x)
 
   return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(value, state))
+
+
+@contextlib.contextmanager
+def operation_by_operation():
+  """Nothing is fused, and gradients are added up in the program's own order.
+
+  JAX 0.6 does the latter on request alone: it sorts additions by what else is in the program.
+  """
+  before = jax.config.jax_use_direct_linearize
+  jax.config.update("jax_use_direct_linearize", True)
+  try:
+    with jax.disable_jit():
+      yield
+  finally:
+    jax.config.update("jax_use_direct_linearize", before)
 
 
 def fresh(path, shape, dtype):

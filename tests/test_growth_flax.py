@@ -116,7 +116,7 @@ def train(model, optimizer, x, steps):
   # Operation by operation: inside larger programs XLA may round sums in another order.
   for _ in range(steps):
     with (
-      jax.disable_jit(),
+      nets.operation_by_operation(),
       jax.numpy_dtype_promotion("standard"),
       jax.numpy_rank_promotion("allow"),
     ):

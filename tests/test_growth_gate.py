@@ -73,7 +73,7 @@ def test_gradients_of_old_entries_are_those_without_growth(kind):
 
   # Operation by operation they are so bit for bit. Inside a larger program XLA fuses
   # multiplications into additions, and chooses which by what else is there.
-  with jax.disable_jit():
+  with nets.operation_by_operation():
     expected, found = gradients(before, variables), gradients(forward, bigger)
   assert float(found["params"]["alpha"]) != 0
   old = plan.inverse().apply(plain(found))
