@@ -1,5 +1,6 @@
 """Gradient accumulation in which every part of a network has its own rhythm."""
 
+from optax_cadence import growth
 from optax_cadence import pruning
 from optax_cadence._builders import by_depth
 from optax_cadence._builders import by_path
@@ -59,6 +60,7 @@ __all__ = [
   "describe",
   "each_layer",
   "forward_order",
+  "growth",
   "late",
   "metrics",
   "noise_scale",

@@ -1,0 +1,152 @@
+"""The gate over time: set from a schedule, learned, or one after the other."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_cadence import _paths
+from optax_cadence.growth import _trees
+from optax_cadence.growth._plan import Plan
+
+
+class PhaseInState(NamedTuple):
+  """State of `phase_in`.
+
+  Attributes:
+    micro_step: Micro-steps since the gate came in: int32 scalar.
+    inner_state: State of the inner transformation.
+  """
+
+  micro_step: jax.Array
+  inner_state: optax.OptState
+
+
+def phase_in(
+  schedule: optax.Schedule,
+  inner: optax.GradientTransformation | None = None,
+  *,
+  alpha: str = "alpha",
+  learn_from: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Sets the gate to `schedule(t)` at micro-step t = 1, 2, … after it came in.
+
+  The update of the gate is its new value minus the present one, whatever stands before in the
+  chain; all other updates pass. In a tree without the gate it does nothing, so that one
+  transformation serves before a growth, through it, and after the merge.
+
+  Args:
+    schedule: From micro-steps to a value, as Optax schedules: `optax.linear_schedule(0, 1, 500)`,
+      `optax.cosine_decay_schedule`, or your own.
+    inner: Transformation that sees the gradients with that of the gate set to zero while
+      the schedule governs: put a global norm clip here, which it would otherwise enter. By
+      default none; `phase_in` then stands last in the chain.
+    alpha: Path of the gate in the parameters.
+    learn_from: First micro-step at which the gate is no more set but updated like any
+      parameter. None: never. 1: always.
+
+  Returns:
+    A `GradientTransformationExtraArgs` whose `update` needs the parameters.
+
+  Raises:
+    ValueError: If `update` gets no parameters, or an argument is malformed.
+
+  >>> import jax.numpy as jnp, optax
+  >>> from optax_cadence import growth
+  >>> params = {"w": jnp.ones(2), "alpha": jnp.float32(0)}
+  >>> tx = optax.chain(optax.sgd(0.5), growth.phase_in(optax.linear_schedule(0.0, 1.0, 4)))
+  >>> state = tx.init(params)
+  >>> for _ in range(2):
+  ...   updates, state = tx.update(params, state, params)
+  ...   params = optax.apply_updates(params, updates)
+  >>> print(params["alpha"], params["w"])
+  0.5 [0.25 0.25]
+  """
+  if not callable(schedule):
+    raise ValueError(f"schedule must be a function of micro-steps, found {schedule!r}")
+  if learn_from is not None and learn_from < 1:
+    raise ValueError(f"learn_from must be a micro-step, 1 or later, found {learn_from}")
+  inside = optax.with_extra_args_support(optax.identity() if inner is None else inner)
+  path = tuple(alpha.split("/"))
+
+  def init(params: optax.Params) -> PhaseInState:
+    return PhaseInState(jnp.int32(0), inside.init(params))
+
+  def update(
+    updates: Any, state: PhaseInState, params: Any = None, **extra_args: Any
+  ) -> tuple[Any, PhaseInState]:
+    if params is None:
+      raise ValueError("phase_in needs the parameters: expected params, found None")
+    gates = [x for p, x in _paths.flatten_with_paths(params) if p == path]
+    if not gates:
+      updates, inner_state = inside.update(updates, state.inner_state, params, **extra_args)
+      return updates, PhaseInState(jnp.zeros_like(state.micro_step), inner_state)
+    step = optax.safe_increment(state.micro_step)
+    scheduled = jnp.bool_(True) if learn_from is None else step < learn_from
+    if inner is not None:
+      updates = _at(updates, path, lambda g: jnp.where(scheduled, jnp.zeros_like(g), g))
+    updates, inner_state = inside.update(updates, state.inner_state, params, **extra_args)
+    target = jnp.asarray(schedule(step)).astype(gates[0].dtype)
+    updates = _at(
+      updates, path, lambda u: jnp.where(scheduled, (target - gates[0]).astype(u.dtype), u)
+    )
+    return updates, PhaseInState(step, inner_state)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _at(tree: Any, path: _paths.Path, fn: Callable[[Any], Any]) -> Any:
+  found = _trees.leaves(tree)
+  return _trees.with_leaves(tree, {path: fn(found[path])}) if path in found else tree
+
+
+def periods(plan: Plan, params: Any, *, old: Any, new: Any = 1) -> dict[str, Any]:
+  """Cadences that slow what was there before and leave the new entries their own rhythm.
+
+  Args:
+    plan: The plan by which `params` have grown.
+    params: The grown parameters, gate included.
+    old: Period of the old entries: a positive integer. Very large: they are held.
+    new: Period of the new entries and the gate.
+
+  Returns:
+    Nested dict of integers and integer arrays, for `oc.cadence(inner, ...)`.
+
+  >>> import jax.numpy as jnp
+  >>> from optax_cadence import growth
+  >>> params = {"a": jnp.ones((1, 2)), "b": jnp.ones((2, 1))}
+  >>> plan = growth.widening(params, growth.dimension(params, {"a": -1, "b": 0}), by=1)
+  >>> params = plan.apply(params, lambda path, shape, dtype: jnp.ones(shape, dtype))
+  >>> print(growth.periods(plan, params, old=4)["a"])
+  [[4 4 1]]
+  """
+  changes = relative(plan, params)
+  result: dict[str, Any] = {}
+  for path, leaf in _paths.flatten_with_paths(params):
+    change, value = changes.get(path), old
+    if path[-1:] == plan.alpha[-1:] and path not in changes:
+      value = new if len(path) == 1 else old
+    elif change is not None and change.before is None:
+      value = new
+    elif change is not None:
+      value = np.full(np.shape(leaf), new)
+      value[change.index] = old
+    result = _trees.insert(result, path, value)
+  return result
+
+
+def relative(plan: Plan, params: Any) -> Mapping[_paths.Path, Any]:
+  """The changes of a plan by the paths of `params`, be they all variables or a part of them.
+
+  A plan for Linen's variables says "params/…", where an optimizer sees what is below.
+  """
+  prefix = plan.alpha[:-1]
+  known = _trees.shapes(params)
+  found = plan.by_path
+  if any(path in known for path in found) or not prefix:
+    return found
+  n = len(prefix)
+  return {path[n:]: c for path, c in found.items() if path[:n] == prefix}

@@ -1,0 +1,300 @@
+"""Which axes of the operands and results of an operation go together.
+
+One table for two readers: the coupling of parameters (which axes have to grow together)
+and the evaluation of a network whose arrays are held in two parts, old and new. Nothing
+here knows about parameters or growth.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.extend import core as jex_core
+
+
+class Tie(NamedTuple):
+  """Axes that run over the same units.
+
+  Attributes:
+    operands: Pairs (operand, axis).
+    results: Pairs (result, axis).
+    summed: Whether the operation adds up over the axis, which then is in no result.
+  """
+
+  operands: tuple[tuple[int, int], ...]
+  results: tuple[tuple[int, int], ...] = ()
+  summed: bool = False
+
+
+ELEMENTWISE = frozenset(
+  """
+  abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
+  bitcast_convert_type cbrt ceil clamp clz complex conj convert_element_type copy cos cosh digamma
+  div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac imag integer_pow
+  is_finite le le_to lgamma log log1p logistic lt lt_to max min mul ne neg nextafter not
+  optimization_barrier or polygamma population_count pow real reduce_precision
+  regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic
+  shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
+  """.split()  # noqa: SIM905
+)
+_REDUCTIONS = frozenset(
+  ["reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum", "reduce_xor"]
+)
+_ALONG = {
+  "cumlogsumexp": "axis",
+  "cummax": "axis",
+  "cummin": "axis",
+  "cumprod": "axis",
+  "cumsum": "axis",
+  "rev": "dimensions",
+  "sort": "dimension",
+}
+
+
+def shape(var: Any) -> tuple[int, ...]:
+  """Shape of a variable or literal."""
+  return tuple(getattr(var.aval, "shape", ()))
+
+
+def ties(eqn: Any) -> list[Tie] | None:
+  """The ties of an operation; None for one that is not in the table.
+
+  An axis in no tie is not shared with any other: it is reduced in a way that is no sum,
+  cut, padded, or new in the result.
+  """
+  name = eqn.primitive.name
+  if name in ELEMENTWISE:
+    return _same_shape(eqn)
+  if name in _REDUCTIONS:
+    return _reduce(eqn)
+  if name in _ALONG:
+    along = np.atleast_1d(eqn.params[_ALONG[name]]).tolist()
+    return [t for t in _same_shape(eqn) if t.results[0][1] not in along]
+  rule = _RULES.get(name)
+  return rule(eqn) if rule else None
+
+
+def _same_shape(eqn: Any) -> list[Tie]:
+  found = []
+  for axis in range(len(shape(eqn.outvars[0]))):
+    operands = tuple((i, axis) for i, v in enumerate(eqn.invars) if len(shape(v)) > axis)
+    found.append(Tie(operands, tuple((i, axis) for i in range(len(eqn.outvars)))))
+  return found
+
+
+def _reduce(eqn: Any) -> list[Tie]:
+  axes = set(eqn.params["axes"])
+  kept = [a for a in range(len(shape(eqn.invars[0]))) if a not in axes]
+  found = [Tie(((0, a),), ((0, i),)) for i, a in enumerate(kept)]
+  if eqn.primitive.name == "reduce_sum":
+    found += [Tie(((0, a),), summed=True) for a in sorted(axes)]
+  return found
+
+
+def _dot_general(eqn: Any) -> list[Tie]:
+  (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
+  found = [Tie(((0, a), (1, b)), summed=True) for a, b in zip(lhs_sum, rhs_sum, strict=True)]
+  batch = list(zip(lhs_batch, rhs_batch, strict=True))
+  found += [Tie(((0, a), (1, b)), ((0, i),)) for i, (a, b) in enumerate(batch)]
+  free = [(0, a) for a in _rest(eqn.invars[0], lhs_sum, lhs_batch)]
+  free += [(1, b) for b in _rest(eqn.invars[1], rhs_sum, rhs_batch)]
+  return found + [Tie((pair,), ((0, len(batch) + i),)) for i, pair in enumerate(free)]
+
+
+def _rest(var: Any, *taken: Any) -> list[int]:
+  return [a for a in range(len(shape(var))) if all(a not in axes for axes in taken)]
+
+
+def _conv(eqn: Any) -> list[Tie]:
+  lhs, rhs, out = eqn.params["dimension_numbers"]
+  found = [Tie(((0, lhs[0]),), ((0, out[0]),))]
+  if eqn.params["batch_group_count"] != 1:
+    return found
+  if eqn.params["feature_group_count"] == 1:
+    return [
+      *found,
+      Tie(((0, lhs[1]), (1, rhs[1])), summed=True),
+      Tie(((1, rhs[0]),), ((0, out[1]),)),
+    ]
+  if (
+    shape(eqn.invars[1])[rhs[1]] == 1
+    and shape(eqn.invars[0])[lhs[1]] == shape(eqn.outvars[0])[out[1]]
+  ):
+    found.append(Tie(((0, lhs[1]), (1, rhs[0])), ((0, out[1]),)))  # one filter per channel
+  return found
+
+
+def _broadcast_in_dim(eqn: Any) -> list[Tie]:
+  source, target = shape(eqn.invars[0]), shape(eqn.outvars[0])
+  pairs = enumerate(eqn.params["broadcast_dimensions"])
+  return [Tie(((0, i),), ((0, o),)) for i, o in pairs if source[i] == target[o] != 1]
+
+
+def _transpose(eqn: Any) -> list[Tie]:
+  return [Tie(((0, a),), ((0, i),)) for i, a in enumerate(eqn.params["permutation"])]
+
+
+def _squeeze(eqn: Any) -> list[Tie]:
+  gone = eqn.params["dimensions"]
+  kept = [a for a in range(len(shape(eqn.invars[0]))) if a not in gone]
+  return [Tie(((0, a),), ((0, i),)) for i, a in enumerate(kept)]
+
+
+def _whole_axes(eqn: Any) -> list[Tie]:
+  source, target = shape(eqn.invars[0]), shape(eqn.outvars[0])
+  return [Tie(((0, a),), ((0, a),)) for a in range(len(source)) if source[a] == target[a]]
+
+
+def _concatenate(eqn: Any) -> list[Tie]:
+  along = eqn.params["dimension"]
+  axes = [a for a in range(len(shape(eqn.outvars[0]))) if a != along]
+  return [Tie(tuple((i, a) for i in range(len(eqn.invars))), ((0, a),)) for a in axes]
+
+
+def _split(eqn: Any) -> list[Tie]:
+  axes = [a for a in range(len(shape(eqn.invars[0]))) if a != eqn.params["axis"]]
+  return [Tie(((0, a),), tuple((i, a) for i in range(len(eqn.outvars)))) for a in axes]
+
+
+def _gather(eqn: Any) -> list[Tie]:
+  numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+  operand, indices, out = shape(eqn.invars[0]), shape(eqn.invars[1]), shape(eqn.outvars[0])
+  if getattr(numbers, "operand_batching_dims", ()):
+    return []
+  window = [a for a in range(len(operand)) if a not in numbers.collapsed_slice_dims]
+  pairs = zip(window, numbers.offset_dims, strict=True)
+  found = [Tie(((0, a),), ((0, o),)) for a, o in pairs if sizes[a] == operand[a]]
+  batch = [o for o in range(len(out)) if o not in numbers.offset_dims]
+  return found + [
+    Tie(((1, a),), ((0, o),)) for a, o in zip(range(len(indices) - 1), batch, strict=True)
+  ]
+
+
+def _reduce_window(eqn: Any) -> list[Tie]:
+  source = shape(eqn.invars[0])
+  p = eqn.params
+  return [
+    Tie(tuple((i, a) for i in range(len(eqn.invars)) if shape(eqn.invars[i])), ((0, a),))
+    for a in range(len(source))
+    if p["window_dimensions"][a] == p["window_strides"][a] == 1 and tuple(p["padding"][a]) == (0, 0)
+  ]
+
+
+def _random(eqn: Any) -> list[Tie]:
+  del eqn
+  return []
+
+
+_RULES: dict[str, Callable[[Any], list[Tie]]] = {
+  "argmax": lambda eqn: _reduce(eqn),
+  "argmin": lambda eqn: _reduce(eqn),
+  "broadcast_in_dim": _broadcast_in_dim,
+  "concatenate": _concatenate,
+  "conv_general_dilated": _conv,
+  "dot_general": _dot_general,
+  "dynamic_slice": _whole_axes,
+  "gather": _gather,
+  "iota": _random,
+  "pad": _whole_axes,
+  "random_bits": _random,
+  "random_fold_in": _random,
+  "random_seed": _random,
+  "random_split": _random,
+  "random_unwrap": _random,
+  "random_wrap": _random,
+  "reduce_window_max": _reduce_window,
+  "reduce_window_min": _reduce_window,
+  "reduce_window_sum": _reduce_window,
+  "reshape": _random,  # its axes merge and split: see `merge_axes`
+  "slice": _whole_axes,
+  "split": _split,
+  "squeeze": _squeeze,
+  "transpose": _transpose,
+}
+
+
+def reshape_groups(
+  source: tuple[int, ...], target: tuple[int, ...]
+) -> list[tuple[list[int], list[int]]]:
+  """The smallest runs of axes that a reshape turns into each other.
+
+  >>> from optax_cadence.growth import _ties
+  >>> _ties.reshape_groups((2, 3, 4, 5), (2, 12, 5))
+  [([0], [0]), ([1, 2], [1]), ([3], [2])]
+  """
+  groups: list[tuple[list[int], list[int]]] = []
+  i = j = 0
+  while i < len(source) or j < len(target):
+    ins: list[int] = []
+    outs: list[int] = []
+    n = m = 1
+    while not (ins and outs and n == m):
+      if i < len(source) and (not ins or n < m or j == len(target)):
+        n *= source[i]
+        ins.append(i)
+        i += 1
+      elif j < len(target):
+        m *= target[j]
+        outs.append(j)
+        j += 1
+      else:
+        break
+    groups.append((ins, outs))
+  return groups
+
+
+def bodies(eqn: Any) -> list[Any]:
+  """The programs inside an operation, whatever its parameters are called."""
+  found = []
+  for value in eqn.params.values():
+    items = value if isinstance(value, (tuple, list)) else [value]
+    found += [v for v in items if isinstance(v, (jex_core.ClosedJaxpr, jex_core.Jaxpr))]
+  return found
+
+
+def opened(program: Any) -> tuple[Any, list[Any]]:
+  """The program without its constants, and they."""
+  if isinstance(program, jex_core.ClosedJaxpr):
+    return program.jaxpr, list(program.consts)
+  return program, []
+
+
+def is_literal(var: Any) -> bool:
+  """Whether an operand is written into the program."""
+  return isinstance(var, jex_core.Literal)
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+  """How many operands of a scan are constants, and how many are carried.
+
+  From the shapes, as the parameters that hold these numbers differ between JAX versions.
+  """
+  body, _ = opened(eqn.params["jaxpr"])
+
+  def stacked(outside: list[Any], inside: list[Any]) -> int:
+    return sum(len(shape(o)) != len(shape(i)) for o, i in zip(outside, inside, strict=True))
+
+  carried = len(eqn.outvars) - stacked(eqn.outvars, body.outvars)
+  return len(eqn.invars) - stacked(eqn.invars, body.invars) - carried, carried
+
+
+def inlined(eqn: Any) -> Any | None:
+  """The one program that an operation runs once with its own operands and results, if so."""
+  if eqn.primitive.name in ("cond", "scan", "while"):
+    return None
+  found = bodies(eqn)
+  if not found:
+    return None
+  inner, _ = opened(found[0])
+  if len(inner.invars) == len(eqn.invars) and len(inner.outvars) == len(eqn.outvars):
+    return found[0]
+  return None
+
+
+def bind(eqn: Any, operands: list[Any], **changed: Any) -> list[Any]:
+  """Runs an operation, some of its parameters changed."""
+  params = eqn.primitive.get_bind_params({**eqn.params, **changed})
+  # JAX before 0.10 keeps functions apart, as first operands.
+  functions, params = ((), params) if isinstance(params, dict) else params
+  found = eqn.primitive.bind(*functions, *operands, **params)
+  return list(found) if eqn.primitive.multiple_results else [found]

@@ -1,0 +1,114 @@
+"""Trees of variables: finding leaves by path, putting new ones in, telling arrays from flags."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_cadence import _paths
+
+
+def shapes(tree: Any) -> dict[_paths.Path, tuple[int, ...]]:
+  """Shape of every leaf, by path."""
+  return {path: tuple(np.shape(leaf)) for path, leaf in _paths.flatten_with_paths(tree)}
+
+
+def leaves(tree: Any) -> dict[_paths.Path, Any]:
+  """Every leaf, by path."""
+  return dict(_paths.flatten_with_paths(tree))
+
+
+def with_leaves(tree: Any, new: Mapping[_paths.Path, Any]) -> Any:
+  """The tree with the leaves of some paths replaced."""
+  flat, structure = jax.tree.flatten(tree)
+  paths = [path for path, _ in _paths.flatten_with_paths(tree)]
+  return jax.tree.unflatten(structure, [new.get(p, x) for p, x in zip(paths, flat, strict=True)])
+
+
+def find(known: Any, name: str) -> _paths.Path:
+  """The path that is written `name`.
+
+  Raises:
+    ValueError: If there is none.
+  """
+  path = tuple(name.split("/"))
+  if path not in known:
+    raise ValueError(f"no leaf {name!r}: expected one of {_paths.listed(known)}")
+  return path
+
+
+def largest(known: Mapping[_paths.Path, tuple[int, ...]]) -> list[_paths.Path]:
+  """The paths whose leaves have the most axes: of a layer's leaves, its kernel."""
+  most = max(map(len, known.values()), default=0)
+  return [path for path, shape in known.items() if len(shape) == most]
+
+
+def insert(tree: Any, path: _paths.Path, value: Any) -> Any:
+  """The nested mapping with `value` at a path where nothing is.
+
+  Raises:
+    ValueError: If something is there, or the tree is no mapping.
+  """
+  if not isinstance(tree, Mapping):
+    raise ValueError(
+      f"cannot add {_paths.join(path)!r} to a {type(tree).__name__}: expected a mapping; put the"
+      ' parameters into a dict, {"net": params}'
+    )
+  key, *rest = path
+  if not rest and key in tree:
+    raise ValueError(f"{_paths.join(path)!r}: expected nothing at this path, found something")
+  new = insert(tree.get(key, {}), tuple(rest), value) if rest else value
+  return _like(tree, {**tree, key: new})
+
+
+def remove(tree: Any, path: _paths.Path) -> Any:
+  """The nested mapping without what is at a path."""
+  key, *rest = path
+  if not isinstance(tree, Mapping) or key not in tree:
+    raise ValueError(f"expected {_paths.join(path)!r}, found no such key in {type(tree).__name__}")
+  if rest:
+    return _like(tree, {**tree, key: remove(tree[key], tuple(rest))})
+  return _like(tree, {k: v for k, v in tree.items() if k != key})
+
+
+def _like(tree: Any, items: dict[str, Any]) -> Any:
+  kind: Any = type(tree)
+  return kind(items)
+
+
+def partition_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+  """The arrays of a tree, and a function that puts others in their place."""
+  flat, structure = jax.tree.flatten(tree)
+  is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in flat]
+
+  def rebuild(arrays: list[Any]) -> Any:
+    remaining = iter(arrays)
+    return jax.tree.unflatten(
+      structure, [next(remaining) if a else x for a, x in zip(is_array, flat, strict=True)]
+    )
+
+  return [x for a, x in zip(is_array, flat, strict=True) if a], rebuild
+
+
+def placed(large: Any, index: Any, small: Any) -> Any:
+  """`large` with `small` at an index. On the host: nothing is compiled for a shape used once."""
+  result = np.array(large)
+  result[index] = np.asarray(small)
+  return jnp.asarray(result)
+
+
+def taken(large: Any, index: Any) -> Any:
+  """What lies at an index of `large`, by way of the host too."""
+  return jnp.asarray(np.asarray(large)[index])
+
+
+def check_concrete(what: str, tree: Any) -> None:
+  """Raises `ValueError` if a leaf is being traced: growth happens outside jit."""
+  for path, leaf in _paths.flatten_with_paths(tree):
+    if isinstance(leaf, jax.core.Tracer):
+      raise ValueError(
+        f"{what}: {_paths.join(path)!r} of shape {np.shape(leaf)} is being traced; shapes change"
+        " outside jit, grad and vmap, once"
+      )

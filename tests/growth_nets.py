@@ -1,0 +1,210 @@
+"""Networks that grow in the tests, and an oracle for the gate, written out by hand."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+
+IMAGES = jax.random.normal(jax.random.key(5), (4, 4, 4, 1))
+TOKENS = jnp.array([[1, 2, 3], [4, 5, 6]])
+
+
+class Dense(nn.Module):
+  hidden: int = 8
+  inputs = IMAGES
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = x.reshape(len(x), -1)
+    x = nn.relu(nn.Dense(self.hidden, name="one")(x))
+    return nn.Dense(3, name="two")(nn.Dropout(0.5, deterministic=not train)(x))
+
+
+class ResNet(nn.Module):
+  """Convolutions with BatchNorm, a residual stream, GroupNorm if asked, a flatten."""
+
+  channels: int = 8
+  groups: int = 0
+  kernel: int = 3
+  blocks: int = 1
+  inputs = IMAGES
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    def norm(name):
+      return nn.BatchNorm(use_running_average=not train, name=name)
+
+    size = (self.kernel, self.kernel)
+    x = nn.relu(norm("stem_norm")(nn.Conv(self.channels, size, name="stem")(x)))
+    for i in range(self.blocks):
+      y = nn.Conv(12, (3, 3), name=f"block{i}_in")(x)
+      y = nn.Conv(self.channels, (3, 3), name=f"block{i}_out")(nn.relu(norm(f"block{i}_norm")(y)))
+      x = x + y
+    x = nn.max_pool(x, (2, 2), (2, 2))
+    if self.groups:
+      x = nn.GroupNorm(self.groups, name="group_norm")(x)
+    return nn.Dense(3, name="head")(x.reshape(len(x), -1))
+
+
+class Transformer(nn.Module):
+  """A block of attention and one of an MLP on a residual stream, with tied embeddings."""
+
+  width: int = 8
+  heads: int = 2
+  head: int = 4
+  hidden: int = 16
+  inputs = TOKENS
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    embed = nn.Embed(7, self.width, name="embed")
+    x = embed(x)
+    attention = nn.MultiHeadDotProductAttention(
+      self.heads, qkv_features=self.heads * self.head, out_features=self.width, name="attention"
+    )
+    x = x + attention(nn.LayerNorm(name="norm1")(x))
+    y = nn.gelu(nn.Dense(self.hidden, name="up")(nn.RMSNorm(name="norm2")(x)))
+    x = x + nn.Dense(self.width, name="down")(nn.Dropout(0.2, deterministic=not train)(y))
+    return embed.attend(nn.LayerNorm(name="norm3")(x))
+
+
+def module_list(modules):
+  return nnx.List(modules) if hasattr(nnx, "List") else modules
+
+
+def put(variable, value):
+  variable.set_value(value) if hasattr(variable, "set_value") else setattr(variable, "value", value)
+
+
+class Mlp(nnx.Module):
+  def __init__(self, rngs, hidden=8):
+    self.one = nnx.Linear(16, hidden, rngs=rngs)
+    self.drop = nnx.Dropout(0.5, rngs=rngs)
+    self.two = nnx.Linear(hidden, 3, rngs=rngs)
+
+  def __call__(self, x):
+    return self.two(self.drop(nnx.relu(self.one(x.reshape(len(x), -1)))))
+
+
+class NnxResNet(nnx.Module):
+  def __init__(self, rngs):
+    self.stem = nnx.Conv(1, 8, (3, 3), rngs=rngs)
+    self.norm = nnx.BatchNorm(8, rngs=rngs)
+    self.blocks = module_list([Block(8, rngs)])
+    self.head = nnx.Linear(32, 3, rngs=rngs)
+
+  def __call__(self, x):
+    x = nnx.relu(self.norm(self.stem(x)))
+    for block in self.blocks:
+      x = x + block(x)
+    return self.head(nnx.max_pool(x, (2, 2), (2, 2)).reshape(len(x), -1))
+
+
+class Block(nnx.Module):
+  def __init__(self, channels, rngs):
+    self.up = nnx.Conv(channels, 12, (3, 3), rngs=rngs)
+    self.norm = nnx.BatchNorm(12, rngs=rngs)
+    self.down = nnx.Conv(12, channels, (3, 3), rngs=rngs)
+
+  def __call__(self, x):
+    return self.down(nnx.relu(self.norm(self.up(x))))
+
+
+class NnxTransformer(nnx.Module):
+  def __init__(self, rngs):
+    self.embed = nnx.Embed(7, 8, rngs=rngs)
+    self.norm1 = nnx.LayerNorm(8, rngs=rngs)
+    self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+    self.norm2 = nnx.RMSNorm(8, rngs=rngs)
+    self.up = nnx.Linear(8, 16, rngs=rngs)
+    self.down = nnx.Linear(16, 8, rngs=rngs)
+
+  def __call__(self, x):
+    x = self.embed(x)
+    x = x + self.attention(self.norm1(x))
+    x = x + self.down(nnx.gelu(self.up(self.norm2(x))))
+    return self.embed.attend(x)
+
+
+# Old and new module, producer, further arguments: every kind of growth by path.
+WIDENINGS = {
+  "dense to dense": (Dense(), Dense(hidden=11), "params/one", {"by": 3}),
+  "residual stream, BatchNorm, flatten": (ResNet(), ResNet(channels=12), "params/stem", {"by": 4}),
+  "conv to conv": (
+    ResNet(groups=4),
+    ResNet(groups=4, channels=12),
+    "params/stem",
+    {"by": 1, "blocks": 4},
+  ),
+  "more norm groups": (
+    ResNet(groups=4),
+    ResNet(groups=6, channels=12),
+    "params/stem",
+    {"by": 2, "unit": 2},
+  ),
+  "hidden layer of an MLP": (Transformer(), Transformer(hidden=21), "params/up", {"by": 5}),
+  "heads": (Transformer(), Transformer(heads=3), "params/attention/query", {"by": 1, "axis": -2}),
+  "embedding width": (Transformer(), Transformer(width=13), "params/embed", {"by": 5}),
+}
+
+
+def apply(module, train):
+  """`apply(variables, x)` in training or evaluation mode; what changes is returned too."""
+  extra = {"rngs": {"dropout": jax.random.key(3)}, "mutable": ["batch_stats"]} if train else {}
+  return lambda variables, x: module.apply(variables, x, train=train, **extra)
+
+
+def make(kind, *args, seed=0):
+  """An NNX module with variables by NumPy, for the same reason as `init`."""
+  graphdef, state = nnx.split(nnx.eval_shape(lambda: kind(*args, nnx.Rngs(0))))
+  rng = np.random.default_rng(seed)
+
+  def value(path, leaf):
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return jax.random.key(seed)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      return jnp.zeros(leaf.shape, leaf.dtype)
+    x = 0.3 * rng.normal(size=leaf.shape).astype(np.float32)
+    positive = any(getattr(key, "key", None) in ("scale", "var") for key in path)
+    return jnp.asarray(1 + np.abs(x) if positive else x)
+
+  return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(value, state))
+
+
+@contextlib.contextmanager
+def operation_by_operation():
+  """Nothing is fused, and gradients are added up in the program's own order.
+
+  JAX 0.6 does the latter on request alone: it sorts additions by what else is in the program.
+  """
+  before = jax.config.jax_use_direct_linearize
+  jax.config.update("jax_use_direct_linearize", True)
+  try:
+    with jax.disable_jit():
+      yield
+  finally:
+    jax.config.update("jax_use_direct_linearize", before)
+
+
+def fresh(path, shape, dtype):
+  """New entries by NumPy, as `init` makes variables."""
+  rng = np.random.default_rng(len("/".join(path)))
+  return jnp.asarray(0.3 + 0.3 * np.abs(rng.normal(size=shape)).astype(np.float32), dtype)
+
+
+@functools.cache
+def init(module, seed):
+  """Variables of a Linen module, by NumPy: XLA takes seconds to compile random numbers."""
+  rng = np.random.default_rng(seed)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), module.inputs)
+
+  def value(path, leaf):
+    x = 0.3 * rng.normal(size=leaf.shape).astype(np.float32)
+    positive = path[-1].key in ("scale", "var")
+    return jnp.asarray(1 + np.abs(x) if positive else x)
+
+  return jax.tree_util.tree_map_with_path(value, shapes)

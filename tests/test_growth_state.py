@@ -1,0 +1,301 @@
+"""Optimizer state follows the parameters, and a run at α = 0 is the run without growth."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_cadence as oc
+from optax_cadence import growth
+
+X = jax.random.normal(jax.random.key(1), (16, 5))
+Y = jax.random.normal(jax.random.key(2), (16, 2))
+PARAMS = {
+  "one": {"kernel": jax.random.normal(jax.random.key(3), (5, 8)), "bias": jnp.zeros(8)},
+  "two": {"kernel": jax.random.normal(jax.random.key(4), (8, 2))},
+}
+
+
+def forward(p, x):
+  h = jnp.tanh(x @ p["one"]["kernel"] + p["one"]["bias"][None])
+  return h @ p["two"]["kernel"]
+
+
+def fresh(path, shape, dtype):
+  return jax.random.normal(jax.random.key(sum(map(len, path))), shape, dtype)
+
+
+UNITS = growth.couple(forward, PARAMS, X, producer="one/kernel")
+PLAN = growth.widening(PARAMS, UNITS, by=4)
+ZERO = growth.phase_in(lambda t: 0.0)
+
+OPTIMIZERS = {
+  "sgd": lambda: optax.sgd(0.1),
+  "chain": lambda: optax.chain(optax.trace(0.9), optax.scale_by_adam(), optax.scale(-0.01)),
+  "adamw": lambda: optax.adamw(1e-2),
+  "partition": lambda: optax.partition(
+    {"a": optax.adam(1e-2), "b": optax.sgd(0.1, momentum=0.9)},
+    lambda p: {k: "a" if k == "one" else "b" for k in p} if isinstance(p, dict) else "a",
+  ),
+  "masked": lambda: optax.chain(
+    optax.masked(
+      optax.trace(0.5),
+      lambda p: {k: k == "one" for k in p} if isinstance(p, dict) else True,
+    ),
+    optax.scale(-0.1),
+  ),
+  "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=1e-2),
+  "cadence": lambda: oc.cadence(optax.adam(1e-2), oc.by_path({"one": 3, "*": 1})),
+  "cadence, gate first": lambda: oc.cadence(
+    optax.adam(1e-2), oc.by_path({"one": 3, "two": 2}, default=1)
+  ),
+  "MultiSteps": lambda: optax.MultiSteps(optax.adam(1e-2), 3).gradient_transformation(),
+}
+
+
+def loss(fn, p):
+  return jnp.mean((fn(p, X) - Y) ** 2)
+
+
+def run(tx, fn, params, state, steps):
+  grad = jax.jit(jax.grad(functools.partial(loss, fn)))
+  update = jax.jit(tx.update)
+  for _ in range(steps):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+      updates, state = update(grad(params), state, params)
+      params = optax.apply_updates(params, updates)
+  return params, state
+
+
+def init(tx, params):
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    return tx.init(params)
+
+
+def equal(found, expected):
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_a_run_with_the_gate_shut_is_the_run_without_growth(name):
+  tx = optax.chain(OPTIMIZERS[name](), ZERO)
+  params, state = run(tx, forward, PARAMS, init(tx, PARAMS), 4)  # windows of 3 are open
+  bigger = PLAN.apply(params, fresh)
+  grown_state = growth.grow_state(tx, state, params, bigger, PLAN)
+  bigger, grown_state = run(tx, growth.gated(forward, PLAN), bigger, grown_state, 7)
+
+  old_tx = optax.chain(OPTIMIZERS[name](), ZERO)
+  params, state = run(old_tx, forward, params, state, 7)
+  back = {k: v for k, v in bigger.items() if k != "alpha"}
+  small = PLAN.inverse().apply(back)
+  equal(small, params)
+  # The state shrinks by the same description: all moments and counters are those of the run.
+  back_state = growth.grow_state(tx, grown_state, bigger, back, PLAN)
+  back_state = growth.grow_state(old_tx, back_state, back, small, PLAN.inverse())
+  equal(back_state[0], state[0])
+  assert float(bigger["alpha"]) == 0
+
+
+def test_new_entries_are_as_init_makes_them():
+  tx = optax.adam(1e-2)
+  params, state = run(tx, forward, PARAMS, init(tx, PARAMS), 3)
+  bigger = PLAN.apply(params, fresh)
+  found = growth.grow_state(tx, state, params, bigger, PLAN)
+  equal(jax.tree.map(jnp.shape, found), jax.tree.map(jnp.shape, init(tx, bigger)))
+  assert int(found[0].count) == 3
+  np.testing.assert_array_equal(found[0].mu["one"]["kernel"][:, :8], state[0].mu["one"]["kernel"])
+  assert not found[0].mu["one"]["kernel"][:, 8:].any()
+  assert float(found[0].mu["alpha"]) == 0
+
+
+def test_factored_moments_follow():
+  big = {"one": {"kernel": jnp.ones((5, 160))}, "two": {"kernel": jnp.ones((160, 130))}}
+  fn = lambda p, x: jnp.tanh(x @ p["one"]["kernel"]) @ p["two"]["kernel"]
+  plan = growth.widening(big, growth.couple(fn, big, X, producer="one/kernel"), 6)
+  tx = optax.scale_by_factored_rms()
+  state = init(tx, big)
+  state = state._replace(v_row=jax.tree.map(lambda x: x + 2, state.v_row))
+  bigger = plan.apply(big, fresh)
+  found = growth.grow_state(tx, state, big, bigger, plan)
+  shapes = jax.tree.map(jnp.shape, init(tx, bigger))
+  assert jax.tree.map(jnp.shape, found) == shapes
+  changed = {x.shape for x in jax.tree.leaves((found.v_row, found.v_col))}
+  assert (166,) in changed
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("inner", [None, optax.adam(1e-2)])
+def test_masks_of_pruning_follow(packed, inner):
+  settings = {"every": oc.pruning.once(2), "packed": packed, "where": lambda path, x: x.ndim == 2}
+  if inner is None:
+    tx = optax.chain(optax.adam(1e-2), oc.prune(0.5, **settings), ZERO)
+  else:
+    tx = optax.chain(oc.prune(0.5, criterion="saliency", inner=inner, **settings), ZERO)
+  params, state = run(tx, forward, PARAMS, init(tx, PARAMS), 3)
+  before = oc.pruning.masks(params, state)
+  assert 0 < int(before["one"]["kernel"].sum()) < 40
+  bigger = PLAN.apply(params, fresh)
+  grown_state = growth.grow_state(tx, state, params, bigger, PLAN)
+  masks = oc.pruning.masks(bigger, grown_state)
+  np.testing.assert_array_equal(masks["one"]["kernel"][:, :8], before["one"]["kernel"])
+  assert masks["one"]["kernel"][:, 8:].all() and masks["two"]["kernel"][8:].all()
+  equal(jax.tree.map(jnp.shape, grown_state), jax.tree.map(jnp.shape, init(tx, bigger)))
+
+  bigger, grown_state = run(tx, growth.gated(forward, PLAN), bigger, grown_state, 3)
+  params, state = run(tx, forward, params, state, 3)
+  back = {k: v for k, v in bigger.items() if k != "alpha"}
+  equal(PLAN.inverse().apply(back), params)
+  merged_state = growth.grow_state(tx, grown_state, bigger, back, PLAN)
+  small_state = growth.grow_state(tx, merged_state, back, params, PLAN.inverse())
+  equal(small_state[:-1], state[:-1])
+
+
+def test_what_pruning_remembers_follows():
+  where = lambda path, x: x.ndim == 2
+  tx = oc.prune(0.5, every=5, criterion=oc.pruning.movement(), inner=optax.sgd(0.1), where=where)
+  params, state = run(tx, forward, PARAMS, init(tx, PARAMS), 2)
+  bigger = PLAN.apply(params, fresh)
+  found = growth.grow_state(tx, state, params, bigger, PLAN).memory["two/kernel"]
+  np.testing.assert_array_equal(found[:8], state.memory["two/kernel"])
+  assert not found[8:].any()
+
+
+def test_a_cut_leaf_is_refused():
+  tx = oc.cadence(
+    optax.adam(1e-2),
+    {
+      "one": {"kernel": oc.channels([1, 2]), "bias": 1},
+      "two": 1,
+    },
+  )
+  state = tx.init(PARAMS)
+  with pytest.raises(ValueError, match=r"cuts the leaf into regions"):
+    growth.grow_state(
+      tx, state, PARAMS, PLAN.apply(PARAMS, fresh), PLAN, new_tx=oc.cadence(optax.adam(1e-2), 1)
+    )
+
+
+def test_old_entries_can_be_slowed_by_a_cadence():
+  bigger = PLAN.apply(PARAMS, fresh, alpha=1.0)
+  periods = growth.periods(PLAN, bigger, old=1000)
+  tx = oc.cadence(optax.sgd(0.1), periods)
+  params, _ = run(tx, growth.gated(forward, PLAN), bigger, tx.init(bigger), 3)
+  old = PLAN.inverse().apply({k: v for k, v in params.items() if k != "alpha"})
+  equal(old, PARAMS)
+  assert (params["one"]["kernel"][:, 8:] != bigger["one"]["kernel"][:, 8:]).all()
+
+
+@pytest.mark.parametrize(
+  "schedule",
+  [
+    optax.linear_schedule(0.0, 1.0, 5),
+    lambda t: 0.5 - 0.5 * jnp.cos(jnp.pi * t / 5),
+    lambda t: jnp.where(t < 3, 0.0, 0.25),
+  ],
+)
+def test_the_gate_follows_its_schedule(schedule):
+  tx = optax.chain(optax.adam(1e-2), growth.phase_in(schedule))
+  params = PLAN.apply(PARAMS, fresh)
+  state = init(tx, params)
+  for t in range(1, 7):
+    params, state = run(tx, growth.gated(forward, PLAN), params, state, 1)
+    np.testing.assert_allclose(params["alpha"], schedule(t), atol=1e-7)
+
+
+def test_set_and_then_learned():
+  tx = optax.chain(optax.sgd(0.1), growth.phase_in(lambda t: 0.25, learn_from=3))
+  params = PLAN.apply(PARAMS, fresh)
+  state, fn = init(tx, params), growth.gated(forward, PLAN)
+  params, state = run(tx, fn, params, state, 2)
+  assert float(params["alpha"]) == 0.25
+  expected = 0.25 - 0.1 * jax.grad(functools.partial(loss, fn))(params)["alpha"]
+  params, state = run(tx, fn, params, state, 1)
+  np.testing.assert_allclose(params["alpha"], expected, rtol=1e-6)
+
+
+def test_the_gate_stays_out_of_a_clipped_norm():
+  inner = optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(0.1))
+  tx = growth.phase_in(lambda t: 0.0, inner)
+  params, state = run(tx, forward, PARAMS, init(tx, PARAMS), 2)
+  bigger = PLAN.apply(params, fresh)
+  state = growth.grow_state(tx, state, params, bigger, PLAN)
+  bigger, _ = run(tx, growth.gated(forward, PLAN), bigger, state, 2)
+  params, _ = run(tx, forward, params, init(tx, params), 2)
+  small = PLAN.inverse().apply({k: v for k, v in bigger.items() if k != "alpha"})
+  for a, b in zip(jax.tree.leaves(small), jax.tree.leaves(params), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-6)  # the norm adds up more entries, in another order
+
+
+def test_without_a_gate_phase_in_does_nothing():
+  tx = growth.phase_in(lambda t: 0.5)
+  updates, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+  equal(updates, PARAMS)
+  assert int(state.micro_step) == 0
+  with pytest.raises(ValueError, match="needs the parameters"):
+    tx.update(PARAMS, state)
+
+
+def test_orbax_before_growth_and_in_mid_phase_in(tmp_path):
+  checkpoint = pytest.importorskip("orbax.checkpoint")
+  tx = optax.chain(optax.adam(1e-2), growth.phase_in(optax.linear_schedule(0.0, 1.0, 6)))
+  params, state = run(tx, forward, PARAMS, init(tx, PARAMS), 3)
+  fn = growth.gated(forward, PLAN)
+
+  def through_disk(name, params, state):
+    with checkpoint.StandardCheckpointer() as disk:
+      disk.save(tmp_path / name, {"params": params, "state": state})
+    with checkpoint.StandardCheckpointer() as disk:
+      like = jax.tree.map(jnp.zeros_like, {"params": params, "state": state})
+      restored = disk.restore(tmp_path / name, like)
+    return restored["params"], restored["state"]
+
+  def grow(params, state):
+    bigger = PLAN.apply(params, fresh)
+    return bigger, growth.grow_state(tx, state, params, bigger, PLAN)
+
+  live = grow(params, state)
+  equal(grow(*through_disk("before", params, state)), live)
+  half = run(tx, fn, *live, 3)
+  assert 0 < float(half[0]["alpha"]) < 1
+  equal(run(tx, fn, *through_disk("half", *half), 3), run(tx, fn, *half, 3))
+
+
+def test_gradmax_beats_random_draws_of_equal_norm():
+  outer = growth.outer_product(
+    lambda p: loss(forward, p), PARAMS, producer="one/kernel", consumer="two/kernel"
+  )
+  best = growth.gradmax(outer, units=2, norm=0.5)
+
+  plan = growth.widening(PARAMS, UNITS, by=2)
+  gradients = jax.jit(jax.grad(functools.partial(loss, growth.gated(forward, plan))))
+
+  def gradient_norm(outgoing):
+    values = {"one/kernel": 0.0, "one/bias": 0.0, "two/kernel": outgoing}
+    bigger = plan.apply(PARAMS, growth.given(plan, fresh, values), alpha=1.0)
+    return float(jnp.linalg.norm(gradients(bigger)["one"]["kernel"][:, 8:]))
+
+  largest = gradient_norm(best)
+  # Orthonormal rows of the same norm, as the method's constraint has it.
+  for i in range(100):
+    draw = jnp.linalg.qr(jax.random.normal(jax.random.key(i), (2, 2)))[0]
+    assert gradient_norm(0.5 * draw) <= largest * (1 + 1e-5)
+  single = growth.gradmax(outer, units=1)
+  for i in range(200):
+    draw = jax.random.normal(jax.random.key(i), (1, 2))
+    draw = draw / jnp.linalg.norm(draw)
+    assert jnp.linalg.norm(outer @ draw.T) <= jnp.linalg.norm(outer @ single.T) * (1 + 1e-5)
+
+
+def test_copies_are_near_their_sources():
+  make = growth.copies(PARAMS, PLAN, fresh, jax.random.key(0), noise=0.0)
+  bigger = PLAN.apply(PARAMS, make)
+  new, old = bigger["one"]["kernel"][:, 8:], PARAMS["one"]["kernel"]
+  assert all((old == column[:, None]).all(0).any() for column in new.T)
+  noisy = PLAN.apply(PARAMS, growth.copies(PARAMS, PLAN, fresh, jax.random.key(0), noise=0.1))
+  difference = noisy["one"]["kernel"][:, 8:] - new
+  assert 0 < float(jnp.abs(difference).max()) < 0.6
