@@ -66,7 +66,15 @@ def one_mask(n: int, jaxpruner: Path | None) -> cases.Case:
     "prune-mask",
     f"a mask of {cases.human(size).upper()} weights, sparsity {SPARSITY}",
     [
-      Variant(name, role, inputs, no_state, (remasked(fn),), 5.0 * size, compared(name, SORT))
+      Variant(
+        name,
+        role,
+        inputs,
+        no_state,
+        (remasked(functools.partial(jax.tree.map, fn)),),
+        5.0 * size,
+        compared(name, SORT),
+      )
       for name, (role, fn) in found.items()
     ],
     [
@@ -93,18 +101,17 @@ def global_masks(n: int) -> cases.Case:
     found = selection.largest(pools, [k - round(SPARSITY * k) for k in sizes])
     return dict(zip(leaves, (mask() for pool in found for mask in pool), strict=True))
 
-  def step(apart: bool, params: Any, state: Any, grads: Any) -> Any:
-    del grads
-    return {"weights": params["weights"], "mask": masks(apart, params["weights"])}, state
-
   name, peer = "over all leaves", "a mask for each leaf"
-  roles = {name: "ours", peer: "baseline"}
+  found = {
+    name: ("ours", functools.partial(masks, False)),
+    peer: ("baseline", functools.partial(masks, True)),
+  }
   return cases.Case(
     "prune-global",
     f"global masks of 40 leaves, {cases.human(size).upper()} weights",
     [
-      Variant(key, role, inputs, no_state, (functools.partial(step, key == peer),), 5.0 * size)
-      for key, role in roles.items()
+      Variant(key, role, inputs, no_state, (remasked(fn),), 5.0 * size)
+      for key, (role, fn) in found.items()
     ],
     # That the pool is one costs nothing, and nothing as large as the pool is made.
     [Target(name, peer, 1.1), cases.temporaries(name, shapes)],
@@ -186,13 +193,13 @@ def masked_inputs(shapes: dict[str, tuple[int, ...]]) -> variants.Inputs:
   return variants.Inputs(params, lambda: ())
 
 
-def remasked(fn: Callable[[jax.Array], jax.Array]) -> Callable[..., Any]:
-  """A step that makes every mask anew."""
+def remasked(fn: Callable[[dict[str, jax.Array]], dict[str, jax.Array]]) -> Callable[..., Any]:
+  """A step that makes the masks of all weights anew."""
 
   def step(params: Any, state: Any, grads: Any) -> Any:
     del grads
     weights = params["weights"]
-    return {"weights": weights, "mask": jax.tree.map(fn, weights)}, state
+    return {"weights": weights, "mask": fn(weights)}, state
 
   return step
 

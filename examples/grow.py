@@ -1,6 +1,6 @@
 """A network too narrow for its task grows while it trains: wider, deeper, larger filters.
 
-A small convolutional network learns handwritten digits. At three moments it gets more
+A small convolutional network learns handwritten digits. At four moments it gets more
 capacity, each time behind a gate α that a schedule then opens: more channels and hidden units,
 a residual block, larger filters. Beside it, the small network and the large one that
 results are trained from scratch until they have used as many floating-point operations.

@@ -211,7 +211,7 @@ class Cadence:
       )
     if _is_placeholder(params):
       return self._init_placeholder(params)
-    layout, leaves, groups = self.layout(params), _leaves(params), []
+    layout, leaves, groups = self.layout(params), _layout.leaves(params), []
     for group in layout.groups:
       tensors = group.take(leaves)
       sums = [jnp.zeros(x.shape, self.sum_dtype(x.dtype)) for x in tensors]
@@ -230,7 +230,7 @@ class Cadence:
     phase: int | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, CadenceState]:
-    firing, leaves = self._firing(grads, state, params, extra_args), _leaves(grads)
+    firing, leaves = self._firing(grads, state, params, extra_args), _layout.leaves(grads)
     zeros = {i: jnp.zeros_like(g) for i, g in leaves.items()}
     updates, state = _step.advance(firing, leaves, state, zeros, self._phase(phase))
     return jax.tree.unflatten(jax.tree.structure(grads), updates.values()), state
@@ -245,7 +245,7 @@ class Cadence:
   ) -> tuple[optax.Params, CadenceState]:
     _check_given("apply", params, needed=bool(jax.tree.leaves(grads)))
     firing = self._firing(grads, state, params, extra_args, in_place=True)
-    given, targets = _leaves(grads), _leaves(params)
+    given, targets = _layout.leaves(grads), _layout.leaves(params)
     leaves, state = _step.advance(firing, given, state, targets, self._phase(phase))
     return jax.tree.unflatten(jax.tree.structure(params), leaves.values()), state
 
@@ -254,7 +254,7 @@ class Cadence:
   ) -> tuple[optax.Updates, CadenceState]:
     _check_given("flush", params, needed=getattr(state, "groups", None) != ())
     firing = self._firing(params, state, params, extra_args)
-    zeros = {i: jnp.zeros_like(p) for i, p in _leaves(params).items()}
+    zeros = {i: jnp.zeros_like(p) for i, p in _layout.leaves(params).items()}
     updates, state = _step.flush(firing, state, zeros)
     return jax.tree.unflatten(jax.tree.structure(params), updates.values()), state
 
@@ -273,8 +273,8 @@ class Cadence:
     return _firing.Firing(
       inner=self.inner,
       layout=layout,
-      dtypes={i: g.dtype for i, g in _leaves(grads).items()},
-      params=None if params is None or in_place else _leaves(params),
+      dtypes={i: g.dtype for i, g in _layout.leaves(grads).items()},
+      params=None if params is None or in_place else _layout.leaves(params),
       extra_args=extra_args,
       in_place=in_place,
       sums=self.accumulate == "sum",
@@ -337,10 +337,6 @@ def _init_confidence(policy: Policy, n: int) -> ConfidenceState:
     period=jnp.int32(0),
     policy=_control.cast_like(remembered, remembered),
   )
-
-
-def _leaves(tree: Any) -> _firing.Leaves:
-  return dict(enumerate(map(jnp.asarray, jax.tree.leaves(tree))))
 
 
 def _is_placeholder(tree: Any) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -78,6 +79,11 @@ class Layout:
       slots[t.leaf].append(tensor)
     one = {0: lambda _: optax.MaskedNode(), 1: lambda slot: slot[0]}
     return self.treedef.unflatten([one.get(len(slot), tuple)(slot) for slot in slots])
+
+
+def leaves(tree: Any) -> dict[int, jax.Array]:
+  """The leaves of a tree by position, as `Group.take` reads them."""
+  return dict(enumerate(map(jnp.asarray, jax.tree.leaves(tree))))
 
 
 def layout(every: Any, tree: Any) -> Layout:

@@ -53,13 +53,12 @@ def metrics(state: Any) -> dict[str, Any]:
   names = _names(found)
   small = [node._replace(groups=tuple(map(_small, node.groups))) for node in found]
   traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(small))
-  values: dict[str, Any] = {"micro_step": small[0].micro_step}
   small = small if traced else jax.device_get(small)
   groups = [group for node in small for group in node.groups]
+  values: dict[str, Any] = {"micro_step": small[0].micro_step}
   for regions, group in zip(names, groups, strict=True):
     for i, name in enumerate(regions):
       values |= {f"{name}/{key}": value for key, value in _region(group, i, jnp if traced else np)}
-  values["micro_step"] = small[0].micro_step
   return values
 
 

@@ -89,7 +89,7 @@ def noise_scale(every: Any = 8, *, decay: float = 0.9) -> optax.GradientTransfor
   def init(params: optax.Params) -> NoiseScaleState:
     layout, groups = layout_of(params), []
     for group in layout.groups:
-      tensors = group.take(_leaves(params))
+      tensors = group.take(_layout.leaves(params))
       sums = [jnp.zeros(x.shape, _windows.accumulator_dtype(x.dtype, None)) for x in tensors]
       groups.append(
         MeasuredGroup(
@@ -106,7 +106,7 @@ def noise_scale(every: Any = 8, *, decay: float = 0.9) -> optax.GradientTransfor
     updates: optax.Updates, state: NoiseScaleState, params: Any = None
   ) -> tuple[optax.Updates, NoiseScaleState]:
     del params
-    layout, leaves = layout_of(updates), _leaves(updates)
+    layout, leaves = layout_of(updates), _layout.leaves(updates)
     micro_step = optax.safe_increment(state.micro_step)
     pairs = zip(layout.groups, state.groups, strict=True)
     groups = [_measure(g.every, old, g.take(leaves), micro_step, decay) for g, old in pairs]
@@ -149,7 +149,3 @@ def _check_window(every: _schedules.Every) -> None:
     raise ValueError(f"noise_scale expects windows of known length, found {every}")
   if every.static and every.period < 2:
     raise ValueError(f"noise_scale expects windows of at least 2 gradients, found {every}")
-
-
-def _leaves(tree: Any) -> dict[int, jax.Array]:
-  return dict(enumerate(map(jnp.asarray, jax.tree.leaves(tree))))

@@ -206,7 +206,7 @@ class Evaluator:
 
     def body(xs: Any) -> Any:
       results = self.run(inner[0], inner[1], _unpacked(operands, xs))
-      layout.append([Split(r.axes, dict.fromkeys(sorted(r.blocks))) for r in results])
+      layout.append(_outline(results))
       return _packs(results)
 
     outputs = wrap(body, **kwargs)(_packs(operands))
@@ -219,7 +219,7 @@ class Evaluator:
     def branch(one: Any, two: Any) -> Any:
       def body(xs: Any) -> Any:
         results = self.run(one, two, _unpacked(rest, xs))
-        layout.append([Split(r.axes, dict.fromkeys(sorted(r.blocks))) for r in results])
+        layout.append(_outline(results))
         return _packs(results)
 
       return body
@@ -238,7 +238,7 @@ class Evaluator:
     def body(carry: Any, xs: Any) -> Any:
       inputs = operands[:consts] + _unpacked(operands[consts:end], carry) + _unpacked(slices, xs)
       results = self.run(p["jaxpr"], new.params["jaxpr"], inputs)
-      layout.append([Split(r.axes, dict.fromkeys(sorted(r.blocks))) for r in results])
+      layout.append(_outline(results))
       return _packs(results[: end - consts]), _packs(results[end - consts :])
 
     carry, stacked = jax.lax.scan(
@@ -258,6 +258,11 @@ def _moved(x: Split, by: int) -> Split:
   if by < 0 and 0 in x.axes:
     raise ValueError("the axis that a loop runs over cannot grow: expected its length to stay")
   return Split(tuple(a + by for a in x.axes), x.blocks, x.offset)
+
+
+def _outline(values: list[Split]) -> list[Split]:
+  """The values without their arrays, as `_unpacked` needs them."""
+  return [Split(x.axes, dict.fromkeys(sorted(x.blocks))) for x in values]
 
 
 def _packs(values: list[Split]) -> list[list[Any]]:

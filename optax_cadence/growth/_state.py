@@ -23,9 +23,11 @@ class _Tag:
     self.path, self.keys, self.value = path, keys, value
 
 
-class _Name(NamedTuple):
-  path: _paths.Path
-  keys: int
+class _Leaf:
+  """Stands for a parameter: its path, and how many keys that has. Not a tree, as a tuple is."""
+
+  def __init__(self, path: _paths.Path, keys: int):
+    self.path, self.keys = path, keys
 
 
 class _State(NamedTuple):
@@ -112,13 +114,11 @@ def _taken_apart(tx: Any, state: Any, params: Any) -> _State:
   keys = [len(p) for p, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
   paths = [path for path, _ in _paths.flatten_with_paths(params)]
   named = jax.tree.unflatten(
-    jax.tree.structure(params), [_Leaf(_Name(p, n)) for p, n in zip(paths, keys, strict=True)]
+    jax.tree.structure(params), [_Leaf(p, n) for p, n in zip(paths, keys, strict=True)]
   )
 
-  def tag(value: Any, name: Any) -> Any:
-    return (
-      value if isinstance(value, optax.MaskedNode) else _Tag(name.name.path, name.name.keys, value)
-    )
+  def tag(value: Any, leaf: _Leaf) -> Any:
+    return value if isinstance(value, optax.MaskedNode) else _Tag(leaf.path, leaf.keys, value)
 
   try:
     tagged = optax.tree_utils.tree_map_params(
@@ -148,13 +148,6 @@ def _taken_apart(tx: Any, state: Any, params: Any) -> _State:
       order.append(key)
   structure = jax.tree.structure(tagged, is_leaf=lambda x: isinstance(x, _Tag))
   return _State(following, rest, order, structure)
-
-
-class _Leaf:
-  """Keeps a name from being a tree."""
-
-  def __init__(self, name: _Name):
-    self.name = name
 
 
 def _renamed(old: _State, new: _State) -> dict[Any, Any]:

@@ -180,32 +180,32 @@ def _reduce_window(eqn: Any) -> list[Tie]:
   ]
 
 
-def _random(eqn: Any) -> list[Tie]:
+def _none(eqn: Any) -> list[Tie]:
   del eqn
   return []
 
 
 _RULES: dict[str, Callable[[Any], list[Tie]]] = {
-  "argmax": lambda eqn: _reduce(eqn),
-  "argmin": lambda eqn: _reduce(eqn),
+  "argmax": _reduce,
+  "argmin": _reduce,
   "broadcast_in_dim": _broadcast_in_dim,
   "concatenate": _concatenate,
   "conv_general_dilated": _conv,
   "dot_general": _dot_general,
   "dynamic_slice": _whole_axes,
   "gather": _gather,
-  "iota": _random,
+  "iota": _none,
   "pad": _whole_axes,
-  "random_bits": _random,
-  "random_fold_in": _random,
-  "random_seed": _random,
-  "random_split": _random,
-  "random_unwrap": _random,
-  "random_wrap": _random,
+  "random_bits": _none,
+  "random_fold_in": _none,
+  "random_seed": _none,
+  "random_split": _none,
+  "random_unwrap": _none,
+  "random_wrap": _none,
   "reduce_window_max": _reduce_window,
   "reduce_window_min": _reduce_window,
   "reduce_window_sum": _reduce_window,
-  "reshape": _random,  # its axes merge and split: see `merge_axes`
+  "reshape": _none,  # its axes merge and split: see `reshape_groups`
   "slice": _whole_axes,
   "split": _split,
   "squeeze": _squeeze,

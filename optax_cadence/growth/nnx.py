@@ -23,9 +23,9 @@ from optax_cadence.growth import _state
 from optax_cadence.growth import _trees
 from optax_cadence.growth import _variables
 from optax_cadence.growth._coupling import Axis
+from optax_cadence.growth._fresh import Fresh
 from optax_cadence.growth._plan import Plan
 
-Fresh = Callable[[_paths.Path, tuple[int, ...], Any], Any]
 _ALPHA = "alpha"
 
 

@@ -157,13 +157,14 @@ def _cut(
       places.append(row * size)
       missing.append(here - jnp.where(full, counts, 0).sum(dtype=jnp.int32))
       left -= here
-  some = jnp.stack(missing) > 0
-  top = jnp.where(some, jnp.array(sizes, jnp.int32) + 1, 1)
+  stay, beyond = jnp.stack(missing), jnp.array(sizes, jnp.int32) + 1
+  some = stay > 0
+  top = jnp.where(some, beyond, 1)
   within = dataclasses.replace(method, ways=method.tie_ways)
-  least, more, _ = _search(ranks, jnp.zeros_like(top), top, jnp.stack(missing), within)
+  least, more, _ = _search(ranks, jnp.zeros_like(top), top, stay, within)
   # A threshold that splits off as many as stay is one above the least of them.
-  least = jnp.where(more < jnp.stack(missing), least, least + 1)
-  ends = jnp.where(some, jnp.stack(places) + jnp.array(sizes, jnp.int32) + 1 - least, 0)
+  least = jnp.where(more < stay, least, least + 1)
+  ends = jnp.where(some, jnp.stack(places) + beyond - least, 0)
   flat = iter(ends)
   return threshold, [[next(flat) for _ in pool] for pool in pools]
 
@@ -222,12 +223,12 @@ def _search(
     lows, highs, reached, above = zip(*new, strict=True)
     return jnp.stack(lows), jnp.stack(highs), list(reached), list(above)
 
-  def rows(shape: tuple[int, ...]) -> jax.Array:
-    view, axes = method.rows(shape)
+  def rows(keys: jax.ShapeDtypeStruct) -> jax.Array:
+    view, axes = method.rows(keys.shape)
     return jnp.full(math.prod(view[:axes]), math.prod(view[axes:]), jnp.int32)
 
-  made, consts = _opened(pools)
-  everything = [[rows(shape) for shape in _shapes(pool)] for pool in pools]
+  made, shapes, consts = _opened(pools)
+  everything = jax.tree.map(rows, shapes)
   nothing = jax.tree.map(jnp.zeros_like, everything)
   low, _, reached, above = jax.lax.while_loop(
     unfinished, one_pass, (low, high, everything, nothing)
@@ -236,8 +237,8 @@ def _search(
   return low, larger, jax.tree.map(jnp.subtract, reached, above)
 
 
-def _opened(pools: Sequence[Sequence[Keys]]) -> tuple[Callable[[Any], Any], Any]:
-  """All keys as a function of what their makers close over, and that."""
+def _opened(pools: Sequence[Sequence[Keys]]) -> tuple[Callable[[Any], Any], Any, Any]:
+  """All keys as a function of what their makers close over; their shapes; and that."""
   closed, out = jax.make_jaxpr(
     lambda: [[keys() for keys in pool] for pool in pools], return_shape=True
   )()
@@ -245,7 +246,7 @@ def _opened(pools: Sequence[Sequence[Keys]]) -> tuple[Callable[[Any], Any], Any]
   def made(consts: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(out), jax.core.eval_jaxpr(closed.jaxpr, consts))
 
-  return made, closed.consts
+  return made, out, closed.consts
 
 
 def _viewed(keys: jax.Array, method: Method) -> tuple[jax.Array, int]:
