@@ -31,6 +31,7 @@ _NAN = _LOWEST + 1  # ranks below every number
 _MAX_SIZE = 2**31 - 1
 _MIN_ROWS = 64  # enough for every core to have some
 _MAX_ROWS = 2**16
+_LITTLE = 2**16  # entries, of all pools together
 _GPU_COPIES = 64  # of the histogram, so that atomic additions seldom meet
 
 
@@ -40,14 +41,15 @@ class Method:
 
   Attributes:
     ways: Into how many parts a pass divides the range of keys.
-    tie_ways: The same for a pass over the row in which ties are cut.
+    few_ways: The same where there is little to read, so that compiling counts for more: in
+      small pools, and in the row in which ties are cut.
     count: `count(keys, axes, low, step, ways)`: how many keys of each row reach `low + i * step`,
       for i = 1, …, ways - 1: int32 [rows, ways - 1].
     rows: Shape to view an array of some shape in, and how many of its axes count the rows.
   """
 
   ways: int
-  tie_ways: int
+  few_ways: int
   count: Callable[..., jax.Array]
   rows: Callable[[tuple[int, ...]], tuple[tuple[int, ...], int]]
 
@@ -97,12 +99,13 @@ def largest(pools: Sequence[Sequence[Keys]], kept: Sequence[int | jax.Array]) ->
   """
   if not pools:
     return []
-  for pool in pools:
-    if sum(math.prod(shape) for shape in _shapes(pool)) > _MAX_SIZE:
-      raise ValueError(f"a pool of weights has at most {_MAX_SIZE} entries, found more")
+  sizes = [sum(math.prod(shape) for shape in _shapes(pool)) for pool in pools]
+  if max(sizes) > _MAX_SIZE:
+    raise ValueError(f"a pool of weights has at most {_MAX_SIZE} entries, found more")
 
   def by(method: Method) -> Callable[..., Any]:
-    return lambda wanted: _cut(pools, wanted, method)
+    few = dataclasses.replace(method, ways=method.few_ways)
+    return lambda wanted: _cut(pools, wanted, few if sum(sizes) < _LITTLE else method)
 
   wanted = jnp.stack([jnp.asarray(k, jnp.int32) for k in kept])
   histogram = by(HISTOGRAM)
@@ -160,7 +163,7 @@ def _cut(
   stay, beyond = jnp.stack(missing), jnp.array(sizes, jnp.int32) + 1
   some = stay > 0
   top = jnp.where(some, beyond, 1)
-  within = dataclasses.replace(method, ways=method.tie_ways)
+  within = dataclasses.replace(method, ways=method.few_ways)
   least, more, _ = _search(ranks, jnp.zeros_like(top), top, stay, within)
   # A threshold that splits off as many as stay is one above the least of them.
   least = jnp.where(more < stay, least, least + 1)
@@ -347,7 +350,7 @@ def _rows(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
 
 
 # On a CPU a pass compares with as many thresholds as it does at nearly the speed of memory;
-# seven passes narrow 2**32 keys to one. A row is small, and few thresholds compile sooner. On a
-# GPU a pass is a histogram, and three are enough.
+# seven passes narrow 2**32 keys to one. Few thresholds compile sooner. On a GPU a pass is a
+# histogram, and three are enough.
 COMPARE = Method(24, 4, _compare, _rows)
 HISTOGRAM = Method(2**11, 2**11, _histogram, lambda shape: (shape, 0))
