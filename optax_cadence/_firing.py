@@ -5,6 +5,7 @@ When a group is due, and what it accumulated until then, is decided in `_step`.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,7 +81,9 @@ class Firing:
       (window._replace(sums=kept), read, micro_step),
     )
     compute = functools.partial(self._computed, group)
-    here, scratch, inner_state = _control.maybe(when, compute, carry, consts)
+    lent = [t for t, x in zip(group.tensors, scratch, strict=True) if x is not None]
+    run = _runner(when, lent, micro_step)
+    here, scratch, inner_state = run(compute, carry, consts)
     left = [(t, x) for t, x in zip(group.tensors, scratch, strict=True) if x is not None]
     targets = self._put(when, left, targets | here, micro_step)
     state = state._replace(
@@ -136,10 +139,8 @@ class Firing:
 
     values = [x.astype(leaves[t.leaf].dtype) for t, x in parts]
     views = {t.leaf: t.cut.view(leaves[t.leaf]) for t, _ in parts}
-    if parts and when is True and not all(t.cut.contiguous for t, _ in parts):
-      views = _control.apart(move, views, values, micro_step)
-    elif parts:
-      views = _control.maybe(when, move, views, values)
+    if parts:
+      views = _runner(when, [t for t, _ in parts], micro_step)(move, views, values)
     written = {i: view.reshape(leaves[i].shape) for i, view in views.items()}
     chosen = {
       i: _control.choose(when, x.astype(leaves[i].dtype), leaves[i]) for i, x in whole.items()
@@ -215,6 +216,18 @@ class Firing:
           f" inner optimizer, found {jnp.shape(update)}"
         )
     return updates
+
+
+def _runner(
+  when: bool | jax.Array, tensors: list[_layout.Tensor], micro_step: jax.Array
+) -> Callable[..., Any]:
+  """`maybe`; but `apart` where a scattered tensor is known to be due.
+
+  Fused with what comes before, its gradient would be read by index once for every result.
+  """
+  if when is True and not all(t.cut.contiguous for t in tensors):
+    return functools.partial(_control.apart, count=micro_step)
+  return functools.partial(_control.maybe, when)
 
 
 def _either(first: list[Any], second: list[Any]) -> list[Any]:
