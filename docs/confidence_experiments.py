@@ -63,7 +63,7 @@ def stopped(size, windows):
     # What one more window added to the decaying sum is the estimate of that window.
     last = (group.confidence.estimate.signal - 0.9 * before.signal)[0] / 0.1
     at = jnp.where(group.updates > done, done, windows)
-    values = jnp.stack([group.confidence.period.astype(jnp.float32), last / (size / SCALE)])
+    values = jnp.stack([group.period.astype(jnp.float32), last / (size / SCALE)])
     return t + 1, state, found.at[:, at].set(values, mode="drop")
 
   start = jnp.int32(0), tx.init(params), jnp.zeros((2, windows))
@@ -174,7 +174,10 @@ def settled():
 def correlations(name, scores):
   """A row of the table: the mean over all runs, and over those of each kind."""
   read, held = MEASURES[name]
-  part = lambda kind: float(np.mean([score for setting, score in scores if kind in setting]))
+
+  def part(kind):
+    return float(np.mean([score for setting, score in scores if kind in setting]))
+
   return {
     "measure": name,
     "mean": float(np.mean([score for _, score in scores])),

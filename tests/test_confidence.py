@@ -176,14 +176,14 @@ class Remembers(oc.Policy):
 def test_a_policy_of_ones_own_remembers():
   _, state = run(oc.cadence(optax.sgd(1.0), Remembers(1, 10)), gradients(14))
   assert fired(state.groups[0].updates) == [2, 7, 9, 14]
-  assert state.groups[0].confidence.period[-1] == 5
+  assert state.groups[0].period[-1] == 5
 
 
 def test_as_settled_slows_down_as_the_gradient_fades():
   fade = 0.9 ** jnp.arange(400.0)
   grads = {"a": jnp.broadcast_to(fade[:, None, None], (400, 4, 6)), "b": gradients(400)["b"] + 3}
   every = {"a": oc.as_settled(2, 32), "b": oc.as_settled(2, 32)}
-  _, state = run(oc.cadence(optax.sgd(0.1), every), grads)
+  _, state = run(oc.cadence(optax.sgd(0.1), every), grads, PARAMS | {"b": jnp.full(5, 1000.0)})
   gaps = [np.diff(fired(group.updates)) for group in state.groups]
   assert gaps[0][0] == 2 and gaps[0][-1] > 20 and (np.diff(gaps[0]) >= 0).all()
   assert gaps[1].max() <= 4
@@ -214,12 +214,13 @@ def test_a_nan_is_forgotten_with_its_window():
   grads = gradients(40)
   grads["b"] = grads["b"].at[2].set(jnp.nan)
   for policy in (oc.until_certain(0.5, 2, 8), oc.as_settled(8, 16)):
-    tx = oc.cadence(optax.sgd(0.0), {"a": 1, "b": policy})
+    tx = oc.cadence(optax.chain(optax.zero_nans(), optax.sgd(0.1)), {"a": 1, "b": policy})
     _, state = run(tx, grads)
     group = state.groups[1]
     assert fired(group.updates)[0] == 8
     assert all(np.isfinite(x[-1]).all() for x in jax.tree.leaves(group.confidence))
-    assert (np.asarray(group.confidence.estimate.weight[-1]) > 0).all()
+    learned = group.confidence.policy or group.confidence.estimate
+    assert (np.asarray(learned.weight[-1]) > 0).all()
 
 
 @pytest.mark.parametrize("policy", [oc.until_certain(1.0, 1, 1), Fixed(1)])
@@ -258,7 +259,6 @@ def test_skipped_microbatches_do_not_count_but_their_micro_steps_do():
     (lambda: oc.until_certain(1.0, 9, 8), "min_period must be at most max_period, found 9 above 8"),
     (lambda: oc.until_certain(1.0, 0, 8), "min_period must be an integer of at least 1, found 0"),
     (lambda: oc.until_certain(1.0, 2, 8.5), "max_period must be an integer .* found 8.5"),
-    (lambda: oc.as_settled(1, 8), "min_period of as_settled must be at least 2, .* found 1"),
     (lambda: oc.as_settled(2, 8, decay=1.0), "decay must be at least 0 and below 1, found 1.0"),
     (lambda: oc.each_layer(8), "each_layer expects a policy, found 8"),
     (lambda: oc.scale_by_cadence("cubic"), "rule must be 'sqrt' or 'linear', found 'cubic'"),
@@ -282,6 +282,12 @@ def test_skipped_microbatches_do_not_count_but_their_micro_steps_do():
 def test_bad_input_says_what_was_found_and_what_was_expected(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+def test_a_policy_that_reads_updates_needs_the_parameters():
+  tx = oc.cadence(optax.sgd(1.0), {"a": oc.as_settled(1, 8), "b": 2})
+  with pytest.raises(ValueError, match=r"as_settled\(1-8\): .* needs params, found None"):
+    tx.update(PARAMS, tx.init(PARAMS))
 
 
 def test_a_policy_needs_the_sum_of_its_window():

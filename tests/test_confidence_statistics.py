@@ -77,7 +77,7 @@ def firing_times(scale, updates):
     _, state = tx.update(1 / jnp.sqrt(scale) + noise, state)
     group = state.groups[0]
     at = jnp.where(group.updates > done, done, updates)
-    return t + 1, state, lengths.at[at].set(group.confidence.period, mode="drop")
+    return t + 1, state, lengths.at[at].set(group.period, mode="drop")
 
   start = jnp.int32(0), tx.init(params), jnp.zeros(updates, jnp.int32)
   return jax.lax.while_loop(lambda c: c[1].groups[0].updates < updates, step, start)[2]
@@ -99,7 +99,7 @@ def test_a_window_is_never_outside_its_bounds(low, high):
     k1, k2 = jax.random.split(key)
     mu = jnp.exp(jax.random.normal(k1, ()) - 1)
     state = tx.update(mu + jax.random.normal(k2, (8,)), state)[1]
-    return state, state.groups[0].confidence.period
+    return state, state.groups[0].period
 
   state = tx.init(jnp.zeros(8))
   periods = jax.jit(lambda s: jax.lax.scan(step, s, jax.random.split(jax.random.key(1), 600))[1])
