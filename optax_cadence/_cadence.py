@@ -13,6 +13,7 @@ import optax
 from optax_cadence import _control
 from optax_cadence import _firing
 from optax_cadence import _layout
+from optax_cadence import _moves
 from optax_cadence import _paths
 from optax_cadence import _schedules
 from optax_cadence import _statistics
@@ -219,7 +220,7 @@ class Cadence:
       trees = layout.tree(group, tensors), layout.tree(group, sums)
       path = layout.paths[group.leaves[0]]
       _layout.named(path, _schedules.Every.first_window, group.every)
-      groups.append(self._init_group(group, *trees, layout.regions(group)))
+      groups.append(self._init_group(group, layout.regions(group), tensors, *trees))
     return CadenceState(jnp.int32(0), tuple(groups))
 
   def update(
@@ -303,28 +304,31 @@ class Cadence:
   def _phase(self, phase: Any) -> int | None:
     return None if phase is None else _schedules.checked_phase(phase, self.cycle)
 
-  def _init_group(self, group: _layout.Group, params: Any, sums: Any, regions: Any) -> GroupState:
-    every, n = group.every, len(group.tensors)
-    accumulates, first = self.accumulates(every), every.first_window()
+  def _init_group(
+    self, group: _layout.Group, regions: Any, tensors: list[jax.Array], params: Any, sums: Any
+  ) -> GroupState:
+    every, n = group.every, len(tensors)
+    accumulates = self.accumulates(every)
     return GroupState(
       inner_state=self.inner.init(params),
       accumulators=sums if accumulates else None,
       window=jnp.zeros((n,) if self.skip else (), jnp.int32) if accumulates else None,
-      remaining=None if every.always else first,
-      period=jnp.int32(0) if every.policy is not None else first,
+      remaining=None if every.always else every.first_window(),
+      period=jnp.int32(0) if every.policy is not None else every.first_window(),
       updates=jnp.int32(0),
       skipped=jnp.zeros((n,), jnp.int32) if self.skip else None,
       regions=regions,
-      confidence=None if every.policy is None else _init_confidence(every.policy, n),
+      confidence=None if every.policy is None else _init_confidence(every.policy, tensors),
     )
 
   def _init_placeholder(self, placeholder: Any) -> CadenceState:
     # As `optax.masked` does: `tree_map_params` probes with a stand-in for the parameters.
     layout = self._layout_seen("tree_map_params")
-    groups = [
-      self._init_group(group, placeholder, placeholder, layout.regions(group))
-      for group in layout.groups
-    ]
+    groups = []
+    for group in layout.groups:
+      tensors = [jnp.float32(0)] * len(group.tensors)
+      trees = placeholder, placeholder
+      groups.append(self._init_group(group, layout.regions(group), tensors, *trees))
     return CadenceState(jnp.int32(0), tuple(groups))
 
   def _layout_seen(self, what: str) -> _layout.Layout:
@@ -342,11 +346,12 @@ def _holds(group: GroupState) -> tuple[bool, ...]:
   return tuple(field is not None for field in fields)
 
 
-def _init_confidence(policy: Policy, n: int) -> ConfidenceState:
-  remembered = jax.tree.map(jnp.asarray, policy.init())
+def _init_confidence(policy: Policy, tensors: list[jax.Array]) -> ConfidenceState:
+  n, remembered = len(tensors), jax.tree.map(jnp.asarray, policy.init())
   return ConfidenceState(
     squares=jnp.zeros(n, jnp.float32) if policy.reads_gradients else None,
     estimate=_statistics.no_estimate(n) if policy.reads_gradients else None,
+    sample=_moves.nothing_seen(tensors) if policy.reads_updates else None,
     policy=_control.cast_like(remembered, remembered),
   )
 

@@ -18,7 +18,6 @@ from optax_cadence import _inner
 from optax_cadence import _layout
 from optax_cadence import _learning_rate
 from optax_cadence import _regions
-from optax_cadence import _statistics
 from optax_cadence import _windows
 from optax_cadence._state import GroupState
 
@@ -61,12 +60,8 @@ class Firing:
     window: _windows.Window,
     targets: Leaves,
     micro_step: jax.Array,
-  ) -> tuple[Leaves, GroupState, jax.Array | None]:
-    """Runs the inner optimizer on the window, if it is due and not empty.
-
-    The third result is what a policy asks for: the squared norms of update and parameters,
-    float32 [2, R], of no meaning where nothing has fired.
-    """
+  ) -> tuple[Leaves, GroupState]:
+    """Runs the inner optimizer on the window, if it is due and not empty."""
     filled = (window.length > 0).any()
     if window.skipped is not None and not isinstance(when, bool):
       when = when & filled
@@ -81,11 +76,11 @@ class Firing:
     elif read is not None:
       read = {i: read[i] for i in group.leaves}
     carry, consts = (
-      (here, scratch, self._unmoved(group), state.inner_state),
+      (here, scratch, state.inner_state),
       (window._replace(sums=kept), read, micro_step),
     )
     compute = functools.partial(self._computed, group)
-    here, scratch, moved, inner_state = _control.maybe(when, compute, carry, consts)
+    here, scratch, inner_state = _control.maybe(when, compute, carry, consts)
     left = [(t, x) for t, x in zip(group.tensors, scratch, strict=True) if x is not None]
     targets = self._put(when, left, targets | here, micro_step)
     state = state._replace(
@@ -95,16 +90,7 @@ class Firing:
     if state.accumulators is not None:
       sums = jax.tree.unflatten(jax.tree.structure(state.accumulators), _either(scratch, kept))
       state = state._replace(accumulators=sums)
-    return targets, state, moved
-
-  def _unmoved(self, group: _layout.Group) -> jax.Array | None:
-    """The squared norms of update and parameters to begin with; None where nobody asks."""
-    policy = group.every.policy
-    if policy is None or not policy.reads_updates:
-      return None
-    if not self.in_place and self.params is None:
-      raise ValueError(f"{policy}: a policy that reads updates needs params, found None")
-    return jnp.zeros((2, len(group.tensors)), jnp.float32)
+    return targets, state
 
   def _scratch(
     self,
@@ -162,7 +148,7 @@ class Firing:
 
   def _computed(self, group: _layout.Group, carry: Any, consts: Any) -> Any:
     """The carry after the group has fired; but nothing changes where a window is empty."""
-    here, scratch, moved, state = carry
+    here, scratch, state = carry
     window, _, _ = consts
     compute = functools.partial(self._results, group)
     if window.skipped is None:
@@ -170,20 +156,17 @@ class Firing:
     tree = functools.partial(self.layout.tree, group)
     made = self._restored(group, state, tree(_either(scratch, window.sums)))
     flags = _inner.filled(self.inner, made, tree(list(window.length > 0)))
-    always = [True] * len(jax.tree.leaves((here, scratch, moved)))
+    always = [True] * len(jax.tree.leaves((here, scratch)))
     return _control.keep([*always, *jax.tree.leaves(flags)], compute, carry, consts)
 
   def _results(self, group: _layout.Group, carry: Any, consts: Any) -> Any:
     """The carry after the inner optimizer has run."""
-    here, scratch, moved, state = carry
+    here, scratch, state = carry
     window, read, micro_step = consts
     window = window._replace(sums=_either(scratch, window.sums))
     leaves = here | read if self.in_place else read
     tensors = None if leaves is None else group.take(leaves)
     results, state = self._inner_update(group, window, state, tensors, micro_step)
-    if moved is not None and tensors is not None:
-      norms = jnp.stack([_statistics.squared_norms(x) for x in (results, tensors)])
-      moved = jnp.where(window.length > 0, norms, 0)
     if self.in_place:
       results = optax.apply_updates(tensors, results)
     if window.skipped is not None:
@@ -196,7 +179,7 @@ class Firing:
     ]
     here = self._put(True, straight, here, micro_step)
     left = [None if s is None else x.astype(s.dtype) for s, x in zip(scratch, results, strict=True)]
-    return here, left, moved, state
+    return here, left, state
 
   def _inner_update(
     self,

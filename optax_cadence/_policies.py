@@ -99,7 +99,7 @@ class AsSettled(Policy):
 
   def fired(self, window: Statistics, state: SettledState) -> SettledState:
     found = window.relative_update()
-    usable = jnp.isfinite(found)
+    usable = jnp.isfinite(found) & (window.length > 0).any()
     old, new = (state.size, state.weight), (found, jnp.float32(1))
     size, weight = _statistics.decayed(old, new, usable, self.decay)
     mean = size / jnp.where(weight > 0, weight, 1)

@@ -22,7 +22,8 @@ class Policy:
     max_period: Micro-steps that a window has at most.
     reads_gradients: Whether it reads `squares` and `square` of the window, which costs one
       more reading of the gradients at every micro-step.
-    reads_updates: Whether `fired` reads `update` and `params`, once a window.
+    reads_updates: Whether `fired` reads `update` and `params`, for which a few thousand
+      entries of each region are read and kept, once a window.
 
   >>> import jax.numpy as jnp, optax, optax_cadence as oc
   >>> class Loud(oc.Policy):  # due once the sum of the window is long enough

@@ -15,11 +15,14 @@ class ConfidenceState(NamedTuple):
     squares: Sum of the squared norms of the gradients in the window: float32 [R]; of no
       meaning while the window is empty. None where the policy does not read them.
     estimate: |G|² and tr Σ, smoothed over the windows until now; None likewise.
+    sample: Some entries of each region's parameters, as they were before the last update; None
+      where the policy does not read updates.
     policy: What the policy remembers.
   """
 
   squares: jax.Array | None
   estimate: _statistics.Estimate | None
+  sample: tuple[jax.Array, ...] | None
   policy: Any
 
 

@@ -24,9 +24,9 @@ class Statistics(NamedTuple):
     squares: Sum of their squared norms, s1: float32 [R].
     square: Squared norm of their sum, s2: float32 [R]. Both are NaN for a policy that does
       not read gradients.
-    update: Squared norm of the update made of them: float32 [R].
-    params: Squared norm of the parameters before it: float32 [R]. Both are NaN before the
-      update, and for a policy that does not read updates.
+    update: Squared norm of the last update of a sample of the parameters: float32 [R].
+    params: Squared norm of the sample before that: float32 [R]. Both are there when a window
+      has fired, and NaN before, at the first, and for a policy that does not read updates.
   """
 
   length: jax.Array
@@ -107,7 +107,7 @@ def decayed(old: Any, found: Any, usable: jax.Array, decay: Any) -> Any:
 
 
 def of(length: jax.Array, squares: jax.Array, square: jax.Array) -> Statistics:
-  """The statistics of a window before its update; its length may be one for all regions."""
+  """The statistics of a window that has not fired; its length may be one for all regions."""
   unknown = jnp.full_like(squares, jnp.nan)
   return Statistics(jnp.broadcast_to(length, squares.shape), squares, square, unknown, unknown)
 

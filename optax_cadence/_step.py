@@ -13,6 +13,8 @@ import optax
 
 from optax_cadence import _control
 from optax_cadence import _firing
+from optax_cadence import _layout
+from optax_cadence import _moves
 from optax_cadence import _paths
 from optax_cadence import _schedules
 from optax_cadence import _statistics
@@ -38,9 +40,10 @@ def advance(
     tensors = group.take(grads)
     window = _windows.add(_open(old, firing.layout.tree(group, tensors)), tensors)
     due, found = _due(group.every, old, window, phase)
-    targets, new, moved = firing.fire(due, group, old, window, targets, state.micro_step)
+    fires, found, old = _look(firing, group, old, window, due, found, targets)
+    targets, new = firing.fire(fires, group, old, window, targets, state.micro_step)
     new = _close(group.every, new, window, due, state.micro_step)
-    groups.append(_learn(group.every, new, old, due, found, moved))
+    groups.append(_learn(group.every, new, old, due, found))
   return targets, CadenceState(optax.safe_increment(state.micro_step), tuple(groups))
 
 
@@ -53,7 +56,7 @@ def flush(
     if old.window is not None:
       window = _open(old, firing.layout.tree(group, group.take(targets)))
       filled = window.length.max() > 0
-      targets, old, _ = firing.fire(filled, group, old, window, targets, state.micro_step - 1)
+      targets, old = firing.fire(filled, group, old, window, targets, state.micro_step - 1)
       old = old._replace(window=jnp.zeros_like(window.length))
     groups.append(old)
   return targets, state._replace(groups=tuple(groups))
@@ -98,27 +101,57 @@ def _elapsed(every: _schedules.Every, state: GroupState) -> Any:
   return every.period.max_period - state.remaining + 1
 
 
+def _look(
+  firing: _firing.Firing,
+  group: _layout.Group,
+  state: GroupState,
+  window: _windows.Window,
+  due: bool | jax.Array,
+  found: _statistics.Statistics | None,
+  targets: _firing.Leaves,
+) -> tuple[bool | jax.Array, _statistics.Statistics | None, GroupState]:
+  """How far the parameters have moved, if a policy asks and the group is about to fire.
+
+  Returns whether it fires: the same as `due`, but known only after the look, or XLA would keep
+  the parameters for it in a copy.
+  """
+  if found is None or state.confidence is None or state.confidence.sample is None:
+    return due, found, state
+  params = targets if firing.in_place else firing.params
+  if params is None:
+    raise ValueError(f"{group.every}: a policy that reads updates needs params, found None")
+
+  def look(carry: Any, params: _firing.Leaves) -> Any:
+    return *_moves.distances(carry[0], group.take(params)), jnp.array(True)
+
+  carry = state.confidence.sample, jnp.stack([found.update, found.params]), jnp.array(False)
+  consts = {i: params[i] for i in group.leaves}
+  fires = due & (window.length > 0).any()
+  sample, (update, norm), fires = _control.maybe(fires, look, carry, consts)
+  state = state._replace(confidence=state.confidence._replace(sample=sample))
+  return fires, found._replace(update=update, params=norm), state
+
+
 def _learn(
   every: _schedules.Every,
   new: GroupState,
   old: GroupState,
   due: bool | jax.Array,
   found: _statistics.Statistics | None,
-  moved: jax.Array | None,
 ) -> GroupState:
   """The group's state with what its policy learns of a window that has fired."""
   if found is None or new.confidence is None:
     return new
-  policy, (squares, estimate, remembered) = every.period, new.confidence
-  if moved is not None:
-    found = found._replace(update=moved[0], params=moved[1])
+  policy, (squares, estimate, sample, remembered) = every.period, new.confidence
   before = old.period, estimate, remembered
   if estimate is not None:
     estimate = _statistics.smooth(estimate, found, _DECAY)
   remembered = _control.cast_like(policy.fired(found, remembered), remembered)
   after = _elapsed(every, old), estimate, remembered
-  period, *learned = jax.tree.map(functools.partial(jnp.where, due), after, before)
-  return new._replace(period=period, confidence=ConfidenceState(squares, *learned))
+  choose = functools.partial(jnp.where, due)
+  period, estimate, remembered = jax.tree.map(choose, after, before)
+  confidence = ConfidenceState(squares, estimate, sample, remembered)
+  return new._replace(period=period, confidence=confidence)
 
 
 def _close(
