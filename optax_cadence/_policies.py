@@ -119,9 +119,9 @@ def as_settled(min_period: int, max_period: int, *, decay: float = 0.8) -> AsSet
   Let r be the relative size of the update, :math:`\lVert \Delta\theta \rVert / \lVert \theta
   \rVert` smoothed over windows, as a share of the largest that the region has had. A window then
   has :math:`a^r b^{1 - r}` micro-steps: a is `min_period`, for the peak, b `max_period`, for when
-  nothing moves any more. A learning rate that decays settles a region, too. A window with a NaN
-  leaves the period as it is. Nothing is read but update and parameters, once a window; where
-  nothing but the update is returned, `update` needs the parameters for it.
+  nothing moves any more. A learning rate that decays settles a region, too. An update with a NaN
+  leaves the period as it is. Gradients are not read: a sample of the parameters, up to 4096 entries
+  of each region, is kept from one update to the next. So `update` needs the parameters.
 
   Args:
     min_period: Micro-steps of a window to begin with.

@@ -210,6 +210,25 @@ def test_degenerate_gradients_have_the_documented_answer(value, expected, nonfin
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(confidence.policy))
 
 
+@pytest.mark.parametrize("value", [0.0, jnp.nan])
+def test_as_settled_keeps_its_first_period_while_nothing_can_be_told(value):
+  grads = jax.tree.map(lambda p: jnp.full((8, *p.shape), value), PARAMS)
+  _, state = run(oc.cadence(optax.sgd(0.1), oc.as_settled(2, 16)), grads)
+  assert fired(state.groups[0].updates) == [2, 4, 6, 8]
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.groups[0].confidence.policy))
+
+
+def test_updates_are_told_from_a_sample_of_large_regions():
+  params = {"a": jnp.full((300, 200), 2.0), "b": jnp.full((7,), 2.0, jnp.bfloat16)}
+  tx = oc.cadence(optax.sgd(1.0), oc.as_settled(1, 1))
+  grads = jax.tree.map(lambda p: jnp.full((2, *p.shape), 0.5, p.dtype), params)
+  _, state = run(tx, grads, params)
+  confidence = jax.tree.map(lambda x: x[-1], state.groups[0].confidence)
+  assert 2048 <= confidence.sample[0].size <= 4096 and confidence.sample[1].size == 7
+  # What stood at 2 moved by 0.5; only the second window knows what the first has moved.
+  np.testing.assert_allclose(confidence.policy.size / confidence.policy.weight, 0.25, rtol=1e-6)
+
+
 def test_a_nan_is_forgotten_with_its_window():
   grads = gradients(40)
   grads["b"] = grads["b"].at[2].set(jnp.nan)
@@ -333,9 +352,10 @@ class Program:
     return [x for x in self.text.splitlines() if " copy(" in x and f"f32[{size}" in x]
 
 
-def test_a_policy_copies_no_parameter_moment_or_accumulator():
+@pytest.mark.parametrize("policy", [oc.until_certain(1.0, 2, 8), oc.as_settled(2, 8)], ids=str)
+def test_a_policy_copies_no_parameter_moment_or_accumulator(policy):
   params = {"w": jnp.ones((96, 96)), "v": jnp.ones((96, 96))}
-  tx = oc.cadence(oracle.relaxed(optax.adamw(0.1)), oc.until_certain(1.0, 2, 8))
+  tx = oc.cadence(oracle.relaxed(optax.adamw(0.1)), policy)
   step = jax.jit(tx.apply, donate_argnums=(0, 1))
   compiled = step.lower(params, tx.init(params), params).compile()
   assert Program(compiled.as_text()).copies(96) == []
