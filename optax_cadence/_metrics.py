@@ -156,16 +156,16 @@ def _names(node: Any) -> list[list[str]]:
 
 
 def plot_confidence(history: Sequence[dict[str, Any]], *, axes: Any = None) -> Any:
-  """Draws how the periods moved, and the noise scales where they are measured.
+  """Draws how the periods moved, and below, if they are measured, the noise scales.
 
   A period is the mean over what lies between two entries: micro-steps per update.
 
   Args:
     history: What `metrics` returned, from time to time.
-    axes: Two Matplotlib axes to draw on; new ones by default.
+    axes: Matplotlib axes to draw on, one or two; new ones by default.
 
   Returns:
-    The axes.
+    The axes, as an array.
 
   Raises:
     ValueError: If the history is empty.
@@ -173,13 +173,17 @@ def plot_confidence(history: Sequence[dict[str, Any]], *, axes: Any = None) -> A
   """
   if not history:
     raise ValueError("plot_confidence: expected metrics of at least one micro-step, found none")
+  curves = {"mean period (micro-steps)": _mean_periods(history)}
+  scales = _curves(history, "noise_scale")
+  if any(np.isfinite(values).any() for _, values in scales.values()):
+    curves["noise scale (micro-batches)"] = scales
   if axes is None:
     import matplotlib.pyplot as plt
 
-    axes = plt.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")[1]
-  labels = "mean period (micro-steps)", "noise scale (micro-batches)"
-  curves = _mean_periods(history), _curves(history, "noise_scale")
-  for ax, label, lines in zip(axes, labels, curves, strict=True):
+    size = (9, 1 + 3 * len(curves))
+    axes = plt.subplots(len(curves), sharex=True, figsize=size, layout="constrained")[1]
+  axes = np.atleast_1d(axes)
+  for ax, (label, lines) in zip(axes, curves.items(), strict=False):
     for name, (times, values) in lines.items():
       shown = np.where(np.isfinite(values) & (values > 0), values, np.nan)
       ax.plot(times, shown, label=name)

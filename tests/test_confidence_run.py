@@ -241,3 +241,6 @@ def test_the_picture_has_a_line_for_every_region():
   assert [len(ax.lines) for ax in axes] == [2, 2]
   assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["body", "head"]
   plt.close(axes[0].figure)
+  axes = oc.plot_confidence([oc.metrics(trained(4, steps)) for steps in (4, 8)])
+  assert [len(ax.lines) for ax in axes] == [2]
+  plt.close(axes[0].figure)
