@@ -1,5 +1,6 @@
 """Policies against a slow oracle, in every transformation of JAX, and at the edges."""
 
+import copy
 import dataclasses
 import functools
 
@@ -74,10 +75,10 @@ def test_parameters_follow_the_oracle_at_the_micro_steps_that_fire():
   policy = oc.until_certain(2.0, 2, 20)
   params, state = run(oc.cadence(inner, policy), grads)
   ends = fired(state.groups[0].updates)
-  mine, inner_state, start = PARAMS, inner.init(PARAMS), 0
+  mine, inner_state, start, update = PARAMS, inner.init(PARAMS), 0, jax.jit(inner.update)
   for end in ends:
     mean = jax.tree.map(lambda g, start=start, end=end: g[start:end].mean(0), grads)
-    updates, inner_state = inner.update(mean, inner_state, mine)
+    updates, inner_state = update(mean, inner_state, mine)
     mine, start = optax.apply_updates(mine, updates), end
     held = jax.tree.map(lambda p, end=end: p[end - 1], params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), held, mine)
@@ -95,17 +96,18 @@ class Fixed(oc.Policy):
     return window.length[0] >= self.period
 
 
+@functools.cache
+def run_with(cadence, nonfinite):
+  """A run in which a cadence has whole leaves and parts of one, beside others."""
+  every = {"a": oc.quadrants([[cadence, 1], [cadence, 2]]), "b": cadence}
+  inner = oracle.relaxed(optax.adamw(0.1))
+  return run(oc.cadence(inner, every, nonfinite=nonfinite), gradients(20))
+
+
 @pytest.mark.parametrize("policy", [Fixed(4), oc.until_certain(1.0, 4, 4), oc.as_settled(4, 4)])
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
 def test_a_constant_policy_is_the_fixed_cadence_bit_for_bit(policy, nonfinite):
-  grads = gradients(20)
-  inner = oracle.relaxed(optax.adamw(0.1))
-
-  def every(cadence):
-    return {"a": oc.quadrants([[cadence, 1], [cadence, 2]]), "b": cadence}
-
-  found = run(oc.cadence(inner, every(policy), nonfinite=nonfinite), grads)
-  expected = run(oc.cadence(inner, every(4), nonfinite=nonfinite), grads)
+  found, expected = run_with(policy, nonfinite), run_with(4, nonfinite)
   assert_equal(found[0], expected[0])
   for mine, theirs in zip(found[1].groups, expected[1].groups, strict=True):
     assert_equal(mine.inner_state, theirs.inner_state)
@@ -126,14 +128,16 @@ def test_vmap_over_snr_is_every_one_alone():
   grads, ratios = gradients(40), [0.1, 0.7, 8.0]
 
   def final(snr):
-    return run(oc.cadence(optax.sgd(0.1), oc.until_certain(snr, 2, 16)), grads)
+    every = {"a": oc.until_certain(snr, 2, 16), "b": oc.as_settled(2, 16)}
+    return run(oc.cadence(optax.sgd(0.1 * snr), every), grads)
 
-  swept = jax.jit(jax.vmap(final))(jnp.array(ratios))
+  swept, alone = jax.jit(jax.vmap(final))(jnp.array(ratios)), jax.jit(final)
   counts = []
   for i, snr in enumerate(ratios):
-    params, state = final(snr)
+    params, state = alone(snr)
     counts.append(int(state.groups[0].updates[-1]))
-    np.testing.assert_array_equal(swept[1].groups[0].updates[i], state.groups[0].updates)
+    for mine, theirs in zip(swept[1].groups, state.groups, strict=True):
+      np.testing.assert_array_equal(mine.updates[i], theirs.updates)
     jax.tree.map(
       lambda x, y, i=i: np.testing.assert_allclose(x[i], y, rtol=1e-5, atol=1e-6), swept[0], params
     )
@@ -335,10 +339,10 @@ def test_a_state_without_the_statistics_is_refused():
 def test_flush_applies_what_is_there_and_opens_a_new_window():
   tx, grads = oc.cadence(optax.sgd(1.0), oc.until_certain(1e9, 2, 8)), gradients(3)
   params, state = jax.tree.map(lambda x: x[-1], run(tx, grads))
-  updates, state = tx.flush(state, params)
+  updates, state = jax.jit(tx.flush)(state, params)
   jax.tree.map(lambda u, g: np.testing.assert_allclose(u, -g.mean(0), rtol=1e-5), updates, grads)
   assert state.groups[0].window == 0 and state.groups[0].updates == 1
-  _, state = tx.update(jax.tree.map(lambda g: g[0], grads), state, params)
+  _, state = jax.jit(tx.update)(jax.tree.map(lambda g: g[0], grads), state, params)
   np.testing.assert_allclose(state.groups[0].confidence.squares[1], (grads["b"][0] ** 2).sum())
 
 
@@ -359,6 +363,19 @@ def test_a_policy_copies_no_parameter_moment_or_accumulator(policy):
   step = jax.jit(tx.apply, donate_argnums=(0, 1))
   compiled = step.lower(params, tx.init(params), params).compile()
   assert Program(compiled.as_text()).copies(96) == []
+
+
+def test_branches_grow_with_groups_and_not_with_leaves():
+  def branches(every, leaves):
+    params = {f"{i}": jnp.ones(3) for i in range(leaves)}
+    tx = oc.cadence(optax.sgd(0.1), every)
+    return str(jax.make_jaxpr(tx.apply)(params, tx.init(params), params)).count("while[")
+
+  for policy in (oc.until_certain(1.0, 2, 8), oc.as_settled(2, 8)):
+    one = branches(policy, 2)
+    assert one == branches(policy, 12) > 0
+    apart = lambda params, policy=policy: {name: copy.copy(policy) for name in params}
+    assert branches(apart, 3) == 3 * one
 
 
 def test_one_trace_serves_every_micro_step():

@@ -52,7 +52,7 @@ def kinds(n):
 # Regions of 1 to 4, 1024 to 4096 and 250,000 to 1,000,000 entries. The fewer, the more the
 # estimates scatter, and the more windows there are: by five standard deviations enough.
 @pytest.mark.parametrize(
-  ("n", "mu", "steps", "replicas"), [(2, 1.0, 800, 64), (64, 0.5, 64, 4), (1000, 0.5, 16, 1)]
+  ("n", "mu", "steps", "replicas"), [(2, 1.0, 800, 64), (64, 0.5, 64, 4), (1000, 0.5, 8, 1)]
 )
 def test_estimates_are_right_in_the_mean_for_every_kind_of_region(n, mu, steps, replicas):
   dtypes = "float32", "bfloat16"
@@ -120,10 +120,9 @@ def test_a_window_is_never_outside_its_bounds(low, high):
 @pytest.mark.parametrize("value", [0.0, 1.0, jnp.nan])
 def test_noise_scale_of_degenerate_gradients(value):
   tx = oc.noise_scale(4)
-  params = jnp.zeros(3)
-  state = tx.init(params)
+  state, update = tx.init(jnp.zeros(3)), jax.jit(tx.update)
   for _ in range(8):
-    updates, state = tx.update(jnp.full(3, value), state)
+    updates, state = update(jnp.full(3, value), state)
     np.testing.assert_array_equal(updates, jnp.full(3, value))
   assert all(np.isfinite(x).all() for x in state.groups[0].estimate)
   found = oc.metrics(state)["params/noise_scale"]
