@@ -1,4 +1,4 @@
-"""How noisy the gradients of a window are, and how far they moved, from sums of squares.
+"""How noisy the gradients of a window are, and how far parameters move, from sums of squares.
 
 From n gradients g_i with mean G and covariance Σ, s1 = Σ‖g_i‖² and s2 = ‖Σ g_i‖²:
 (s2 - s1) / (n (n - 1)) estimates |G|² and (s1 - s2/n) / (n - 1) estimates tr Σ, both
