@@ -356,13 +356,17 @@ class Program:
     return [x for x in self.text.splitlines() if " copy(" in x and f"f32[{size}" in x]
 
 
+@pytest.mark.parametrize("measured", [False, True])
 @pytest.mark.parametrize("policy", [oc.until_certain(1.0, 2, 8), oc.as_settled(2, 8)], ids=str)
-def test_a_policy_copies_no_parameter_moment_or_accumulator(policy):
+def test_measuring_copies_no_parameter_moment_or_accumulator(policy, measured):
   params = {"w": jnp.ones((96, 96)), "v": jnp.ones((96, 96))}
   tx = oc.cadence(oracle.relaxed(optax.adamw(0.1)), policy)
+  tx = oc.chain(oc.noise_scale(4), tx) if measured else tx
   step = jax.jit(tx.apply, donate_argnums=(0, 1))
   compiled = step.lower(params, tx.init(params), params).compile()
   assert Program(compiled.as_text()).copies(96) == []
+  # What is kept of the parameters is as large as a sample of them, and not as they are.
+  assert compiled.memory_analysis().temp_size_in_bytes < 2 * 4 * 96 * 96
 
 
 def test_branches_grow_with_groups_and_not_with_leaves():
