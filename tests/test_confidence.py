@@ -13,6 +13,7 @@ import oracle
 import pytest
 
 import optax_cadence as oc
+from optax_cadence import growth
 
 PARAMS = {"a": jnp.ones((4, 6)), "b": jnp.ones(5)}
 
@@ -163,6 +164,24 @@ def test_a_checkpoint_in_mid_window_resumes_bit_for_bit(tmp_path):
     if t >= 14:
       other = step(*other, at(t))
   assert_equal(carry, other)
+
+
+def test_as_settled_follows_growth_without_taking_it_for_an_update():
+  params = {"a": jnp.ones((64, 64)), "b": jnp.ones((64, 8))}
+  tx, step = oc.cadence(optax.sgd(0.01), oc.as_settled(2, 8)), {}
+  carry = params, tx.init(params)
+  plan = growth.widening(params, growth.dimension(params, {"a": -1, "b": 0}), by=64)
+  for t in range(16):
+    if t == 8:
+      old, state = carry
+      grown = plan.apply(old, lambda path, shape, dtype: jnp.full(shape, 9.0, dtype))
+      carry = grown, growth.grow_state(tx, state, old, grown, plan)
+      assert_equal(carry[1].groups[0].confidence.policy, state.groups[0].confidence.policy)
+    apply = step.setdefault(t < 8, jax.jit(tx.apply))
+    carry = apply(*carry, jax.tree.map(jnp.ones_like, carry[0]))
+  # Updates are a hundredth of what stood at 1, and less of what stands at 9.
+  policy = carry[1].groups[0].confidence.policy
+  assert 0.01 < policy.peak < 0.011 and 0.001 < policy.size / policy.weight < policy.peak
 
 
 class Remembers(oc.Policy):
