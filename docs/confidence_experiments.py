@@ -89,7 +89,7 @@ def unstopped(size, windows):
 
 # -------------------------------------------------------------------------------- settled
 
-# The rule, fixed before the first run: of the measures that hold no further array and read at
+# The rule, fixed before this was first run: of the measures that hold no further array and read at
 # most as much as those of `until_certain`, the one wins whose rank correlation with the distance
 # of a layer's representation from its last one is highest, in the mean over all networks,
 # optimizers, learning rates, seeds and layers. How well it tells layers from one another at one
