@@ -49,23 +49,24 @@ def overhead(n: int) -> Any:
     return variants.ours(name, tx, inputs, entries, reference, role=role)[0]
 
   # All gradients of the benchmark are the same: without noise `until_certain` fires at once.
-  names = "until_certain, asked once", "asked from the middle on", "asked at every micro-step"
-  policies = (
-    oc.until_certain(1.0, PERIOD, 8 * PERIOD),
-    Asked(PERIOD // 2, 8 * PERIOD),
-    Asked(1, 8 * PERIOD),
-  )
+  policies = {
+    "until_certain, asked once": oc.until_certain(1.0, PERIOD, 8 * PERIOD),
+    "asked from the middle on": Asked(PERIOD // 2, 8 * PERIOD),
+    "asked at every micro-step": Asked(1, 8 * PERIOD),
+    "as_settled": oc.as_settled(PERIOD, PERIOD),
+  }
+  first = next(iter(policies))
   floor = floors.mean_bytes(entries)
   return cases.Case(
     "policy",
     f"a policy, 12 leaves, {cases.human(n).upper()} parameters",
     [
-      *(dynamic(name, policy) for name, policy in zip(names, policies, strict=True)),
+      *(dynamic(name, policy) for name, policy in policies.items()),
       dynamic(fixed, PERIOD, "baseline"),
       variants.peer("MultiSteps", peers.multi_steps(PERIOD), inputs, PERIOD, floor, fixed),
     ],
-    [*(Target(name, fixed, 1.3) for name in names), cases.temporaries(names[0], shapes)],
-    names[0],
+    [*(Target(name, fixed, 1.3) for name in policies), cases.temporaries(first, shapes)],
+    first,
     fixed,
     cases.count(shapes),
     cases.largest(shapes),

@@ -29,7 +29,7 @@ import optax_cadence as oc
 LAYERS = ("conv1", "conv2", "hidden", "output")
 MICROBATCH = 8
 LEARNING_RATE = 1e-3
-LOOKS = 40  # how often the periods are looked at
+LOOKS = 20  # how often the periods are looked at
 BY_DEPTH = {"conv1": 16, "conv2": 8, "hidden": 4, "output": 2}
 
 
@@ -87,7 +87,8 @@ def train(every, steps):
   (images, labels), test_set = load_digits()
   graphdef, params = nnx.split(Net(nnx.Rngs(0)), nnx.Param)
   inner = optax.chain(optax.adam(LEARNING_RATE), oc.scale_by_cadence("sqrt"))
-  tx = oc.cadence(inner, every)
+  # Measures the noise of every layer, whatever its cadence goes by.
+  tx = oc.chain(oc.noise_scale(16, decay=0.95), oc.cadence(inner, every))
   state, images, labels = tx.init(params), jnp.asarray(images), jnp.asarray(labels)
 
   def loss(params, images, labels):
@@ -134,11 +135,11 @@ def main():
   parser = argparse.ArgumentParser(description="Trains a network whose layers decide on their own.")
   names = ("certain", "settled", "late", "patient")
   parser.add_argument("--policy", choices=names, default="certain")
-  parser.add_argument("--steps", type=int, default=5000, help="micro-steps")
+  parser.add_argument("--steps", type=int, default=5120, help="micro-steps")
   parser.add_argument("--out", type=pathlib.Path, default="results/confidence.png")
   parser.add_argument("--quick", action="store_true", help="few micro-steps, to see that it runs")
   args = parser.parse_args()
-  steps = min(args.steps, 1000) if args.quick else args.steps
+  steps = min(args.steps, 1280) if args.quick else args.steps
 
   history, accuracy = train(cadences(args.policy, steps), steps)
   print(f"\nMean period of each layer, in every tenth of the run; policy {args.policy!r}:\n")

@@ -13,6 +13,7 @@ import optax
 from optax_cadence import _control
 from optax_cadence import _firing
 from optax_cadence import _layout
+from optax_cadence import _moves
 from optax_cadence import _paths
 from optax_cadence import _schedules
 from optax_cadence import _statistics
@@ -164,8 +165,8 @@ class Cadence:
     self.accumulator_dtype = accumulator_dtype
     self.skip = nonfinite == "skip"
     self.clock = clock
-    # The cadences of the last tree's groups, for where no parameters are at hand.
-    self._seen: tuple[_schedules.Every, ...] | None = None
+    # Of the last tree, for where no parameters are at hand.
+    self._seen: _layout.Layout | None = None
 
   @property
   def cadence(self) -> "Cadence":
@@ -177,13 +178,14 @@ class Cadence:
     """Least common multiple of the periods; None when one is dynamic."""
     if not callable(self.every):
       return _schedules.cycle(_layout.everys(self.every))
-    return _schedules.cycle(self._groups_seen("the cycle of a callable every"))
+    groups = self._layout_seen("the cycle of a callable every").groups
+    return _schedules.cycle(group.every for group in groups)
 
   def layout(self, tree: Any) -> _layout.Layout:
     """The groups of a tree."""
     found = _layout.layout(self.every, tree)
     self._check_policies(group.every for group in found.groups)
-    self._seen = tuple(group.every for group in found.groups)
+    self._seen = found
     return found
 
   def _check_policies(self, everys: Iterable[_schedules.Every]) -> None:
@@ -218,7 +220,7 @@ class Cadence:
       trees = layout.tree(group, tensors), layout.tree(group, sums)
       path = layout.paths[group.leaves[0]]
       _layout.named(path, _schedules.Every.first_window, group.every)
-      groups.append(self._init_group(group.every, *trees, len(tensors)))
+      groups.append(self._init_group(group, layout.regions(group), tensors, *trees))
     return CadenceState(jnp.int32(0), tuple(groups))
 
   def update(
@@ -286,7 +288,7 @@ class Cadence:
     if not isinstance(state, CadenceState):
       raise ValueError(f"state: expected a CadenceState, found {type(state).__name__}")
     needs = [self._needs(group.every) for group in layout.groups]
-    holds = [tuple(field is not None for field in g[1:4] + g[5:]) for g in state.groups]
+    holds = [_holds(group) for group in state.groups]
     if needs != holds:
       raise ValueError(
         f"state: expected {len(needs)} groups as every makes of this tree, found"
@@ -302,25 +304,34 @@ class Cadence:
   def _phase(self, phase: Any) -> int | None:
     return None if phase is None else _schedules.checked_phase(phase, self.cycle)
 
-  def _init_group(self, every: _schedules.Every, params: Any, sums: Any, n: int) -> GroupState:
+  def _init_group(
+    self, group: _layout.Group, regions: Any, tensors: list[jax.Array], params: Any, sums: Any
+  ) -> GroupState:
+    every, n = group.every, len(tensors)
     accumulates = self.accumulates(every)
     return GroupState(
       inner_state=self.inner.init(params),
       accumulators=sums if accumulates else None,
       window=jnp.zeros((n,) if self.skip else (), jnp.int32) if accumulates else None,
       remaining=None if every.always else every.first_window(),
+      period=jnp.int32(0) if every.policy is not None else every.first_window(),
       updates=jnp.int32(0),
       skipped=jnp.zeros((n,), jnp.int32) if self.skip else None,
-      confidence=None if every.policy is None else _init_confidence(every.policy, n),
+      regions=regions,
+      confidence=None if every.policy is None else _init_confidence(every.policy, tensors),
     )
 
   def _init_placeholder(self, placeholder: Any) -> CadenceState:
     # As `optax.masked` does: `tree_map_params` probes with a stand-in for the parameters.
-    everys = self._groups_seen("tree_map_params")
-    groups = [self._init_group(every, placeholder, placeholder, 1) for every in everys]
+    layout = self._layout_seen("tree_map_params")
+    groups = []
+    for group in layout.groups:
+      tensors = [jnp.float32(0)] * len(group.tensors)
+      trees = placeholder, placeholder
+      groups.append(self._init_group(group, layout.regions(group), tensors, *trees))
     return CadenceState(jnp.int32(0), tuple(groups))
 
-  def _groups_seen(self, what: str) -> tuple[_schedules.Every, ...]:
+  def _layout_seen(self, what: str) -> _layout.Layout:
     if self._seen is None:
       raise ValueError(
         f"{what} depends on the parameters: call tx.init(params) first (or"
@@ -329,12 +340,18 @@ class Cadence:
     return self._seen
 
 
-def _init_confidence(policy: Policy, n: int) -> ConfidenceState:
-  remembered = jax.tree.map(jnp.asarray, policy.init())
+def _holds(group: GroupState) -> tuple[bool, ...]:
+  """Which of accumulators, window, remaining, skipped and confidence are there."""
+  fields = group.accumulators, group.window, group.remaining, group.skipped, group.confidence
+  return tuple(field is not None for field in fields)
+
+
+def _init_confidence(policy: Policy, tensors: list[jax.Array]) -> ConfidenceState:
+  n, remembered = len(tensors), jax.tree.map(jnp.asarray, policy.init())
   return ConfidenceState(
-    squares=jnp.zeros(n, jnp.float32),
-    estimate=_statistics.no_estimate(n),
-    period=jnp.int32(0),
+    squares=jnp.zeros(n, jnp.float32) if policy.reads_gradients else None,
+    estimate=_statistics.no_estimate(n) if policy.reads_gradients else None,
+    sample=_moves.nothing_seen(tensors) if policy.reads_updates else None,
     policy=_control.cast_like(remembered, remembered),
   )
 

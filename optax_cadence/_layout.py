@@ -5,9 +5,10 @@ a tree into one tree per group, in which the leaves of other groups are `MaskedN
 (as `optax.partition` shows them) and a leaf cut into several tensors is a tuple.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,16 @@ import optax
 from optax_cadence import _paths
 from optax_cadence import _regions
 from optax_cadence import _schedules
+
+
+class Regions(NamedTuple):
+  """Stands for a leaf of which a group has regions, in a tree without a single array.
+
+  Attributes:
+    parts: An empty tuple for each of the regions.
+  """
+
+  parts: tuple[tuple[()], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +90,12 @@ class Layout:
       slots[t.leaf].append(tensor)
     one = {0: lambda _: optax.MaskedNode(), 1: lambda slot: slot[0]}
     return self.treedef.unflatten([one.get(len(slot), tuple)(slot) for slot in slots])
+
+  def regions(self, group: Group) -> Any:
+    """The same tree with `Regions` for leaves, which a state can hold: it has no arrays."""
+    counts = collections.Counter(t.leaf for t in group.tensors)
+    here = [Regions(((),) * counts[i]) for i in range(len(self.paths))]
+    return self.treedef.unflatten([x if x.parts else optax.MaskedNode() for x in here])
 
 
 def leaves(tree: Any) -> dict[int, jax.Array]:

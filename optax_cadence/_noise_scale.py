@@ -26,6 +26,7 @@ class MeasuredGroup(NamedTuple):
     remaining: Micro-steps until the window ends: int32 scalar.
     squares: Sum of the squared norms of its gradients: float32 [R].
     estimate: |G|² and tr Σ, smoothed over windows.
+    regions: As in a cadence's `GroupState`.
   """
 
   sums: Any
@@ -33,6 +34,7 @@ class MeasuredGroup(NamedTuple):
   remaining: jax.Array
   squares: jax.Array
   estimate: _statistics.Estimate
+  regions: Any
 
 
 class NoiseScaleState(NamedTuple):
@@ -98,6 +100,7 @@ def noise_scale(every: Any = 8, *, decay: float = 0.9) -> optax.GradientTransfor
           group.every.first_window(),
           jnp.zeros(len(sums), jnp.float32),
           _statistics.no_estimate(len(sums)),
+          layout.regions(group),
         )
       )
     return NoiseScaleState(jnp.int32(0), tuple(groups))
@@ -122,16 +125,14 @@ def _measure(
   micro_step: jax.Array,
   decay: Any,
 ) -> MeasuredGroup:
-  treedef, regions = jax.tree.structure(old.sums), len(grads)
+  treedef = jax.tree.structure(old.sums)
   window = _windows.Window(jax.tree.leaves(old.sums), old.length, None, old.squares)
   window, due = _windows.add(window, grads), old.remaining == 1
   squares = jnp.asarray(window.squares)
 
   def estimated(estimate: _statistics.Estimate, window: Any) -> _statistics.Estimate:
     sums, length, squares = window
-    square = _statistics.squared_norms(sums)
-    length = _statistics.per_region(length, regions)
-    found = _statistics.Statistics(length, squares, square)
+    found = _statistics.of(length, squares, _statistics.squared_norms(sums))
     return _statistics.smooth(estimate, found, decay)
 
   consts = (window.sums, window.length, squares)
@@ -141,6 +142,7 @@ def _measure(
     jnp.where(due, every.window(micro_step), old.remaining - 1),
     squares,
     _control.maybe(due, estimated, old.estimate, consts),
+    old.regions,
   )
 
 

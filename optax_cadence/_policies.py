@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_cadence import _paths
+from optax_cadence import _statistics
 from optax_cadence._policy import Policy
 from optax_cadence._statistics import Statistics
 
@@ -65,19 +66,22 @@ class SettledState(NamedTuple):
 
   Attributes:
     period: Length of the window: int32 scalar.
-    signal: Decaying sum of |G|²: float32 scalar.
+    size: Decaying sum of the relative sizes of updates: float32 scalar.
     weight: Decaying sum of ones: float32 scalar.
-    peak: Largest smoothed |G|² so far: float32 scalar.
+    peak: Largest smoothed size so far: float32 scalar.
   """
 
   period: jax.Array
-  signal: jax.Array
+  size: jax.Array
   weight: jax.Array
   peak: jax.Array
 
 
 class AsSettled(Policy):
   """See `as_settled`."""
+
+  reads_gradients = False
+  reads_updates = True
 
   def __init__(self, min_period: int, max_period: int, decay: Any) -> None:
     super().__init__(min_period, max_period)
@@ -94,34 +98,35 @@ class AsSettled(Policy):
     return True
 
   def fired(self, window: Statistics, state: SettledState) -> SettledState:
-    found = window.signal()
-    usable = jnp.isfinite(found) & (window.length > 1).any()
-    signal = self.decay * state.signal + (1 - self.decay) * found
-    weight = self.decay * state.weight + (1 - self.decay)
-    mean = jnp.maximum(signal / weight, 0)
+    found = window.relative_update()
+    usable = jnp.isfinite(found) & (window.length > 0).any()
+    old, new = (state.size, state.weight), (found, jnp.float32(1))
+    size, weight = _statistics.decayed(old, new, usable, self.decay)
+    mean = size / jnp.where(weight > 0, weight, 1)
     peak = jnp.maximum(state.peak, mean)
-    left = jnp.sqrt(jnp.where(peak > 0, mean / peak, 1))
+    left = jnp.where(peak > 0, mean / jnp.where(peak > 0, peak, 1), 1)
     low, high = jnp.log(float(self.min_period)), jnp.log(float(self.max_period))
     period = jnp.rint(jnp.exp(left * low + (1 - left) * high)).astype(jnp.int32)
-    new = SettledState(period, signal, weight, peak)
-    return jax.tree.map(lambda x, old: jnp.where(usable, x, old), new, state)
+    return SettledState(period, size, weight, peak)
 
   def __str__(self) -> str:
     return f"as_settled({self.min_period}-{self.max_period})"
 
 
 def as_settled(min_period: int, max_period: int, *, decay: float = 0.8) -> AsSettled:
-  r"""The more settled a region, the slower: its period follows the decay of its gradient.
+  r"""The more settled a region, the slower: its period follows the decay of its updates.
 
-  Let r be the share that is left of the largest :math:`|G|` that the region has had, where |G|² is
-  the unbiased estimate, smoothed over windows. A window then has :math:`a^r b^{1 - r}` micro-steps:
-  a is `min_period`, for the peak, b `max_period`, for when the gradient is gone. A window of fewer
-  than two gradients, or with a NaN among them, leaves the period as it is.
+  Let r be the relative size of the update, :math:`\lVert \Delta\theta \rVert / \lVert \theta
+  \rVert` smoothed over windows, as a share of the largest that the region has had. A window then
+  has :math:`a^r b^{1 - r}` micro-steps: a is `min_period`, for the peak, b `max_period`, for when
+  nothing moves any more. A learning rate that decays settles a region, too. An update with a NaN
+  leaves the period as it is. Gradients are not read: a sample of the parameters, up to 4096 entries
+  of each region, is kept from one update to the next. So `update` needs the parameters.
 
   Args:
-    min_period: Micro-steps of a window to begin with, at least 2.
+    min_period: Micro-steps of a window to begin with.
     max_period: Micro-steps of a window at most.
-    decay: How slowly |G|² is smoothed, from 0 to below 1.
+    decay: How slowly the size is smoothed, from 0 to below 1.
 
   Returns:
     A policy, which is a cadence. The same object in several places decides once for all.
@@ -133,12 +138,7 @@ def as_settled(min_period: int, max_period: int, *, decay: float = 0.8) -> AsSet
   >>> print(oc.as_settled(2, 16))
   as_settled(2-16)
   """
-  policy = AsSettled(min_period, max_period, decay)
-  if min_period < 2:
-    raise ValueError(
-      f"min_period of as_settled must be at least 2, to tell noise, found {min_period}"
-    )
-  return policy
+  return AsSettled(min_period, max_period, decay)
 
 
 def each_layer(policy: Policy) -> Callable[[Any], Any]:

@@ -20,6 +20,10 @@ class Policy:
   Attributes:
     min_period: Micro-steps that a window has at least.
     max_period: Micro-steps that a window has at most.
+    reads_gradients: Whether it reads `squares` and `square` of the window, which costs one
+      more reading of the gradients at every micro-step.
+    reads_updates: Whether `fired` reads `update` and `params`, for which a few thousand
+      entries of each region are read and kept, once a window.
 
   >>> import jax.numpy as jnp, optax, optax_cadence as oc
   >>> class Loud(oc.Policy):  # due once the sum of the window is long enough
@@ -34,6 +38,9 @@ class Policy:
   0.0
   -1.0
   """
+
+  reads_gradients = True
+  reads_updates = False
 
   def __init__(self, min_period: int, max_period: int) -> None:
     for name, value in (("min_period", min_period), ("max_period", max_period)):

@@ -13,15 +13,16 @@ class ConfidenceState(NamedTuple):
 
   Attributes:
     squares: Sum of the squared norms of the gradients in the window: float32 [R]; of no
-      meaning while the window is empty.
-    estimate: |G|² and tr Σ, smoothed over the windows until now.
-    period: Micro-steps of the last window that fired, 0 before the first: int32 scalar.
+      meaning while the window is empty. None where the policy does not read them.
+    estimate: |G|² and tr Σ, smoothed over the windows until now; None likewise.
+    sample: Some entries of each region's parameters, as they were before the last update; None
+      where the policy does not read updates.
     policy: What the policy remembers.
   """
 
-  squares: jax.Array
-  estimate: _statistics.Estimate
-  period: jax.Array
+  squares: jax.Array | None
+  estimate: _statistics.Estimate | None
+  sample: tuple[jax.Array, ...] | None
   policy: Any
 
 
@@ -37,17 +38,23 @@ class GroupState(NamedTuple):
       of the group's R regions under `nonfinite="skip"`. None without accumulators.
     remaining: Micro-steps until the group is due, under a policy at the latest: int32
       scalar. None for period 1.
+    period: Micro-steps of the window in force; under a policy, of the last one that fired, 0
+      before the first: int32 scalar.
     updates: Updates applied so far: int32 scalar.
     skipped: Micro-batches left out so far, int32 [R]. None unless `nonfinite="skip"`.
-    confidence: Statistics of the gradients; None unless a policy decides.
+    regions: Which leaves the group has how many regions of: a tree that names them and has
+      no arrays.
+    confidence: What a policy goes by; None unless one decides.
   """
 
   inner_state: optax.OptState
   accumulators: Any
   window: jax.Array | None
   remaining: jax.Array | None
+  period: jax.Array
   updates: jax.Array
   skipped: jax.Array | None
+  regions: Any
   confidence: ConfidenceState | None = None
 
 

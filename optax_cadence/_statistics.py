@@ -1,4 +1,4 @@
-"""How noisy the gradients of a window are, from two sums of squares per region.
+"""How noisy the gradients of a window are, and how far parameters move, from sums of squares.
 
 From n gradients g_i with mean G and covariance Σ, s1 = Σ‖g_i‖² and s2 = ‖Σ g_i‖²:
 (s2 - s1) / (n (n - 1)) estimates |G|² and (s1 - s2/n) / (n - 1) estimates tr Σ, both
@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_TINY = np.finfo(np.float32).tiny
+
 
 class Statistics(NamedTuple):
   """The gradients of a window, as numbers for each of the R regions of a group.
@@ -20,12 +22,18 @@ class Statistics(NamedTuple):
   Attributes:
     length: Gradients in the window: int32 [R].
     squares: Sum of their squared norms, s1: float32 [R].
-    square: Squared norm of their sum, s2: float32 [R].
+    square: Squared norm of their sum, s2: float32 [R]. Both are NaN for a policy that does
+      not read gradients.
+    update: Squared norm of the last update of a sample of the parameters: float32 [R].
+    params: Squared norm of the sample before that: float32 [R]. Both are there when a window
+      has fired, and NaN before, at the first, and for a policy that does not read updates.
   """
 
   length: jax.Array
   squares: jax.Array
   square: jax.Array
+  update: jax.Array
+  params: jax.Array
 
   def signals(self) -> jax.Array:
     """Unbiased |G|² of each region: float32 [R]; zero where there are fewer than two gradients."""
@@ -45,6 +53,14 @@ class Statistics(NamedTuple):
   def noise_of_mean(self) -> jax.Array:
     """Tr Σ / n, the variance of the window's mean, of the whole group: float32 scalar."""
     return (self.noises() / jnp.maximum(self.length, 1).astype(jnp.float32)).sum()
+
+  def relative_update(self) -> jax.Array:
+    """Norm of the update over that of the parameters, for the whole group: float32 scalar.
+
+    At most 1, so that it is finite for parameters that are zero.
+    """
+    update, params = self.update.sum(), self.params.sum()
+    return jnp.sqrt(update / jnp.maximum(jnp.maximum(update, params), _TINY))
 
 
 class Estimate(NamedTuple):
@@ -81,9 +97,19 @@ def smooth(old: Estimate, window: Statistics, decay: Any) -> Estimate:
   """
   found = Estimate(window.signals(), window.noises(), jnp.ones_like(old.weight))
   usable = (window.length > 1) & jnp.isfinite(found.signal) & jnp.isfinite(found.noise)
+  return decayed(old, found, usable, decay)
+
+
+def decayed(old: Any, found: Any, usable: jax.Array, decay: Any) -> Any:
+  """A tree of decaying sums with one more value in each, where that is usable."""
   decay = jnp.asarray(decay, jnp.float32)
-  pairs = zip(old, found, strict=True)
-  return Estimate(*(jnp.where(usable, decay * x + (1 - decay) * y, x) for x, y in pairs))
+  return jax.tree.map(lambda x, y: jnp.where(usable, decay * x + (1 - decay) * y, x), old, found)
+
+
+def of(length: jax.Array, squares: jax.Array, square: jax.Array) -> Statistics:
+  """The statistics of a window that has not fired; its length may be one for all regions."""
+  unknown = jnp.full_like(squares, jnp.nan)
+  return Statistics(jnp.broadcast_to(length, squares.shape), squares, square, unknown, unknown)
 
 
 def squared_norms(tensors: Sequence[jax.Array]) -> jax.Array:
@@ -95,8 +121,3 @@ def _squared_norm(x: jax.Array) -> jax.Array:
   if jnp.iscomplexobj(x):
     return _squared_norm(x.real) + _squared_norm(x.imag)
   return jnp.square(x.astype(jnp.float32)).sum()
-
-
-def per_region(length: jax.Array, regions: int) -> jax.Array:
-  """The length of a window as one for each region: int32 [R]."""
-  return jnp.broadcast_to(length, (regions,)) if np.ndim(length) == 0 else length

@@ -100,10 +100,10 @@ def test_updates_are_scaled_by_the_actual_length(rule, power):
 def test_skipped_microbatches_do_not_scale():
   inner = optax.chain(optax.sgd(1.0), oc.scale_by_cadence("linear"))
   tx = oc.cadence(inner, 3, nonfinite="skip")
-  state, ones = tx.init(PARAMS), jax.tree.map(jnp.ones_like, PARAMS)
+  state, ones, update = tx.init(PARAMS), jax.tree.map(jnp.ones_like, PARAMS), jax.jit(tx.update)
   for t in range(3):
     grads = ones if t else ones | {"head": jnp.full(3, jnp.nan)}
-    updates, state = tx.update(grads, state, PARAMS)
+    updates, state = update(grads, state, PARAMS)
   np.testing.assert_allclose(updates["body"], np.full((4, 4), -3.0))
   np.testing.assert_allclose(updates["head"], np.full(3, -2.0))
 
@@ -114,9 +114,9 @@ def test_the_scale_works_through_masks_parts_and_policies():
     optax.masked(oc.scale_by_cadence("linear"), {"body": True, "head": False}),
   )
   tx = oc.cadence(inner, oc.until_certain(1.0, 3, 8))
-  state, ones = tx.init(PARAMS), jax.tree.map(jnp.ones_like, PARAMS)
+  state, ones, update = tx.init(PARAMS), jax.tree.map(jnp.ones_like, PARAMS), jax.jit(tx.update)
   for _ in range(3):
-    updates, state = tx.update(ones, state, PARAMS)
+    updates, state = update(ones, state, PARAMS)
   np.testing.assert_allclose(updates["body"], np.full((4, 4), -3.0))
   np.testing.assert_allclose(updates["head"], np.full(3, -1.0))
   parts = oc.cadence(oc.scale_by_cadence("linear"), {"body": oc.quadrants([[2, 2], [2, 2]])})
@@ -154,30 +154,66 @@ def trained(every, steps=9, **options):
   return state
 
 
+KEYS = ("period", "updates", "skipped", "noise_scale", "snr")
+
+
 def test_metrics_name_every_region_by_its_path():
   policy = oc.until_certain(0.5, 2, 4)
-  state = trained({"body": oc.quadrants([[policy, 2], [policy, 1]]), "head": 4})
-  found = oc.metrics(state)
-  assert found["micro_step"] == 9
-  assert {name.rsplit("/", 1)[0] for name in found if "/" in name} == {
-    "body/0",
-    "body/1",
-    "body",
-    "group_2",
-    "head",
-  }
-  assert found["head/period"] == 4 and found["head/updates"] == 2
-  assert found["group_2/period"] == 1 and found["group_2/updates"] == 9
-  for name in ("body/0", "body/1"):
-    assert 2 <= found[f"{name}/period"] <= 4
-    assert np.isfinite(found[f"{name}/noise_scale"]) and np.isfinite(found[f"{name}/snr"])
+  found = oc.metrics(trained({"body": oc.quadrants([[policy, 2], [policy, 1]]), "head": 4}))
+  names = ("body/0", "body/1", "body/2", "body/3", "head")
+  assert list(found) == ["micro_step", *(f"{name}/{key}" for name in names for key in KEYS)]
   assert all(np.ndim(value) == 0 for value in found.values())
+  assert found["micro_step"] == 9
+  periods = [int(found[f"{name}/period"]) for name in names]
+  assert 2 <= periods[0] == periods[1] <= 4 and periods[2:] == [2, 1, 4]
+  assert [found[f"{name}/updates"] for name in names[2:]] == [4, 9, 2]
+  measured = [np.isfinite([found[f"{name}/{key}"] for key in KEYS[3:]]).all() for name in names]
+  assert measured == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+@pytest.mark.parametrize("accumulate", ["mean", "latest"])
+def test_every_kind_of_group_has_every_value(accumulate, nonfinite):
+  every = {"body": oc.Every(4, offset=3), "head": 1}
+  for cadence in (every, every | {"head": oc.Every(lambda t: 1 + t // 3)}):
+    found = oc.metrics(trained(cadence, 9, accumulate=accumulate, nonfinite=nonfinite))
+    assert list(found) == ["micro_step", *(f"{n}/{key}" for n in PARAMS for key in KEYS)]
+    assert found["body/period"] == 4 and found["body/updates"] == 2
+    assert found["body/skipped"] == found["head/skipped"] == 0
+    assert np.isnan(found["head/snr"]) and np.isnan(found["head/noise_scale"])
+  # Windows of the schedule: 1, 1, 1, 2 from 3 on, 2 from 5 on, 3 from 7 on.
+  assert found["head/period"] == 3 and found["head/updates"] == 5
+
+
+def test_a_noise_scale_beside_a_cadence_fills_in_what_that_does_not_measure():
+  tx = optax.chain(oc.noise_scale(2), oc.cadence(optax.sgd(0.1), {"body": 4, "head": 1}))
+  state, rng, update = tx.init(PARAMS), np.random.default_rng(0), jax.jit(tx.update)
+  for _ in range(4):
+    grads = jax.tree.map(lambda p: jnp.asarray(1 + rng.normal(size=p.shape), jnp.float32), PARAMS)
+    _, state = update(grads, state, PARAMS)
+  found = oc.metrics(state)
+  assert list(found) == ["micro_step", *(f"{n}/{key}" for n in PARAMS for key in KEYS)]
+  for name, period in (("body", 4), ("head", 1)):
+    np.testing.assert_allclose(found[f"{name}/snr"], period / found[f"{name}/noise_scale"])
+  apart = optax.chain(oc.noise_scale({"body": oc.channels([2, 4]), "head": 2}), oc.cadence(tx, 1))
+  names = {name.rsplit("/", 1)[0] for name in oc.metrics(apart.init(PARAMS)) if "/" in name}
+  assert names == {"body", "head", "body/0", "body/1"}
+
+
+def test_two_cadences_of_one_parameter_have_names_of_their_own():
+  tx = optax.chain(oc.cadence(optax.identity(), 2), oc.cadence(optax.sgd(0.1), 4))
+  found = oc.metrics(tx.init(jnp.zeros(3)))
+  assert found["params/period"] == 2 and found["params#2/period"] == 4
 
 
 def test_metrics_count_skipped_microbatches():
-  found = oc.metrics(trained({"body": oc.until_certain(0.5, 2, 4), "head": 1}, nonfinite="skip"))
-  assert found["body/skipped"] == 0 and found["group_1/skipped"] == 0
-  assert "group_1/noise_scale" not in found
+  tx = oc.cadence(
+    optax.sgd(0.1), {"body": oc.until_certain(0.5, 2, 4), "head": 1}, nonfinite="skip"
+  )
+  state, ones = tx.init(PARAMS), jax.tree.map(jnp.ones_like, PARAMS)
+  _, state = jax.jit(tx.update)(ones | {"head": jnp.full(3, jnp.nan)}, state, PARAMS)
+  found = oc.metrics(state)
+  assert found["body/skipped"] == 0 and found["head/skipped"] == 1
 
 
 def test_metrics_are_the_same_inside_a_program():
@@ -189,11 +225,13 @@ def test_metrics_are_the_same_inside_a_program():
 
 
 def test_metrics_take_one_transfer(monkeypatch):
-  state, calls = trained(oc.each_layer(oc.until_certain(0.5, 2, 4))), []
+  state, taken = trained(oc.each_layer(oc.until_certain(0.5, 2, 4))), []
   get = jax.device_get
-  monkeypatch.setattr(jax, "device_get", lambda tree: calls.append(1) or get(tree))
+  monkeypatch.setattr(
+    jax, "device_get", lambda tree: taken.extend(jax.tree.leaves(tree)) or get(tree)
+  )
   found = oc.metrics(state)
-  assert len(calls) == 1
+  assert len(taken) == 1 and taken[0].size < 40
   assert not any(isinstance(value, jax.Array) for value in found.values())
 
 
@@ -202,4 +240,7 @@ def test_the_picture_has_a_line_for_every_region():
   axes = oc.plot_confidence(history)
   assert [len(ax.lines) for ax in axes] == [2, 2]
   assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["body", "head"]
+  plt.close(axes[0].figure)
+  axes = oc.plot_confidence([oc.metrics(trained(4, steps)) for steps in (4, 8)])
+  assert [len(ax.lines) for ax in axes] == [2]
   plt.close(axes[0].figure)

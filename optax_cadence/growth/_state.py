@@ -60,7 +60,9 @@ def grow_state(
 
   What follows the parameters (moments, accumulators of open windows, masks) keeps its old
   entries bit for bit and gets new ones as `init` makes them; everything else (counters,
-  hyperparameters, random keys) is kept. What follows is told by `optax.tree_utils.tree_map_params`.
+  hyperparameters, random keys) is kept, but for what `init` makes NaN, as not known yet: a
+  policy's sample of the old parameters tells nothing of the new ones. What follows is told by
+  `optax.tree_utils.tree_map_params`.
 
   Args:
     tx: The transformation that `state` is of.
@@ -184,6 +186,8 @@ def _alike(one: Any, other: Any) -> bool:
 def _keep(path: Any, old: _State, new: _State, names: Mapping[Any, Any]) -> Any:
   """A leaf that follows no parameter: as it was, if there was one."""
   source, fresh = path, new.rest[path]
+  if _unknown(fresh):
+    return fresh
   for where, before in names.items():
     at = next((i for i, (a, b) in enumerate(zip(where, before, strict=True)) if a != b), len(where))
     if path[: at + 1] == where[: at + 1]:
@@ -201,6 +205,13 @@ def _keep(path: Any, old: _State, new: _State, names: Mapping[Any, Any]) -> Any:
       f" before, {np.shape(fresh)} after: it cannot be carried over; start it anew with tx.init"
     )
   return value
+
+
+def _unknown(x: Any) -> bool:
+  """Whether this is NaN throughout."""
+  if not isinstance(x, jax.Array) or not jnp.issubdtype(x.dtype, jnp.floating) or x.size == 0:
+    return False
+  return bool(jnp.isnan(x).all())
 
 
 def _covers(where: Any, path: Any) -> bool:
