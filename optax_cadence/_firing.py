@@ -5,8 +5,7 @@ When a group is due, and what it accumulated until then, is decided in `_step`.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
