@@ -63,11 +63,12 @@ def short_rows(case: dict[str, Any], where: str) -> list[list[str]]:
   by_name = {variant["name"]: variant for variant in case["variants"]}
   peer, rows = by_name.get(case["peer"]), []
   headlines = [t for t in case["targets"] if t["headline"]]
-  for name in dict.fromkeys(t["variant"] for t in headlines):
+  names = dict.fromkeys(t["variant"] for t in headlines)
+  for name in names:
     ours, found = by_name.get(name, {}), [t for t in headlines if t["variant"] == name]
     rows.append(
       [
-        case["title"] + (f", `{name}`" if name == "update" else ""),
+        case["title"] + (f", {name}" if len(names) > 1 and name != "apply" else ""),
         where,
         milliseconds(ours),
         report.number(ours.get("ratio_floor")),
