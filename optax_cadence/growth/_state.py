@@ -275,7 +275,7 @@ def _index(change: LeafChange, old: Any, new: Any, grows: bool) -> Any:
   """
   if (old, new) == (change.before, change.after):
     return change.index
-  if len(old) != len(new) or change.before is None:
+  if len(old) != len(new) or change.before is None or change.after is None:
     return None
   small = old if grows else new
   at = [np.arange(n) for n in small]

@@ -16,13 +16,15 @@ from flax import nnx
 
 from optax_cadence import _paths
 from optax_cadence.growth import _coupling
+from optax_cadence.growth import _dimension
 from optax_cadence.growth import _gate
 from optax_cadence.growth import _kernels
-from optax_cadence.growth import _plan
 from optax_cadence.growth import _state
 from optax_cadence.growth import _trees
 from optax_cadence.growth import _variables
-from optax_cadence.growth._coupling import Axis
+from optax_cadence.growth import _widening
+from optax_cadence.growth._dimension import Axis
+from optax_cadence.growth._dimension import Dimension
 from optax_cadence.growth._fresh import Fresh
 from optax_cadence.growth._plan import Plan
 
@@ -36,7 +38,7 @@ def variables(model: nnx.Module) -> dict[str, Any]:
 
 def couple(
   model: nnx.Module, *inputs: Any, producer: nnx.Module, axis: int = -1, **kwargs: Any
-) -> _coupling.Dimension:
+) -> Dimension:
   """As `growth.couple`, for a module of a live model: every axis that grows with one of its own.
 
   Args:
@@ -60,7 +62,7 @@ def widen(
   model: nnx.Module,
   *inputs: Any,
   by: int,
-  producer: nnx.Module | _coupling.Dimension,
+  producer: nnx.Module | Dimension,
   consumers: Sequence[nnx.Module] | None = None,
   also: Sequence[nnx.Module] = (),
   axis: int = -1,
@@ -99,7 +101,7 @@ def widen(
   _check_plain(model)
   tree = variables(model)
   _trees.check_concrete("widen", tree)
-  if isinstance(producer, _coupling.Dimension):
+  if isinstance(producer, Dimension):
     dimension = producer
   elif consumers is not None:
     dimension = _described(model, producer, consumers, also, Axis(axis, blocks, unit))
@@ -107,9 +109,9 @@ def widen(
     dimension = couple(model, *inputs, producer=producer, axis=axis, unit=unit, blocks=blocks)
   else:
     raise ValueError("widen needs inputs, to find what reads the units, or consumers=[...]")
-  if inputs and (consumers is not None or isinstance(producer, _coupling.Dimension)):
+  if inputs and (consumers is not None or isinstance(producer, Dimension)):
     dimension = _coupling.couple(forward(model), tree, *inputs, producer=dimension)
-  plan = _plan.widening(tree, dimension, by)
+  plan = _widening.widening(tree, dimension, by)
   grow(
     model,
     plan,
@@ -405,21 +407,13 @@ def _path(model: nnx.Module, module: nnx.Module) -> _paths.Path:
 
 
 def _kernel(model: nnx.Module, module: nnx.Module) -> _paths.Path:
-  """The path of the one leaf of a module that has two axes or more."""
-  prefix = _path(model, module)
-  under = nnx.to_pure_dict(nnx.state(module, nnx.Param))
-  found = _trees.largest(_trees.shapes(under))
-  if len(found) != 1:
-    raise ValueError(
-      f"{_paths.join(prefix)!r} ({type(module).__name__}): expected one kernel in it, found"
-      f" {_paths.listed(found)}; name the layer inside"
-    )
-  return prefix + found[0]
+  """The path of a module's kernel, or embedding."""
+  return _trees.kernel(variables(model), _path(model, module))
 
 
 def _described(
   model: nnx.Module, producer: Any, consumers: Sequence[Any], also: Sequence[Any], axis: Axis
-) -> _coupling.Dimension:
+) -> Dimension:
   """The dimension between modules that were named."""
   tree = variables(model)
   shapes = _trees.shapes(tree)
@@ -447,7 +441,7 @@ def _described(
     prefix = _path(model, module)
     under = _trees.shapes(nnx.to_pure_dict(nnx.state(module)))
     members.update({_paths.join(prefix + p): axis._replace(axis=-1) for p, s in under.items() if s})
-  return _coupling.dimension(tree, members)
+  return _dimension.dimension(tree, members)
 
 
 def fit(model: nnx.Module, keep_groups: bool = False) -> None:
