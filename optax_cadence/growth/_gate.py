@@ -1,6 +1,8 @@
 """The gate: the forward pass of a grown network, with α on all that goes out of new entries."""
 
 import functools
+import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -156,22 +158,29 @@ def _output_positions(program: Any, paths: Any, plan: Plan) -> list[dict[int, np
   return found
 
 
-def merge(variables: Any, plan: Plan) -> Any:
-  """Folds the gate into the weights and removes it: what is left is the plain tree.
+def merge(variables: Any, plan: Plan | None = None, *, optimizer: Any = None) -> Any:
+  """Folds the gate into the weights and removes it: what is left is the plain tree, or model.
 
   Args:
-    variables: The grown tree, gate included.
-    plan: The plan by which it has grown.
+    variables: The grown tree, gate included; or a live NNX model, changed in place.
+    plan: The plan by which the tree has grown. A live model knows its own.
+    optimizer: The live model's optimizer, from whose state the gate goes.
 
   Returns:
-    The tree at its new size. At α = 1 nothing but the gate changes. At any other value the
-    outgoing weights of new units are multiplied by it.
+    The tree at its new size; None for a live model. At α = 1 nothing but the gate changes. At
+    any other value the outgoing weights of new units are multiplied by it.
 
   Raises:
     ValueError: If α is not 1 and cannot be folded into weights: because something else than
       a product with a weight sums over the new units (the statistics of a norm, queries
       with keys), or one weight is used both ways (a tied embedding).
   """
+  flax = sys.modules.get("flax.nnx")
+  if flax is not None and isinstance(variables, flax.Module):
+    importlib.import_module("optax_cadence.growth.nnx").merge(variables, optimizer=optimizer)
+    return None
+  if plan is None:
+    raise ValueError("expected the plan by which the tree has grown: growth.merge(variables, plan)")
   _trees.check_concrete("merge", variables)
   alpha = float(_alpha(variables, plan))
   variables = _trees.remove(variables, plan.alpha)
