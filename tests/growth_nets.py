@@ -217,7 +217,8 @@ def make(kind, *args, seed=0):
   return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(value, state))
 
 
-# XLA computes what the program says: it fuses no multiplication into an addition, and does no algebra.
+# XLA then computes what the program says: no multiplication is fused into an addition, and no
+# expression is rewritten.
 AS_WRITTEN = {"xla_backend_optimization_level": 0, "xla_disable_hlo_passes": "algsimp"}
 if platform.machine() in ("x86_64", "AMD64"):
   AS_WRITTEN["xla_cpu_max_isa"] = "SSE4_2"
