@@ -177,7 +177,7 @@ def train_grown(stage, seed, data, progress):
     run.record()
     jumps.append((name, run.flops, abs(run.curve[-1][1] - before)))
     run.train(gated, flops_of(run.model, x))
-    growth.nnx.merge(run.model, optimizer=run.optimizer)
+    growth.merge(run.model, optimizer=run.optimizer)
     run.record()
     run.train(stage - gated, flops_of(run.model, x))
   return run, jumps, plans

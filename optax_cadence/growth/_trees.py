@@ -66,22 +66,27 @@ def insert(tree: Any, path: _paths.Path, value: Any) -> Any:
       f"cannot add {_paths.join(path)!r} to a {type(tree).__name__}: expected a mapping; put the"
       ' parameters into a dict, {"net": params}'
     )
-  key, *rest = path
+  key, rest = _key(tree, path[0]), path[1:]
   if not rest and key in tree:
     raise ValueError(f"{_paths.join(path)!r}: expected nothing at this path, found something")
-  new = insert(tree.get(key, {}), tuple(rest), value) if rest else value
+  new = insert(tree.get(key, {}), rest, value) if rest else value
   return _like(tree, {**tree, key: new})
 
 
 def remove(tree: Any, path: _paths.Path) -> Any:
   """The nested mapping without what is at a path, and without mappings that this empties."""
-  key, *rest = path
+  key, rest = _key(tree, path[0]), path[1:]
   if not isinstance(tree, Mapping) or key not in tree:
     raise ValueError(f"expected {_paths.join(path)!r}, found no such key in {type(tree).__name__}")
-  below = remove(tree[key], tuple(rest)) if rest else {}
+  below = remove(tree[key], rest) if rest else {}
   if below:
     return _like(tree, {**tree, key: below})
   return _like(tree, {k: v for k, v in tree.items() if k != key})
+
+
+def _key(tree: Any, name: str) -> Any:
+  """The key that is written so: modules in a list have integers."""
+  return next((key for key in tree if str(key) == name), name)
 
 
 def _like(tree: Any, items: dict[str, Any]) -> Any:
