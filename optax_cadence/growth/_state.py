@@ -131,8 +131,9 @@ def _taken_apart(tx: Any, state: Any, params: Any) -> _State:
     )
   except (TypeError, ValueError, AttributeError) as error:
     raise ValueError(
-      "the state does not follow its parameters leaf by leaf, as"
-      " optax.tree_utils.tree_map_params understands it. Where a cadence cuts a leaf into regions"
+      "the state does not follow these parameters leaf by leaf, as"
+      " optax.tree_utils.tree_map_params understands it: expected the tree that it was made for."
+      " Where a cadence cuts a leaf into regions"
       " (channels, quadrants, masks), they would be others at the new size: flush its windows and"
       f" start it anew with tx.init, or give that leaf one period. ({error})"
     ) from error

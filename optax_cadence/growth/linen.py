@@ -1,13 +1,8 @@
 """Growth of Linen models: two module definitions, old and new, and paths into their variables.
 
-Each function that grows takes `old`, the module as it is; `new`, the same module defined at its
-new size; the variables of `old`, {"params": …, "batch_stats": …}; and inputs of the module. It
-returns the grown variables, with the gate at "params/alpha"; a function to call in place of
-`new.apply` until `growth.merge(variables, plan)`; and the plan, by which `growth.grow_state` takes
-the optimizer's state along. New entries come from `new.init(rngs, …)`, or from `fresh`, as
-`Plan.apply` reads it. Paths name leaves, or layers that have one kernel: "params/Dense_0".
-
-`kwargs` are further arguments of the forward pass that is traced, `train` or `mutable`.
+What grows comes back as the grown variables, with the gate at "params/alpha"; a function to
+call in place of `new.apply` until `growth.merge(variables, plan)`; and the plan, by which
+`growth.grow_state` takes the optimizer's state along.
 """
 
 import functools
@@ -43,8 +38,8 @@ def couple(module: Any, variables: Any, *inputs: Any, producer: str, **kwargs: A
   Returns:
     The `Dimension`, for the tree `variables`.
   """
-  kernel = _trees.kernel(variables, tuple(producer.split("/")))
-  return _coupling.couple(module.apply, variables, *inputs, producer=_paths.join(kernel), **kwargs)
+  name = _kernel(variables, producer)
+  return _coupling.couple(module.apply, variables, *inputs, producer=name, **kwargs)
 
 
 def widen(
@@ -62,7 +57,26 @@ def widen(
   alpha: float = 0.0,
   **kwargs: Any,
 ) -> Grown:
-  """Gives a module more units: see `couple` for `producer`, `axis`, `unit` and `blocks`.
+  """Gives a module more units.
+
+  Args:
+    old: The module as it is.
+    new: The same module, defined at its new size.
+    variables: The variables of `old`: {"params": …, "batch_stats": …}.
+    *inputs: Inputs of the module, arrays.
+    producer: Path of the leaf that makes the units, or of a layer with one kernel:
+      "params/Dense_0".
+    by: Number of new units.
+    axis: The axis of the leaf that holds the units.
+    unit: Adjacent positions that make one unit.
+    blocks: How often the units repeat along the axis.
+    rngs: As for `new.init`, which gives the new entries; or else `fresh`.
+    fresh: Where they come from instead, as for `Plan.apply`.
+    alpha: Value of the gate.
+    **kwargs: Further arguments of the forward pass (`train`), and of `apply` (`mutable`).
+
+  Returns:
+    The grown variables, the forward pass with its gate, and the plan.
 
   Raises:
     ValueError: As `growth.couple`, `growth.widening` and `Plan.apply` do.
@@ -87,12 +101,28 @@ def enlarge(
   alpha: float = 0.0,
   **kwargs: Any,
 ) -> Grown:
-  """Gives the convolution at a path a larger kernel; `causal` if its padding is "CAUSAL".
+  """Gives a convolution a larger kernel, its new taps behind a gate.
+
+  Args:
+    old: See `widen`, as for all that is not said here.
+    new: The same module, defined with the larger kernel.
+    variables: The variables of `old`.
+    *inputs: Inputs of the module, arrays.
+    conv: Path of the convolution, or of its kernel.
+    kernel_size: Its new spatial size.
+    causal: Whether its padding is "CAUSAL": old taps are then the last ones.
+    rngs: As for `new.init`, which gives the new entries; or else `fresh`.
+    fresh: Where they come from instead, as for `Plan.apply`.
+    alpha: Value of the gate.
+    **kwargs: Further arguments of the forward pass (`train`), and of `apply` (`mutable`).
+
+  Returns:
+    The grown variables, the forward pass with its gate, and the plan.
 
   Raises:
     ValueError: As `growth.enlarging` and `Plan.apply` do.
   """
-  name = _paths.join(_trees.kernel(variables, tuple(conv.split("/"))))
+  name = _kernel(variables, conv)
   fn = functools.partial(old.apply, **kwargs)
   plan = _kernels.enlarging(
     variables, {name: kernel_size}, causal=causal, alpha=ALPHA, fn=fn, args=inputs
@@ -111,7 +141,22 @@ def deepen(
   alpha: float = 0.0,
   **kwargs: Any,
 ) -> Grown:
-  """Adds the layers that `new` has more; α multiplies those at the paths `outgoing`.
+  """Adds layers, what they add to the residual stream behind a gate.
+
+  Args:
+    old: See `widen`, as for all that is not said here.
+    new: The module with more layers.
+    variables: The variables of `old`.
+    *inputs: Inputs of the module, arrays.
+    outgoing: Paths of those new layers, or leaves, that α multiplies: the last of a residual
+      block. None: they are the identity as they are (Net2Deeper).
+    rngs: As for `new.init`, which gives the new entries; or else `fresh`.
+    fresh: Where they come from instead, as for `Plan.apply`.
+    alpha: Value of the gate.
+    **kwargs: Further arguments of the forward pass (`train`), and of `apply` (`mutable`).
+
+  Returns:
+    The grown variables, the forward pass with its gate, and the plan.
 
   Raises:
     ValueError: As `growth.deepening` does.
@@ -138,7 +183,23 @@ def shrink(
   blocks: int = 1,
   **kwargs: Any,
 ) -> tuple[Any, Plan]:
-  """Removes units: the smaller variables, for `new`, and the plan; see `growth.shrinking`.
+  """Removes units, such as those that a channel mask has pruned.
+
+  Args:
+    old: The module as it is.
+    new: The same module, defined at its smaller size.
+    variables: The variables of `old`.
+    *inputs: Inputs of the module, arrays.
+    producer: See `widen`, as for `axis`, `unit`, `blocks` and further arguments.
+    keep: Which units stay: indices, or a bool mask over the units.
+    remove: Which go, in place of `keep`.
+    axis: See `widen`.
+    unit: See `widen`.
+    blocks: See `widen`.
+    **kwargs: See `widen`.
+
+  Returns:
+    The smaller variables, for `new`, and the plan.
 
   Raises:
     ValueError: If `new` does not run with what is left, or as `growth.shrinking` does.
@@ -150,6 +211,15 @@ def shrink(
   smaller = plan.apply(variables)
   _program.trace(new.apply, smaller, *inputs, **kwargs)
   return smaller, plan
+
+
+def _kernel(variables: Any, name: str) -> str:
+  if "params" not in variables:
+    raise ValueError(
+      'expected variables as `init` returns them, {"params": …}, found the keys'
+      f" {sorted(variables)}"
+    )
+  return _paths.join(_trees.kernel(variables, tuple(name.split("/"))))
 
 
 def _grown(old: Any, new: Any, variables: Any, plan: Plan, fresh: Any, alpha: float) -> Grown:

@@ -340,7 +340,10 @@ def _path(model: nnx.Module, module: nnx.Module) -> _paths.Path:
   for path, node in nnx.iter_graph(model):
     if node is module:
       return tuple(map(str, path))
-  raise ValueError(f"{type(module).__name__} is no part of {type(model).__name__}")
+  raise ValueError(
+    f"expected a module inside {type(model).__name__}, such as model.layer, found"
+    f" {module if isinstance(module, str) else type(module).__name__!r}"
+  )
 
 
 def _kernel(model: nnx.Module, module: Any) -> _paths.Path:
