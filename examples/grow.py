@@ -4,7 +4,7 @@ A small convolutional network learns handwritten digits. At four moments it gets
 capacity, each time behind a gate α that a schedule then opens: more channels and hidden units,
 a residual block, larger filters. Beside it, the small network and the large one that
 results are trained from scratch until they have used as many floating-point operations.
-At the end it prints a table and saves a picture. It takes two minutes on two CPU cores:
+At the end it prints a table and saves a picture. It takes a minute on two CPU cores:
 
   python examples/grow.py
 

@@ -2,7 +2,7 @@
 
 The core works on any tree of arrays. `growth.nnx` and `growth.linen` are its edges to Flax,
 imported when they are first used; `widen`, `deepen`, `enlarge` and `shrink`, which change live
-models, and `CKConv` and `to_continuous` are NNX's.
+models, and `CKConv` and `to_continuous` are NNX's. `merge` ends a growth of all three.
 """
 
 import importlib
