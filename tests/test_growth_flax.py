@@ -110,16 +110,13 @@ def test_a_live_model_goes_on_as_it_was_and_merges(kind):
   for _ in range(2):  # running statistics and dropout go on alike
     close(both_modes(model, x), both_modes(twin, x))
   growth.nnx.set_alpha(model, 1.0)
-  gated, _ = both_modes(model, x)
-  assert float(jnp.abs(gated - both_modes(twin, x)[0]).max()) > 1e-4
-  model.eval()
+  gated = nnx.clone(model)
   growth.merge(model)
   assert type(model) is make
-  statistics = nnx.state(model, nnx.BatchStat)
-  assert not jax.tree.leaves(statistics) or make is nets.NnxResNet
-  model.eval()
-  if make is not nets.NnxResNet:  # whose statistics the training above has moved on
-    close(out(model, x), gated)
+  found, expected = both_modes(model, x), both_modes(gated, x)
+  assert float(jnp.abs(expected[0] - both_modes(twin, x)[0]).max()) > 1e-4
+  drops = make is nets.Mlp  # then the merged model draws a mask of another size
+  close(found[:1] if drops else found, expected[:1] if drops else expected)
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=nets.AS_WRITTEN)
