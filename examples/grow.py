@@ -4,7 +4,7 @@ A small convolutional network learns handwritten digits. At four moments it gets
 capacity, each time behind a gate α that a schedule then opens: more channels and hidden units,
 a residual block, larger filters. Beside it, the small network and the large one that
 results are trained from scratch until they have used as many floating-point operations.
-At the end it prints a table and saves a picture. It takes two minutes on two CPU cores:
+At the end it prints a table and saves a picture. It takes a minute on two CPU cores:
 
   python examples/grow.py
 
@@ -177,7 +177,7 @@ def train_grown(stage, seed, data, progress):
     run.record()
     jumps.append((name, run.flops, abs(run.curve[-1][1] - before)))
     run.train(gated, flops_of(run.model, x))
-    growth.nnx.merge(run.model, optimizer=run.optimizer)
+    growth.merge(run.model, optimizer=run.optimizer)
     run.record()
     run.train(stage - gated, flops_of(run.model, x))
   return run, jumps, plans

@@ -2,12 +2,15 @@
 
 import contextlib
 import functools
+import platform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
+
+from optax_cadence import growth
 
 IMAGES = jax.random.normal(jax.random.key(5), (4, 4, 4, 1))
 TOKENS = jnp.array([[1, 2, 3], [4, 5, 6]])
@@ -31,6 +34,7 @@ class ResNet(nn.Module):
   groups: int = 0
   kernel: int = 3
   blocks: int = 1
+  inner: int = 12
   inputs = IMAGES
 
   @nn.compact
@@ -41,12 +45,13 @@ class ResNet(nn.Module):
     size = (self.kernel, self.kernel)
     x = nn.relu(norm("stem_norm")(nn.Conv(self.channels, size, name="stem")(x)))
     for i in range(self.blocks):
-      y = nn.Conv(12, (3, 3), name=f"block{i}_in")(x)
+      y = nn.Conv(self.inner, (3, 3), name=f"block{i}_in")(x)
       y = nn.Conv(self.channels, (3, 3), name=f"block{i}_out")(nn.relu(norm(f"block{i}_norm")(y)))
       x = x + y
     x = nn.max_pool(x, (2, 2), (2, 2))
     if self.groups:
-      x = nn.GroupNorm(self.groups, name="group_norm")(x)
+      # The fast variance, a difference of squares, would lose more digits than are compared.
+      x = nn.GroupNorm(self.groups, use_fast_variance=False, name="group_norm")(x)
     return nn.Dense(3, name="head")(x.reshape(len(x), -1))
 
 
@@ -130,32 +135,75 @@ class NnxTransformer(nnx.Module):
     return self.embed.attend(x)
 
 
-# Old and new module, producer, further arguments: every kind of growth by path.
-WIDENINGS = {
-  "dense to dense": (Dense(), Dense(hidden=11), "params/one", {"by": 3}),
-  "residual stream, BatchNorm, flatten": (ResNet(), ResNet(channels=12), "params/stem", {"by": 4}),
+# Old and new module, the function that grows one to the other, what it is told: every kind of
+# growth by path.
+LINEN = {
+  "dense to dense": (
+    Dense(),
+    Dense(hidden=11),
+    growth.linen.widen,
+    {"producer": "params/one", "by": 3},
+  ),
+  "residual stream, BatchNorm, flatten": (
+    ResNet(),
+    ResNet(channels=12),
+    growth.linen.widen,
+    {"producer": "params/stem", "by": 4},
+  ),
   "conv to conv": (
     ResNet(groups=4),
     ResNet(groups=4, channels=12),
-    "params/stem",
-    {"by": 1, "blocks": 4},
+    growth.linen.widen,
+    {"producer": "params/stem", "by": 1, "blocks": 4},
   ),
   "more norm groups": (
     ResNet(groups=4),
     ResNet(groups=6, channels=12),
-    "params/stem",
-    {"by": 2, "unit": 2},
+    growth.linen.widen,
+    {"producer": "params/stem", "by": 2, "unit": 2},
   ),
-  "hidden layer of an MLP": (Transformer(), Transformer(hidden=21), "params/up", {"by": 5}),
-  "heads": (Transformer(), Transformer(heads=3), "params/attention/query", {"by": 1, "axis": -2}),
-  "embedding width": (Transformer(), Transformer(width=13), "params/embed", {"by": 5}),
+  "hidden layer of an MLP": (
+    Transformer(),
+    Transformer(hidden=21),
+    growth.linen.widen,
+    {"producer": "params/up", "by": 5},
+  ),
+  "heads": (
+    Transformer(),
+    Transformer(heads=3),
+    growth.linen.widen,
+    {"producer": "params/attention/query", "by": 1, "axis": -2},
+  ),
+  "embedding width": (
+    Transformer(),
+    Transformer(width=13),
+    growth.linen.widen,
+    {"producer": "params/embed", "by": 5},
+  ),
+  "larger filters": (
+    ResNet(),
+    ResNet(kernel=5),
+    growth.linen.enlarge,
+    {"conv": "params/stem", "kernel_size": (5, 5)},
+  ),
+  "residual block": (
+    ResNet(),
+    ResNet(blocks=2),
+    growth.linen.deepen,
+    {"outgoing": ["params/block1_out"]},
+  ),
 }
 
 
-def apply(module, train):
-  """`apply(variables, x)` in training or evaluation mode; what changes is returned too."""
-  extra = {"rngs": {"dropout": jax.random.key(3)}, "mutable": ["batch_stats"]} if train else {}
-  return lambda variables, x: module.apply(variables, x, train=train, **extra)
+def in_mode(apply, train):
+  """`apply` in training or evaluation mode; in training, what that changes is returned too."""
+  settings = {"train": True, "rngs": {"dropout": jax.random.key(3)}, "mutable": ["batch_stats"]}
+  return lambda variables, x: apply(variables, x, **(settings if train else {}))
+
+
+def both_modes(apply):
+  """Both, as one program."""
+  return lambda *args: (in_mode(apply, False)(*args), in_mode(apply, True)(*args))
 
 
 def make(kind, *args, seed=0):
@@ -175,25 +223,51 @@ def make(kind, *args, seed=0):
   return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(value, state))
 
 
-@contextlib.contextmanager
-def operation_by_operation():
-  """Nothing is fused, and gradients are added up in the program's own order.
+# XLA then computes what the program says: no multiplication is fused into an addition, and no
+# expression is rewritten.
+AS_WRITTEN = {"xla_backend_optimization_level": 0, "xla_disable_hlo_passes": "algsimp"}
+if platform.machine() in ("x86_64", "AMD64"):
+  AS_WRITTEN["xla_cpu_max_isa"] = "SSE4_2"
 
-  JAX 0.6 does the latter on request alone: it sorts additions by what else is in the program.
-  """
+
+@contextlib.contextmanager
+def sums_in_order():
+  """Gradients are added up in the program's own order; JAX 0.6 does so on request alone."""
   before = jax.config.jax_use_direct_linearize
   jax.config.update("jax_use_direct_linearize", True)
   try:
-    with jax.disable_jit():
-      yield
+    yield
   finally:
     jax.config.update("jax_use_direct_linearize", before)
+
+
+@contextlib.contextmanager
+def relaxed():
+  """Promotion as JAX has it by default: Optax and Flax rely on it."""
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    yield
+
+
+def equal(found, expected):
+  """The same tree, bit for bit."""
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    if hasattr(a, "dtype") and jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+      a, b = jax.random.key_data(a), jax.random.key_data(b)
+    np.testing.assert_array_equal(a, b)
+
+
+def close(found, expected):
+  """The same tree within 1e-6, relative to the largest entry of each leaf."""
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * float(jnp.abs(b).max()))
 
 
 def fresh(path, shape, dtype):
   """New entries by NumPy, as `init` makes variables."""
   rng = np.random.default_rng(len("/".join(path)))
-  return jnp.asarray(0.3 + 0.3 * np.abs(rng.normal(size=shape)).astype(np.float32), dtype)
+  x = 0.3 * rng.normal(size=shape).astype(np.float32)
+  return jnp.asarray(1 + np.abs(x) if path[-1] in ("scale", "var") else x, dtype)
 
 
 @functools.cache

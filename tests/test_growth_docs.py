@@ -4,9 +4,14 @@ import inspect
 import pathlib
 import re
 
+import growth_nets as nets
 import jax
+import optax
 import pytest
 from flax import nnx
+from flax.training import train_state
+
+from optax_cadence import growth
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "growth.md"
 
@@ -14,7 +19,7 @@ PAGE = pathlib.Path(__file__).parents[1] / "docs" / "growth.md"
 def test_the_page_runs(capsys):
   if "model" not in inspect.signature(nnx.Optimizer.update).parameters:
     pytest.skip("the page is written for Flax 0.11: the optimizer's update takes the model")
-  (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+  code, _ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
   names = {"__name__": "page"}
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     exec(code, names)
@@ -22,3 +27,18 @@ def test_the_page_runs(capsys):
   assert re.search(r"^fc1/kernel +incoming +4x8 +4x24 +\+64$", printed, re.MULTILINE)
   assert printed.endswith("(4, 24)\n")
   assert type(names["model"]) is names["Net"]
+
+
+def test_a_train_state_follows():
+  _, code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+  old, new, x = nets.Transformer(), nets.Transformer(hidden=32), nets.TOKENS
+  with nets.relaxed():
+    state = train_state.TrainState.create(
+      apply_fn=old.apply, params=nets.init(old, 0)["params"], tx=optax.adam(1e-2)
+    )
+    expected = state.apply_fn({"params": state.params}, x)
+    names = {**locals(), "growth": growth, "key": jax.random.key(1)}
+    exec(code, names)
+    state = names["state"]
+    nets.close(state.apply_fn({"params": state.params}, x), expected)
+    state.apply_gradients(grads=state.params)

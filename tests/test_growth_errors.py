@@ -4,6 +4,7 @@ import growth_nets as nets
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from optax_cadence import growth
 
@@ -48,7 +49,7 @@ def test_a_description_without_inputs_is_checked_when_it_runs_and_can_be_taken_b
   with pytest.raises(ValueError, match=r"'blocks/0/norm/bias' of shape \(12,\)"):
     model(nets.IMAGES)
   growth.nnx.set_alpha(model, 1.0)
-  growth.nnx.merge(model)
+  growth.merge(model)
   growth.shrink(model, plan.inverse())
   assert jax.tree.all(
     jax.tree.map(lambda a, b: (a == b).all(), growth.nnx.variables(model), before)
@@ -143,3 +144,45 @@ def test_flax_stays_at_the_edge():
 
   code = "import sys; from optax_cadence import growth; assert 'flax' not in sys.modules"
   subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_inputs_of_the_wrong_shape():
+  with pytest.raises(ValueError, match=r"does not run on .* \(5, 7\) float32: TypeError: .*\(7,\)"):
+    growth.couple(fn, PARAMS, jnp.ones((5, 7)), producer="one")
+  model = nets.make(nets.Mlp)
+  with pytest.raises(ValueError, match=r"does not run on .* \(4, 5\) float32: TypeError: "):
+    growth.widen(model, jnp.ones((4, 5)), producer=model.one, by=2)
+  assert type(model) is nets.Mlp
+  old = nets.Dense()
+  with pytest.raises(ValueError, match=r"\(4, 5\) float32: ScopeParamShapeError: "):
+    growth.linen.couple(old, nets.init(old, 0), jnp.ones((4, 5)), producer="params/one")
+
+
+def test_a_merge_without_a_plan_or_a_gate():
+  with pytest.raises(ValueError, match=r"growth.merge\(variables, plan\)"):
+    growth.merge(PARAMS)
+  with pytest.raises(ValueError, match="Mlp has no gate"):
+    growth.merge(nets.make(nets.Mlp))
+
+
+def test_a_layer_without_one_kernel():
+  model = nets.make(nets.NnxTransformer)
+  with pytest.raises(ValueError, match=r"'attention': expected one kernel .*'attention/key/"):
+    growth.widen(model, nets.TOKENS, producer=model.attention, by=2)
+
+
+def test_what_cannot_be_gated_changes_no_live_model():
+  class Net(nnx.Module):
+    def __init__(self, rngs):
+      self.one, self.two = nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x):
+      return self.two(jnp.sort(self.one(x), -1))
+
+  model = nets.make(Net)
+  units = growth.dimension(
+    growth.nnx.variables(model), {"one/kernel": -1, "one/bias": 0, "two/kernel": 0}
+  )
+  with pytest.raises(ValueError, match=r"sort .*cannot keep old and new|cannot be followed"):
+    growth.widen(model, X, producer=units, by=2, fresh=nets.fresh)
+  assert type(model) is Net

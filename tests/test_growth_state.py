@@ -2,11 +2,13 @@
 
 import functools
 
+import growth_nets as nets
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from growth_nets import equal
 
 import optax_cadence as oc
 from optax_cadence import growth
@@ -30,6 +32,7 @@ def fresh(path, shape, dtype):
 
 UNITS = growth.couple(forward, PARAMS, X, producer="one/kernel")
 PLAN = growth.widening(PARAMS, UNITS, by=4)
+GATED = growth.gated(forward, PLAN)
 ZERO = growth.phase_in(lambda t: 0.0)
 
 OPTIMIZERS = {
@@ -60,25 +63,23 @@ def loss(fn, p):
   return jnp.mean((fn(p, X) - Y) ** 2)
 
 
+@functools.cache
+def compiled(tx, fn):
+  return jax.jit(jax.grad(functools.partial(loss, fn))), jax.jit(tx.update)
+
+
 def run(tx, fn, params, state, steps):
-  grad = jax.jit(jax.grad(functools.partial(loss, fn)))
-  update = jax.jit(tx.update)
+  grad, update = compiled(tx, fn)
   for _ in range(steps):
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with nets.relaxed():
       updates, state = update(grad(params), state, params)
       params = optax.apply_updates(params, updates)
   return params, state
 
 
 def init(tx, params):
-  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+  with nets.relaxed():
     return tx.init(params)
-
-
-def equal(found, expected):
-  assert jax.tree.structure(found) == jax.tree.structure(expected)
-  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
@@ -87,7 +88,7 @@ def test_a_run_with_the_gate_shut_is_the_run_without_growth(name):
   params, state = run(tx, forward, PARAMS, init(tx, PARAMS), 4)  # windows of 3 are open
   bigger = PLAN.apply(params, fresh)
   grown_state = growth.grow_state(tx, state, params, bigger, PLAN)
-  bigger, grown_state = run(tx, growth.gated(forward, PLAN), bigger, grown_state, 7)
+  bigger, grown_state = run(tx, GATED, bigger, grown_state, 7)
 
   old_tx = optax.chain(OPTIMIZERS[name](), ZERO)
   params, state = run(old_tx, forward, params, state, 7)
@@ -146,7 +147,7 @@ def test_masks_of_pruning_follow(packed, inner):
   assert masks["one"]["kernel"][:, 8:].all() and masks["two"]["kernel"][8:].all()
   equal(jax.tree.map(jnp.shape, grown_state), jax.tree.map(jnp.shape, init(tx, bigger)))
 
-  bigger, grown_state = run(tx, growth.gated(forward, PLAN), bigger, grown_state, 3)
+  bigger, grown_state = run(tx, GATED, bigger, grown_state, 3)
   params, state = run(tx, forward, params, state, 3)
   back = {k: v for k, v in bigger.items() if k != "alpha"}
   equal(PLAN.inverse().apply(back), params)
@@ -184,7 +185,7 @@ def test_old_entries_can_be_slowed_by_a_cadence():
   bigger = PLAN.apply(PARAMS, fresh, alpha=1.0)
   periods = growth.periods(PLAN, bigger, old=1000)
   tx = oc.cadence(optax.sgd(0.1), periods)
-  params, _ = run(tx, growth.gated(forward, PLAN), bigger, tx.init(bigger), 3)
+  params, _ = run(tx, GATED, bigger, tx.init(bigger), 3)
   old = PLAN.inverse().apply({k: v for k, v in params.items() if k != "alpha"})
   equal(old, PARAMS)
   assert (params["one"]["kernel"][:, 8:] != bigger["one"]["kernel"][:, 8:]).all()
@@ -203,14 +204,14 @@ def test_the_gate_follows_its_schedule(schedule):
   params = PLAN.apply(PARAMS, fresh)
   state = init(tx, params)
   for t in range(1, 7):
-    params, state = run(tx, growth.gated(forward, PLAN), params, state, 1)
+    params, state = run(tx, GATED, params, state, 1)
     np.testing.assert_allclose(params["alpha"], schedule(t), atol=1e-7)
 
 
 def test_set_and_then_learned():
   tx = optax.chain(optax.sgd(0.1), growth.phase_in(lambda t: 0.25, learn_from=3))
   params = PLAN.apply(PARAMS, fresh)
-  state, fn = init(tx, params), growth.gated(forward, PLAN)
+  state, fn = init(tx, params), GATED
   params, state = run(tx, fn, params, state, 2)
   assert float(params["alpha"]) == 0.25
   expected = 0.25 - 0.1 * jax.grad(functools.partial(loss, fn))(params)["alpha"]
@@ -224,7 +225,7 @@ def test_the_gate_stays_out_of_a_clipped_norm():
   params, state = run(tx, forward, PARAMS, init(tx, PARAMS), 2)
   bigger = PLAN.apply(params, fresh)
   state = growth.grow_state(tx, state, params, bigger, PLAN)
-  bigger, _ = run(tx, growth.gated(forward, PLAN), bigger, state, 2)
+  bigger, _ = run(tx, GATED, bigger, state, 2)
   params, _ = run(tx, forward, params, init(tx, params), 2)
   small = PLAN.inverse().apply({k: v for k, v in bigger.items() if k != "alpha"})
   for a, b in zip(jax.tree.leaves(small), jax.tree.leaves(params), strict=True):
@@ -244,7 +245,7 @@ def test_orbax_before_growth_and_in_mid_phase_in(tmp_path):
   checkpoint = pytest.importorskip("orbax.checkpoint")
   tx = optax.chain(optax.adam(1e-2), growth.phase_in(optax.linear_schedule(0.0, 1.0, 6)))
   params, state = run(tx, forward, PARAMS, init(tx, PARAMS), 3)
-  fn = growth.gated(forward, PLAN)
+  fn = GATED
 
   def through_disk(name, params, state):
     with checkpoint.StandardCheckpointer() as disk:

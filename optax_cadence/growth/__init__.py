@@ -2,18 +2,17 @@
 
 The core works on any tree of arrays. `growth.nnx` and `growth.linen` are its edges to Flax,
 imported when they are first used; `widen`, `deepen`, `enlarge` and `shrink`, which change live
-models, and `CKConv` and `to_continuous` are NNX's.
+models, and `CKConv` and `to_continuous` are NNX's. `merge` ends a growth of all three.
 """
 
 import importlib
 from typing import Any
 
-from optax_cadence.growth._coupling import Axis
 from optax_cadence.growth._coupling import couple
-from optax_cadence.growth._coupling import Dimension
-from optax_cadence.growth._coupling import dimension
-from optax_cadence.growth._coupling import flops
-from optax_cadence.growth._coupling import Member
+from optax_cadence.growth._dimension import Axis
+from optax_cadence.growth._dimension import Dimension
+from optax_cadence.growth._dimension import dimension
+from optax_cadence.growth._dimension import Member
 from optax_cadence.growth._fresh import copies
 from optax_cadence.growth._fresh import given
 from optax_cadence.growth._fresh import gradmax
@@ -28,9 +27,10 @@ from optax_cadence.growth._phase_in import phase_in
 from optax_cadence.growth._phase_in import PhaseInState
 from optax_cadence.growth._plan import LeafChange
 from optax_cadence.growth._plan import Plan
-from optax_cadence.growth._plan import shrinking
-from optax_cadence.growth._plan import widening
+from optax_cadence.growth._program import flops
 from optax_cadence.growth._state import grow_state
+from optax_cadence.growth._widening import shrinking
+from optax_cadence.growth._widening import widening
 
 _FLAX = {
   "CKConv": "ckconv",

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_cadence import _paths
-from optax_cadence.growth import _coupling
+from optax_cadence.growth import _program
 from optax_cadence.growth import _ties
 from optax_cadence.growth import _trees
-from optax_cadence.growth._plan import extended
+from optax_cadence.growth._dimension import extended
 from optax_cadence.growth._plan import LeafChange
 from optax_cadence.growth._plan import Plan
 
@@ -107,9 +107,9 @@ def given(plan: Plan, fresh: Any, values: Mapping[str, Any]) -> Fresh:
     value = _value(fresh, path, shape, dtype)
     if path not in changes:
       return value
-    ((axis, at),) = plan.by_path[path].positions.items()
+    (axis,) = plan.by_path[path].positions
     rest = [np.arange(n) for n in shape]
-    rest[axis] = np.setdiff1d(rest[axis], at)
+    rest[axis] = plan.by_path[path].new(axis)
     new = jnp.asarray(changes[path], value.dtype)
     target = tuple(map(len, rest))
     if new.shape not in ((), target):
@@ -184,7 +184,7 @@ def outer_product(
     ValueError: If the input of one and the output of the other do not lie side by side.
   """
   names = [_trees.find(_trees.shapes(variables), name) for name in (producer, consumer)]
-  program, paths, _ = _coupling.trace(loss, variables, *args)
+  program, paths, _ = _program.trace(loss, variables, *args)
   values = [*_trees.leaves(variables).values(), *_trees.partition_arrays((args, {}))[0]]
   sizes: list[tuple[int, int]] = []
 

@@ -1,6 +1,8 @@
 """The gate: the forward pass of a grown network, with α on all that goes out of new entries."""
 
 import functools
+import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,15 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_cadence import _paths
-from optax_cadence.growth import _coupling
+from optax_cadence.growth import _program
 from optax_cadence.growth import _trees
+from optax_cadence.growth._dimension import extended
 from optax_cadence.growth._evaluate import Evaluator
-from optax_cadence.growth._evaluate import Split
-from optax_cadence.growth._evaluate import TAPS
-from optax_cadence.growth._evaluate import whole
-from optax_cadence.growth._plan import extended
 from optax_cadence.growth._plan import LeafChange
 from optax_cadence.growth._plan import Plan
+from optax_cadence.growth._split import joined
+from optax_cadence.growth._split import split
+from optax_cadence.growth._split import whole
+from optax_cadence.growth._spread import spread
 
 
 def gated(
@@ -107,19 +110,19 @@ def _run(fn: Any, old: Any, plan: Plan, alpha: Any, variables: Any, args: Any, k
       if path in changes
     },
   )
-  before, paths, _ = _coupling.trace(old, small, *args, **kwargs)
+  before, paths, _ = _program.trace(old, small, *args, **kwargs)
   try:
-    after, _, rebuild = _coupling.trace(fn, variables, *args, **kwargs)
+    after, _, rebuild = _program.trace(fn, variables, *args, **kwargs)
   except (TypeError, ValueError) as error:
     raise _does_not_run(plan, variables, error) from error
   leaves = _trees.leaves(variables)
-  inputs = [_split(leaves[p], changes[p]) if p in changes else whole(leaves[p]) for p in paths]
+  inputs = [split(leaves[p], changes[p]) if p in changes else whole(leaves[p]) for p in paths]
   inputs += [whole(x) for x in _trees.partition_arrays((args, kwargs))[0]]
   outputs = Evaluator(alpha).run(before, after, inputs)
   if any(x.axes for x in outputs):
     positions = _output_positions(before, paths, plan)
     outputs = [
-      whole(_joined(x, at)) if x.axes else x for x, at in zip(outputs, positions, strict=True)
+      whole(joined(x, at)) if x.axes else x for x, at in zip(outputs, positions, strict=True)
     ]
   return rebuild([x.blocks[()] for x in outputs])
 
@@ -140,79 +143,14 @@ def _does_not_run(plan: Plan, variables: Any, error: Exception) -> ValueError:
   )
 
 
-def _split(leaf: Any, change: LeafChange) -> Split:
-  """A leaf in parts: old and new entries along every axis that has grown."""
-  taps = change.taps
-  axes = tuple(sorted(a for a in change.positions if a not in taps))
-  leaf = jnp.asarray(leaf)
-  blocks: dict[tuple[int, ...], Any] = {(): leaf}
-  for axis in axes:
-    at = change.positions[axis]
-    new = np.setdiff1d(np.arange(change.after[axis]), at)
-    blocks = {
-      (*bits, bit): _take(x, where, axis)
-      for bits, x in blocks.items()
-      for bit, where in ((0, at), (1, new))
-    }
-  if not taps:
-    return Split(axes, blocks)
-  offset = tuple(int(change.positions[a][0]) if a in taps else 0 for a in change.spatial)
-  parted = {}
-  for bits, x in blocks.items():
-    middle = tuple(
-      _middle(change.positions[a]) if a in taps else slice(None) for a in range(x.ndim)
-    )
-    parted[(0, *bits)] = x[middle]
-    parted[(1, *bits)] = x.at[middle].set(0)
-  return Split((TAPS, *axes), parted, offset)
-
-
-def _middle(at: np.ndarray) -> slice:
-  return slice(int(at[0]), int(at[-1]) + 1)
-
-
-def _take(x: Any, at: np.ndarray, axis: int) -> Any:
-  if (np.diff(at) == 1).all():
-    return jax.lax.slice_in_dim(x, int(at[0]), int(at[-1]) + 1, axis=axis)
-  return jnp.take(x, at, axis=axis, unique_indices=True, indices_are_sorted=True, mode="clip")
-
-
-def _joined(x: Split, positions: dict[int, np.ndarray]) -> Any:
-  """A value of parts at its new size."""
-  blocks = x.blocks
-  for k in reversed(range(len(x.axes))):
-    axis = x.axes[k]
-    blocks = {
-      bits[:k]: _interleaved(
-        blocks[(*bits[:k], 0)], blocks[(*bits[:k], 1)], axis, positions.get(axis)
-      )
-      for bits in blocks
-      if not bits[k]
-    }
-  return blocks[()]
-
-
-def _interleaved(old: Any, new: Any, axis: int, at: np.ndarray | None) -> Any:
-  both = jnp.concatenate([old, new], axis)
-  n = old.shape[axis]
-  if at is None:
-    raise ValueError(
-      f"an output of shape {both.shape} has new entries along axis {axis} that no unit accounts for"
-    )
-  if (at == np.arange(n)).all():
-    return both
-  rest = np.setdiff1d(np.arange(both.shape[axis]), at)
-  return jnp.take(both, np.argsort(np.concatenate([at, rest])), axis=axis)
-
-
 def _output_positions(program: Any, paths: Any, plan: Plan) -> list[dict[int, np.ndarray]]:
   """For each output and grown axis, where the old entries lie."""
   found: list[dict[int, np.ndarray]] = []
   for dimension, more in plan.dimensions:
-    graph = _coupling.flattened(program, paths)
+    graph = _program.flattened(program, paths)
     for member in dimension.members:
       graph.leaves[member.path].put(member.axis, member.labels, "the plan")
-    graph.spread()
+    spread(graph)
     found = found or [{} for _ in graph.outputs]
     for positions, node in zip(found, graph.outputs, strict=True):
       for axis, labels in node.labels.items():
@@ -220,22 +158,29 @@ def _output_positions(program: Any, paths: Any, plan: Plan) -> list[dict[int, np
   return found
 
 
-def merge(variables: Any, plan: Plan) -> Any:
-  """Folds the gate into the weights and removes it: what is left is the plain tree.
+def merge(variables: Any, plan: Plan | None = None, *, optimizer: Any = None) -> Any:
+  """Folds the gate into the weights and removes it: what is left is the plain tree, or model.
 
   Args:
-    variables: The grown tree, gate included.
-    plan: The plan by which it has grown.
+    variables: The grown tree, gate included; or a live NNX model, changed in place.
+    plan: The plan by which the tree has grown. A live model knows its own.
+    optimizer: The live model's optimizer, from whose state the gate goes.
 
   Returns:
-    The tree at its new size. At α = 1 nothing but the gate changes. At any other value the
-    outgoing weights of new units are multiplied by it.
+    The tree at its new size; None for a live model. At α = 1 nothing but the gate changes. At
+    any other value the outgoing weights of new units are multiplied by it.
 
   Raises:
     ValueError: If α is not 1 and cannot be folded into weights: because something else than
       a product with a weight sums over the new units (the statistics of a norm, queries
       with keys), or one weight is used both ways (a tied embedding).
   """
+  flax = sys.modules.get("flax.nnx")
+  if flax is not None and isinstance(variables, flax.Module):
+    importlib.import_module("optax_cadence.growth.nnx").merge(variables, optimizer=optimizer)
+    return None
+  if plan is None:
+    raise ValueError("expected the plan by which the tree has grown: growth.merge(variables, plan)")
   _trees.check_concrete("merge", variables)
   alpha = float(_alpha(variables, plan))
   variables = _trees.remove(variables, plan.alpha)
@@ -256,18 +201,9 @@ def _factor(change: LeafChange, alpha: float, leaf: Any) -> Any:
   """What the gate multiplies each entry of a leaf by."""
   if change.scaled:
     return jnp.asarray(alpha, leaf.dtype)
-  new = {
-    a: ~np.isin(np.arange(change.after[a]), at).reshape(
-      [-1 if i == a else 1 for i in range(leaf.ndim)]
-    )
-    for a, at in change.positions.items()
-  }
-  out, towards = np.zeros((1,) * leaf.ndim, bool), np.zeros((1,) * leaf.ndim, bool)
-  for axis, mask in new.items():
-    if axis in change.outgoing or axis in change.taps:
-      out = out | mask
-    else:
-      towards = towards | mask
-  return jnp.asarray(
-    np.where(np.broadcast_to(out & ~towards, change.after), alpha, 1.0), leaf.dtype
-  )
+  factor = np.ones(leaf.shape)
+  through = {axis: axis in change.outgoing or axis in change.taps for axis in change.positions}
+  for axis in sorted(through, key=through.__getitem__, reverse=True):
+    # What goes to new entries is not gated, wherever it comes from.
+    np.moveaxis(factor, axis, 0)[change.new(axis)] = alpha if through[axis] else 1.0
+  return jnp.asarray(factor, leaf.dtype)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_cadence import _paths
-from optax_cadence.growth import _coupling
+from optax_cadence.growth import _program
 from optax_cadence.growth import _trees
 from optax_cadence.growth._plan import LeafChange
 from optax_cadence.growth._plan import Plan
@@ -52,8 +52,8 @@ def enlarging(
   changes = [_taps(_trees.find(shapes, name), shapes, size, causal) for name, size in sizes.items()]
   flops = None
   if fn is not None:
-    graph = _coupling.read(fn, variables, *args)
-    growth = {c.path: math.prod(c.after) / math.prod(c.before or ()) for c in changes}
+    graph = _program.read(fn, variables, *args)
+    growth = {c.path: math.prod(c.after or ()) / math.prod(c.before or ()) for c in changes}
     flops = graph.flops(lambda origin: growth.get(origin, 1.0))
   return Plan(tuple(changes), True, tuple(alpha.split("/")), flops)
 
@@ -92,6 +92,7 @@ def deepening(
   *,
   outgoing: Iterable[str] = (),
   alpha: str = "alpha",
+  flops: tuple[int, int] | None = None,
 ) -> Plan:
   """Plans leaves that are new: a residual block, of which α multiplies what it ends in.
 
@@ -102,6 +103,7 @@ def deepening(
       adds to its residual stream: kernel and bias of its last layer, or scale and bias of
       its last norm. None: the block is the identity as it is (Net2Deeper).
     alpha: Path at which the gate will be.
+    flops: Of a forward pass before and after, see `growth.flops`; shown with the plan.
 
   Returns:
     A `Plan`; apply it with `deeper` as the fresh values.
@@ -137,7 +139,7 @@ def deepening(
   if not added:
     raise ValueError("expected new leaves in the deeper tree, found none")
   changes = [LeafChange(p, None, new[p], "added", scaled=p in scaled) for p in added]
-  return Plan(tuple(changes), True, tuple(alpha.split("/")))
+  return Plan(tuple(changes), True, tuple(alpha.split("/")), flops)
 
 
 def identity_kernel(shape: Sequence[int], dtype: Any = jnp.float32) -> Any:

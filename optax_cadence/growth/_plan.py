@@ -15,9 +15,7 @@ import numpy as np
 from optax_cadence import _paths
 from optax_cadence import _tables
 from optax_cadence.growth import _trees
-from optax_cadence.growth._coupling import Contraction
-from optax_cadence.growth._coupling import Dimension
-from optax_cadence.growth._coupling import Member
+from optax_cadence.growth._dimension import Dimension
 
 Shape = tuple[int, ...]
 
@@ -29,11 +27,10 @@ class LeafChange:
   Attributes:
     path: Its path.
     before: Its shape now; None for a leaf that is added.
-    after: Its shape then.
-    role: "incoming", "outgoing", "both", "follows", "taps" or "added".
+    after: Its shape then; None for a leaf that is removed.
+    role: "incoming", "outgoing", "both", "follows", "taps", "added" or "removed".
     positions: For each axis that changes, where the entries of the smaller leaf lie in the
       larger: int arrays.
-    labels: For each axis that changes, the unit behind each position of the leaf before.
     scaled: Whether α multiplies the whole leaf (what a new residual block ends in).
     spatial: The spatial axes of a kernel that gets new taps.
     outgoing: The axes along which its new entries are weights out of new units.
@@ -41,10 +38,9 @@ class LeafChange:
 
   path: _paths.Path
   before: Shape | None
-  after: Shape
+  after: Shape | None
   role: str
   positions: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
-  labels: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
   scaled: bool = False
   spatial: tuple[int, ...] = ()
   outgoing: tuple[int, ...] = ()
@@ -57,8 +53,12 @@ class LeafChange:
   @property
   def index(self) -> tuple[np.ndarray, ...]:
     """Where the smaller leaf lies in the larger, for `numpy`'s indexing."""
-    small = min(self.before or self.after, self.after, key=math.prod)
+    small = min((s for s in (self.before, self.after) if s is not None), key=math.prod)
     return np.ix_(*(self.positions.get(a, np.arange(n)) for a, n in enumerate(small)))
+
+  def new(self, axis: int) -> np.ndarray:
+    """Positions of the new entries along an axis that grows."""
+    return np.setdiff1d(np.arange((self.after or ())[axis]), self.positions[axis])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,15 +94,12 @@ class Plan:
     """
     if self.grows != other.grows or self.alpha != other.alpha:
       raise ValueError("plans can be added if both grow, or both shrink, and the gate is one")
-    merged = self.by_path
-    for change in other.changes:
-      old = merged.get(change.path)
-      merged[change.path] = change if old is None else _both(old, change)
+    changes = joined([*self.changes, *other.changes])
     flops = None
     if self.flops and other.flops and self.flops[0] == other.flops[0]:
       flops = (self.flops[0], self.flops[1] + other.flops[1] - self.flops[0])
     dimensions = self.dimensions + other.dimensions
-    return Plan(tuple(merged.values()), self.grows, self.alpha, flops, dimensions)
+    return Plan(changes, self.grows, self.alpha, flops, dimensions)
 
   def __str__(self) -> str:
     header = ("leaf", "role", "before", "after", "parameters")
@@ -140,9 +137,13 @@ class Plan:
     _trees.check_concrete("apply", variables)
     old = _trees.leaves(variables)
     if not self.grows:
-      return _trees.with_leaves(
-        variables, {c.path: _trees.taken(old[c.path], c.index) for c in self.changes}
+      kept = [c for c in self.changes if c.after is not None]
+      result = _trees.with_leaves(
+        variables, {c.path: _trees.taken(old[c.path], c.index) for c in kept}
       )
+      for change in self.changes:
+        result = result if change.after is not None else _trees.remove(result, change.path)
+      return result
     source = fresh if callable(fresh) else _reader(fresh, old)
     made = {c.path: _grown(c, old.get(c.path), source) for c in self.changes}
     result = _trees.with_leaves(variables, {p: x for p, x in made.items() if p in old})
@@ -154,32 +155,39 @@ class Plan:
     """The plan that shrinks what this one has grown: it gives back the old tree.
 
     Raises:
-      ValueError: For a plan that shrinks or adds leaves.
+      ValueError: For a plan that shrinks.
     """
     if not self.grows:
       raise ValueError("a plan that shrinks has no inverse: what was removed is gone")
-    added = [c.path for c in self.changes if c.before is None]
-    if added:
-      raise ValueError(f"{_paths.listed(added)} were added whole: remove them from the tree")
     changes = (
-      dataclasses.replace(c, before=c.after, after=c.before or (), labels={}) for c in self.changes
+      dataclasses.replace(
+        c, before=c.after, after=c.before, role="removed" if c.before is None else c.role
+      )
+      for c in self.changes
     )
     flops = self.flops and self.flops[::-1]
     return Plan(tuple(changes), False, self.alpha, flops)
 
-  def check(self, variables: Any, when: str, whole: bool = True) -> None:
+  def check(self, variables: Any, when: str) -> None:
     """Raises `ValueError` unless the leaves have their shapes "before" or "after"."""
     found = _trees.shapes(variables)
     for change in self.changes:
       want = getattr(change, when)
       have = found.get(change.path)
-      if want is None and have is None:
-        continue
-      if have != want and (whole or have is not None):
+      if have != want:
         raise ValueError(
-          f"{_paths.join(change.path)!r}: the plan expected {_expected(want)}, found"
-          f" {_expected(have)}"
+          f"{_paths.join(change.path)!r}: the plan expected {expected(want)}, found"
+          f" {expected(have)}"
         )
+
+
+def joined(changes: Iterable[LeafChange]) -> tuple[LeafChange, ...]:
+  """One change for each leaf: those along several axes of it become one."""
+  found: dict[_paths.Path, LeafChange] = {}
+  for change in changes:
+    old = found.get(change.path)
+    found[change.path] = change if old is None else _both(old, change)
+  return tuple(found.values())
 
 
 def _both(one: LeafChange, two: LeafChange) -> LeafChange:
@@ -189,15 +197,14 @@ def _both(one: LeafChange, two: LeafChange) -> LeafChange:
       f"{_paths.join(one.path)!r} of shape {one.before} is in both plans, along axis"
       f" {sorted(shared)}: expected each axis once"
     )
-  after = tuple(
-    b if b != n else a for n, a, b in zip(one.before, one.after, two.after, strict=True)
-  )
-  role = one.role if one.role == two.role else "both"
-  positions, labels = {**one.positions, **two.positions}, {**one.labels, **two.labels}
-  spatial = one.spatial or two.spatial
-  outgoing = one.outgoing + two.outgoing
-  return LeafChange(
-    one.path, one.before, after, role, positions, labels, spatial=spatial, outgoing=outgoing
+  sizes = zip(one.before, one.after or (), two.after or (), strict=True)
+  return dataclasses.replace(
+    one,
+    after=tuple(b if b != n else a for n, a, b in sizes),
+    role=one.role if one.role == two.role else "both",
+    positions={**one.positions, **two.positions},
+    spatial=one.spatial or two.spatial,
+    outgoing=one.outgoing + two.outgoing,
   )
 
 
@@ -205,12 +212,13 @@ def _shown(shape: Shape | None) -> str:
   return "-" if shape is None else "x".join(map(str, shape)) or "scalar"
 
 
-def _expected(shape: Shape | None) -> str:
+def expected(shape: Shape | None) -> str:
   return "nothing there" if shape is None else f"shape {shape}"
 
 
 def _added(change: LeafChange) -> int:
-  return math.prod(change.after) - (0 if change.before is None else math.prod(change.before))
+  before, after = (0 if s is None else math.prod(s) for s in (change.before, change.after))
+  return after - before
 
 
 def _reader(fresh: Any, old: Mapping[_paths.Path, Any]) -> Callable[..., Any]:
@@ -221,7 +229,7 @@ def _reader(fresh: Any, old: Mapping[_paths.Path, Any]) -> Callable[..., Any]:
     if found is None or tuple(np.shape(found)) != shape:
       raise ValueError(
         f"fresh values of {_paths.join(path)!r}: expected shape {shape}, found"
-        f" {_expected(None if found is None else tuple(np.shape(found)))}"
+        f" {expected(None if found is None else tuple(np.shape(found)))}"
       )
     return found if path not in old else jnp.asarray(found, dtype)
 
@@ -244,162 +252,3 @@ def _alpha_dtype(old: Mapping[_paths.Path, Any]) -> Any:
     x.dtype for x in map(jnp.asarray, old.values()) if jnp.issubdtype(x.dtype, jnp.floating)
   ]
   return floats[0] if floats else jnp.float32
-
-
-def widening(
-  variables: Any,
-  dimensions: Dimension | Mapping[Dimension, int],
-  by: int | None = None,
-  *,
-  alpha: str = "alpha",
-) -> Plan:
-  """Plans more units, appended after the last.
-
-  Args:
-    variables: Tree of arrays or `jax.ShapeDtypeStruct`.
-    dimensions: A `Dimension`, of `couple` or `dimension`; or several, with the number of new
-      units for each.
-    by: The number of new units.
-    alpha: Path at which the gate will be.
-
-  Returns:
-    A `Plan`.
-
-  Raises:
-    ValueError: If a number is below 1 or a member is not as described.
-
-  >>> import jax.numpy as jnp
-  >>> from optax_cadence import growth
-  >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-  >>> print(growth.widening(params, growth.dimension(params, {"a": -1, "b": 0}), by=2))
-  leaf   role     before  after  parameters
-  a      follows  3x4     3x6            +6
-  b      follows  4x2     6x2            +4
-  total                                 +10
-  gate: alpha
-  """
-  given = dimensions if isinstance(dimensions, Mapping) else {dimensions: by}
-  shapes = _trees.shapes(variables)
-  found: dict[_paths.Path, LeafChange] = {}
-  flops = []
-  for dim, count in given.items():
-    units = _positive("by", count)
-    for member in dim.members:
-      new = extended(member.labels, dim.size, units)
-      change = _change(member, shapes, len(new), np.flatnonzero(new < dim.size))
-      old = found.get(member.path)
-      found[member.path] = change if old is None else _both(old, change)
-    flops.append(_flops(dim.contractions, units))
-  path, dims = tuple(alpha.split("/")), tuple(given.items())
-  return Plan(tuple(found.values()), True, path, _total(flops), dims)  # type: ignore[arg-type]
-
-
-def shrinking(
-  variables: Any, dimension: Dimension, *, keep: Any = None, remove: Any = None
-) -> Plan:
-  """Plans fewer units.
-
-  Args:
-    variables: Tree of arrays or `jax.ShapeDtypeStruct`.
-    dimension: The units and who has them.
-    keep: Which units stay: indices, or a bool mask over the units.
-    remove: Which go, in place of `keep`.
-
-  Returns:
-    A `Plan`. Outputs stay the same if the outgoing weights of what is removed are zero, or
-    its units always are.
-
-  Raises:
-    ValueError: If a unit is not there, or none would be left.
-  """
-  if (keep is None) == (remove is None):
-    raise ValueError("expected either keep= or remove=, the units that stay or go")
-  chosen = _chosen(keep if remove is None else remove, dimension.size)
-  kept = chosen if remove is None else np.setdiff1d(np.arange(dimension.size), chosen)
-  if not len(kept) or len(kept) == dimension.size:
-    raise ValueError(
-      f"expected some of {dimension.size} units to go and some to stay, found {len(kept)} to stay"
-    )
-  shapes = _trees.shapes(variables)
-  found: dict[_paths.Path, LeafChange] = {}
-  for member in dimension.members:
-    at = np.flatnonzero(np.isin(member.labels, kept) | (member.labels < 0))
-    change = _change(member, shapes, len(at), at)
-    old = found.get(member.path)
-    found[member.path] = change if old is None else _both(old, change)
-  flops = _flops(dimension.contractions, len(kept) - dimension.size)
-  return Plan(tuple(found.values()), False, flops=flops)
-
-
-def _chosen(units: Any, size: int) -> np.ndarray:
-  units = np.asarray(units)
-  if units.dtype == bool:
-    if units.shape != (size,):
-      raise ValueError(f"a mask over {size} units must have shape ({size},), found {units.shape}")
-    return np.flatnonzero(units)
-  if not np.issubdtype(units.dtype, np.integer) or units.ndim != 1:
-    raise ValueError(
-      f"expected indices of units or a bool mask, found {units.dtype} of shape {units.shape}"
-    )
-  if len(set(units.tolist())) != len(units) or ((units < 0) | (units >= size)).any():
-    raise ValueError(f"expected distinct units from 0 to {size - 1}, found {units.tolist()}")
-  return np.sort(units)
-
-
-def _positive(name: str, value: Any) -> int:
-  if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-    raise ValueError(f"{name} must be a positive integer, found {value!r}")
-  return int(value)
-
-
-def _change(
-  member: Member, shapes: Mapping[_paths.Path, Shape], size: int, at: np.ndarray
-) -> LeafChange:
-  before = shapes.get(member.path)
-  if before is None or before[member.axis] != len(member.labels):
-    raise ValueError(
-      f"{_paths.join(member.path)!r}: expected {len(member.labels)} entries along axis"
-      f" {member.axis}, found {_expected(before)}"
-    )
-  after = (*before[: member.axis], size, *before[member.axis + 1 :])
-  outgoing = (member.axis,) if member.role == "outgoing" else ()
-  positions, labels = {member.axis: at}, {member.axis: member.labels}
-  return LeafChange(member.path, before, after, member.role, positions, labels, outgoing=outgoing)
-
-
-def extended(labels: np.ndarray, units: int, more: int) -> np.ndarray:
-  """The labels along an axis to which units are added, after the last one wherever it is.
-
-  >>> import numpy as np
-  >>> from optax_cadence.growth import _plan
-  >>> print(_plan.extended(np.array([0, 0, 1, 1, -1, 0, 0, 1, 1]), units=2, more=1))
-  [ 0  0  1  1  2  2 -1  0  0  1  1  2  2]
-  """
-  pieces, start, n = [], 0, len(labels)
-  while start < n:
-    end = start + 1
-    while end < n and labels[end] == labels[start]:
-      end += 1
-    pieces.append(labels[start:end])
-    if labels[start] == units - 1:
-      pieces.append(np.repeat(np.arange(units, units + more), end - start))
-    start = end
-  return np.concatenate(pieces)
-
-
-def _flops(contractions: Iterable[Contraction] | None, more: int) -> tuple[int, int] | None:
-  if contractions is None:
-    return None
-  before, after = 0, 0.0
-  for flops, shares in contractions:
-    before += flops
-    after += flops * math.prod((size + more * unit) / size for size, unit in shares)
-  return before, round(after)
-
-
-def _total(flops: list[tuple[int, int] | None]) -> tuple[int, int] | None:
-  known = [f for f in flops if f is not None]
-  if not known or len(known) < len(flops):
-    return None
-  before = known[0][0]
-  return before, before + sum(after - before for _, after in known)

@@ -133,8 +133,9 @@ def _taken_apart(tx: Any, state: Any, params: Any) -> _State:
     )
   except (TypeError, ValueError, AttributeError) as error:
     raise ValueError(
-      "the state does not follow its parameters leaf by leaf, as"
-      " optax.tree_utils.tree_map_params understands it. Where a cadence cuts a leaf into regions"
+      "the state does not follow these parameters leaf by leaf, as"
+      " optax.tree_utils.tree_map_params understands it: expected the tree that it was made for."
+      " Where a cadence cuts a leaf into regions"
       " (channels, quadrants, masks), they would be others at the new size: flush its windows and"
       f" start it anew with tx.init, or give that leaf one period. ({error})"
     ) from error
@@ -286,7 +287,7 @@ def _index(change: LeafChange, old: Any, new: Any, grows: bool) -> Any:
   """
   if (old, new) == (change.before, change.after):
     return change.index
-  if len(old) != len(new) or change.before is None:
+  if len(old) != len(new) or change.before is None or change.after is None:
     return None
   small = old if grows else new
   at = [np.arange(n) for n in small]

@@ -39,10 +39,20 @@ def find(known: Any, name: str) -> _paths.Path:
   return path
 
 
-def largest(known: Mapping[_paths.Path, tuple[int, ...]]) -> list[_paths.Path]:
-  """The paths whose leaves have the most axes: of a layer's leaves, its kernel."""
-  most = max(map(len, known.values()), default=0)
-  return [path for path, shape in known.items() if len(shape) == most]
+def kernel(tree: Any, prefix: _paths.Path) -> _paths.Path:
+  """The path of a layer's kernel: of the leaves at or under a path the one with the most axes.
+
+  Raises:
+    ValueError: If there are none, or several.
+  """
+  under = {p: len(s) for p, s in shapes(tree).items() if p[: len(prefix)] == prefix}
+  found = [path for path, axes in under.items() if axes == max(under.values())]
+  if len(found) != 1:
+    raise ValueError(
+      f"{_paths.join(prefix)!r}: expected one kernel there, found"
+      f" {_paths.listed(found or shapes(tree))}; name the layer, or the leaf, inside"
+    )
+  return found[0]
 
 
 def insert(tree: Any, path: _paths.Path, value: Any) -> Any:
@@ -56,21 +66,27 @@ def insert(tree: Any, path: _paths.Path, value: Any) -> Any:
       f"cannot add {_paths.join(path)!r} to a {type(tree).__name__}: expected a mapping; put the"
       ' parameters into a dict, {"net": params}'
     )
-  key, *rest = path
+  key, rest = _key(tree, path[0]), path[1:]
   if not rest and key in tree:
     raise ValueError(f"{_paths.join(path)!r}: expected nothing at this path, found something")
-  new = insert(tree.get(key, {}), tuple(rest), value) if rest else value
+  new = insert(tree.get(key, {}), rest, value) if rest else value
   return _like(tree, {**tree, key: new})
 
 
 def remove(tree: Any, path: _paths.Path) -> Any:
-  """The nested mapping without what is at a path."""
-  key, *rest = path
+  """The nested mapping without what is at a path, and without mappings that this empties."""
+  key, rest = _key(tree, path[0]), path[1:]
   if not isinstance(tree, Mapping) or key not in tree:
     raise ValueError(f"expected {_paths.join(path)!r}, found no such key in {type(tree).__name__}")
-  if rest:
-    return _like(tree, {**tree, key: remove(tree[key], tuple(rest))})
+  below = remove(tree[key], rest) if rest else {}
+  if below:
+    return _like(tree, {**tree, key: below})
   return _like(tree, {k: v for k, v in tree.items() if k != key})
+
+
+def _key(tree: Any, name: str) -> Any:
+  """The key that is written so: modules in a list have integers."""
+  return next((key for key in tree if str(key) == name), name)
 
 
 def _like(tree: Any, items: dict[str, Any]) -> Any:

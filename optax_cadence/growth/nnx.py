@@ -5,38 +5,53 @@ through the gate, with the gate as one more parameter, `alpha`. After `merge` it
 model of its old class again, at its new size.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from optax_cadence import _paths
 from optax_cadence.growth import _coupling
+from optax_cadence.growth import _dimension
 from optax_cadence.growth import _gate
 from optax_cadence.growth import _kernels
-from optax_cadence.growth import _plan
+from optax_cadence.growth import _nnx_gate
+from optax_cadence.growth import _nnx_layers
+from optax_cadence.growth import _program
 from optax_cadence.growth import _state
 from optax_cadence.growth import _trees
 from optax_cadence.growth import _variables
-from optax_cadence.growth._coupling import Axis
+from optax_cadence.growth import _widening
+from optax_cadence.growth._dimension import Axis
+from optax_cadence.growth._dimension import Dimension
 from optax_cadence.growth._fresh import Fresh
+from optax_cadence.growth._nnx_gate import ALPHA
+from optax_cadence.growth._nnx_gate import forward
+from optax_cadence.growth._nnx_gate import variables
+from optax_cadence.growth._nnx_layers import default_init
 from optax_cadence.growth._plan import Plan
 
-_ALPHA = "alpha"
-
-
-def variables(model: nnx.Module) -> dict[str, Any]:
-  """All variables of a model as a nested dict of arrays: the tree that its plans are for."""
-  return nnx.to_pure_dict(nnx.state(model))
+__all__ = [
+  "couple",
+  "deepen",
+  "default_init",
+  "enlarge",
+  "forward",
+  "grow",
+  "merge",
+  "plan_of",
+  "set_alpha",
+  "shrink",
+  "variables",
+  "widen",
+]
 
 
 def couple(
   model: nnx.Module, *inputs: Any, producer: nnx.Module, axis: int = -1, **kwargs: Any
-) -> _coupling.Dimension:
+) -> Dimension:
   """As `growth.couple`, for a module of a live model: every axis that grows with one of its own.
 
   Args:
@@ -60,7 +75,7 @@ def widen(
   model: nnx.Module,
   *inputs: Any,
   by: int,
-  producer: nnx.Module | _coupling.Dimension,
+  producer: nnx.Module | Dimension,
   consumers: Sequence[nnx.Module] | None = None,
   also: Sequence[nnx.Module] = (),
   axis: int = -1,
@@ -99,17 +114,22 @@ def widen(
   _check_plain(model)
   tree = variables(model)
   _trees.check_concrete("widen", tree)
-  if isinstance(producer, _coupling.Dimension):
-    dimension = producer
+  if isinstance(producer, Dimension):
+    described: Dimension | None = producer
   elif consumers is not None:
-    dimension = _described(model, producer, consumers, also, Axis(axis, blocks, unit))
-  elif inputs:
-    dimension = couple(model, *inputs, producer=producer, axis=axis, unit=unit, blocks=blocks)
+    described = _described(model, producer, consumers, also, Axis(axis, blocks, unit))
   else:
+    described = None
+  if inputs:
+    named = described or _paths.join(_kernel(model, producer))
+    units = _coupling.couple(
+      forward(model), tree, *inputs, producer=named, axis=axis, unit=unit, blocks=blocks
+    )
+  elif described is None:
     raise ValueError("widen needs inputs, to find what reads the units, or consumers=[...]")
-  if inputs and (consumers is not None or isinstance(producer, _coupling.Dimension)):
-    dimension = _coupling.couple(forward(model), tree, *inputs, producer=dimension)
-  plan = _plan.widening(tree, dimension, by)
+  else:
+    units = described
+  plan = _widening.widening(tree, units, by)
   grow(
     model,
     plan,
@@ -135,14 +155,14 @@ def enlarge(
   """Gives a convolution of a live model a larger kernel, its new taps behind a gate.
 
   Args:
-    model: The model; it is changed in place.
+    model: The model; it is changed in place, or, on an error, not at all.
     *inputs: Inputs of its forward pass; with them FLOPs are counted and the result checked.
     conv: The `nnx.Conv` inside.
     kernel_size: Its new spatial size.
-    fresh: As for `widen`.
-    rngs: As for `widen`.
-    optimizer: The model's optimizer, whose state follows.
-    alpha: Value of the gate.
+    fresh: As `rngs`, `optimizer` and `alpha`: see `widen`.
+    rngs: See there.
+    optimizer: See there.
+    alpha: See there.
 
   Returns:
     The `Plan` that was applied.
@@ -151,18 +171,15 @@ def enlarge(
     ValueError: If the kernel would become smaller, or its padding does not keep the taps.
   """
   _check_plain(model)
-  tree = variables(model)
-  name = _paths.join(_kernel(model, conv))
   plan = _kernels.enlarging(
-    tree,
-    {name: kernel_size},
+    variables(model),
+    {_paths.join(_kernel(model, conv)): kernel_size},
     causal=getattr(conv, "padding", None) == "CAUSAL",
     fn=forward(model) if inputs else None,
     args=inputs,
   )
-  grow(
-    model, plan, fresh or default_init(model, rngs), inputs=inputs, optimizer=optimizer, alpha=alpha
-  )
+  fresh = fresh or default_init(model, rngs)
+  grow(model, plan, fresh, inputs=inputs, optimizer=optimizer, alpha=alpha)
   return plan
 
 
@@ -177,9 +194,9 @@ def deepen(
   """Adds modules to a live model, what they add to its residual stream behind a gate.
 
   Args:
-    model: The model; it is changed in place.
+    model: The model; it is changed in place, or, on an error, not at all.
     add: Puts the new modules where the forward pass finds them: `lambda m: m.blocks.append(...)`.
-    *inputs: Inputs of its forward pass, to check the result.
+    *inputs: Inputs of its forward pass; with them FLOPs are counted and the result checked.
     outgoing: The modules, of those that are new, whose parameters α multiplies: the last
       layer of a residual block, or the norm it ends in. None of them: the new modules are
       the identity as they are (Net2Deeper, `identity_kernel`).
@@ -190,25 +207,28 @@ def deepen(
     The `Plan` that was applied.
 
   Raises:
-    ValueError: If nothing is new or the model does not run with it; it is then as before.
+    ValueError: If nothing is new or the model does not run with it.
   """
   _check_plain(model)
   deeper = nnx.clone(model)
   add(deeper)
-  names = [_paths.join(_path(deeper, module)) for module in outgoing(deeper)]
-  tree, deeper_tree = variables(model), variables(deeper)
-  _trees.check_concrete("deepen", tree)
-  plan = _kernels.deepening(tree, deeper_tree, outgoing=names)
-  if inputs:
-    _check_runs(deeper, inputs)
   values = nnx.state(deeper)
+  before, after = variables(model), variables(deeper)
+  _trees.check_concrete("deepen", before)
+  flops = None
+  if inputs:
+    pairs = ((model, before), (deeper, after))
+    old, new = (_program.flops(forward(m), tree, *inputs) for m, tree in pairs)
+    flops = old, new
+  names = [_paths.join(_path(deeper, module)) for module in outgoing(deeper)]
+  plan = _kernels.deepening(before, after, outgoing=names, flops=flops)
 
   def change(model: nnx.Module) -> None:
     add(model)
     nnx.update(model, values)
-    _close(model, plan, alpha, False)
+    _nnx_gate.close(model, plan, alpha)
 
-  _with_optimizer(model, plan, optimizer, change)
+  _apply(model, plan, change, inputs, optimizer)
   return plan
 
 
@@ -234,38 +254,49 @@ def grow(
     keep_groups: Whether the groups of a `GroupNorm` get wider, instead of more.
   """
   _check_plain(model)
-  new = plan.apply(variables(model), fresh, alpha=alpha)
-  new.pop(_ALPHA)
-  probe = nnx.clone(model)
-  _replace(probe, new)
-  fit(probe, keep_groups)
-  if inputs:
-    _check_runs(probe, inputs)
+  tree = _trees.remove(plan.apply(variables(model), fresh, alpha=alpha), plan.alpha)
 
   def change(model: nnx.Module) -> None:
-    _replace(model, new)
-    fit(model, keep_groups)
-    _close(model, plan, alpha, keep_groups)
+    _nnx_gate.replace(model, tree)
+    _nnx_layers.fit(model, keep_groups)
+    _nnx_gate.close(model, plan, alpha, keep_groups)
 
-  _with_optimizer(model, plan, optimizer, change)
+  _apply(model, plan, change, inputs, optimizer)
 
 
 def shrink(
   model: nnx.Module,
   plan: Plan,
-  *,
+  *inputs: Any,
+  take_out: Callable[[Any], Any] = lambda model: None,
   optimizer: nnx.Optimizer | None = None,
   keep_groups: bool = False,
 ) -> None:
-  """Applies a plan of `growth.shrinking` to the live model, and to its optimizer's state."""
+  """Applies a plan of `growth.shrinking`, or `plan.inverse()`, to a live model.
+
+  Args:
+    model: The model; it is changed in place, or, on an error, not at all.
+    plan: A plan for the tree `nnx.variables(model)`.
+    *inputs: Inputs of the forward pass, to check the result.
+    take_out: Takes out the modules whose leaves the plan removes whole, which is what the
+      inverse of `deepen` does: `lambda m: m.blocks.pop()`.
+    optimizer: The model's optimizer, whose state follows.
+    keep_groups: Whether the groups of a `GroupNorm` get narrower, instead of fewer.
+  """
   _check_plain(model)
-  new = plan.apply(variables(model))
+  tree = plan.apply(variables(model))
 
   def change(model: nnx.Module) -> None:
-    _replace(model, new)
-    fit(model, keep_groups)
+    take_out(model)
+    left = _trees.shapes(variables(model)).keys() - _trees.shapes(tree).keys()
+    if left:
+      raise ValueError(
+        f"the plan removes {_paths.listed(sorted(left))}: take the modules out with take_out="
+      )
+    _nnx_gate.replace(model, tree)
+    _nnx_layers.fit(model, keep_groups)
 
-  _with_optimizer(model, plan, optimizer, change)
+  _apply(model, plan, change, inputs, optimizer)
 
 
 def merge(model: nnx.Module, *, optimizer: nnx.Optimizer | None = None) -> None:
@@ -279,121 +310,29 @@ def merge(model: nnx.Module, *, optimizer: nnx.Optimizer | None = None) -> None:
     ValueError: If there is no gate, or it is not 1 and cannot be folded; see `growth.merge`.
   """
   plan = plan_of(model)
-  merged = _gate.merge(variables(model), plan)
-
-  def change(model: nnx.Module) -> None:
-    object.__setattr__(model, "__class__", _growth_of(model).base)
-    delattr(model, _ALPHA)
-    _replace(model, merged)
-
-  _with_optimizer(model, plan, optimizer, change)
+  tree = _gate.merge(variables(model), plan)
+  _apply(model, plan, lambda model: _nnx_gate.open_(model, tree), (), optimizer)
 
 
 def set_alpha(model: nnx.Module, alpha: float) -> None:
   """Sets the gate of a grown model by hand."""
   plan_of(model)
-  gate = getattr(model, _ALPHA)
+  gate = getattr(model, ALPHA)
   _variables.put(gate, jnp.asarray(alpha, _variables.get(gate).dtype))
 
 
 def plan_of(model: nnx.Module) -> Plan:
   """The plan by which a model with a gate has grown."""
-  if not hasattr(type(model), "_growth"):
+  growth = _nnx_gate.growth_of(model)
+  if growth is None:
     raise ValueError(f"{type(model).__name__} has no gate: it has not grown, or is merged already")
-  return _growth_of(model).plan
-
-
-def _growth_of(model: Any) -> Any:
-  return type(model)._growth
-
-
-class _Growth:
-  """What the class of a grown model knows."""
-
-  def __init__(self, base: type, plan: Plan, keep_groups: bool):
-    self.base, self.plan, self.keep_groups = base, plan, keep_groups
-
-
-def _close(model: Any, plan: Plan, alpha: float, keep_groups: bool) -> None:
-  """Attaches the gate to a model whose arrays have grown."""
-  base = type(model)
-  dtypes = [x.dtype for x in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))]
-  dtype = next((d for d in dtypes if jnp.issubdtype(d, jnp.floating)), jnp.float32)
-  setattr(model, _ALPHA, nnx.Param(jnp.asarray(alpha, dtype)))
-  body = {"__call__": _gated_call, "__module__": base.__module__, "__qualname__": base.__qualname__}
-  metaclass: Any = type(base)
-  cls = metaclass(base.__name__, (base,), body)
-  cls._growth = _Growth(base, plan, keep_groups)
-  object.__setattr__(model, "__class__", cls)
-
-
-def _gated_call(self: Any, *args: Any, **kwargs: Any) -> Any:
-  """The forward pass of a grown model, through its gate."""
-  cls = type(self)
-  growth = cls._growth
-  object.__setattr__(self, "__class__", growth.base)
-  try:
-    graphdef, state = nnx.split(self)
-  finally:
-    object.__setattr__(self, "__class__", cls)
-  tree = nnx.to_pure_dict(state)
-  gate = tree[_ALPHA]
-
-  def run(tree: Any, small: bool, *args: Any, **kwargs: Any) -> Any:
-    model = nnx.merge(graphdef, _filled(state, {**tree, _ALPHA: gate}))
-    if small:
-      fit(model, growth.keep_groups)
-    return model(*args, **kwargs), nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
-
-  gated = _gate.gated(
-    lambda tree, *a, **k: run(tree, False, *a, **k),
-    growth.plan,
-    old=lambda tree, *a, **k: run(tree, True, *a, **k),
-  )
-  output, changed = gated(tree, *args, **kwargs)
-  if jax.tree.leaves(changed):
-    nnx.update(self, _filled(nnx.state(self, nnx.Not(nnx.Param)), changed))
-  return output
-
-
-def forward(model: nnx.Module) -> Callable[..., Any]:
-  """The forward pass as a function of `variables(model)`; it returns what changes too."""
-  graphdef, state = nnx.split(model)
-
-  def run(tree: Any, *args: Any, **kwargs: Any) -> Any:
-    live = nnx.merge(graphdef, _filled(state, tree))
-    return live(*args, **kwargs), nnx.to_pure_dict(nnx.state(live, nnx.Not(nnx.Param)))
-
-  return run
-
-
-def _filled(state: Any, tree: Any) -> Any:
-  """The state with the arrays of a nested dict."""
-  values = _trees.leaves(tree)
-  structure = jax.tree.structure(state)
-  paths = [path for path, _ in _paths.flatten_with_paths(state)]
-  return jax.tree.unflatten(structure, [values[path] for path in paths])
-
-
-def _replace(model: nnx.Module, tree: Any) -> None:
-  nnx.update(model, _filled(nnx.state(model), tree))
-
-
-def _check_runs(model: nnx.Module, inputs: Sequence[Any]) -> None:
-  try:
-    jax.eval_shape(forward(model), variables(model), *inputs)
-  except (TypeError, ValueError) as error:
-    raise ValueError(
-      f"{type(model).__name__} does not run at its new size, so nothing was changed. A shared"
-      " dimension may lack a member, or a module keep its size in an attribute of its own: set it"
-      f" first. ({error})"
-    ) from error
+  return growth.plan
 
 
 def _check_plain(model: nnx.Module) -> None:
-  if hasattr(type(model), "_growth"):
+  if _nnx_gate.growth_of(model) is not None:
     raise ValueError(f"{type(model).__name__} has a gate already: merge it before the next growth")
-  if hasattr(model, _ALPHA):
+  if hasattr(model, ALPHA):
     raise ValueError(f"{type(model).__name__} has an attribute 'alpha', where the gate would be")
 
 
@@ -401,25 +340,20 @@ def _path(model: nnx.Module, module: nnx.Module) -> _paths.Path:
   for path, node in nnx.iter_graph(model):
     if node is module:
       return tuple(map(str, path))
-  raise ValueError(f"{type(module).__name__} is no part of {type(model).__name__}")
+  raise ValueError(
+    f"expected a module inside {type(model).__name__}, such as model.layer, found"
+    f" {module if isinstance(module, str) else type(module).__name__!r}"
+  )
 
 
-def _kernel(model: nnx.Module, module: nnx.Module) -> _paths.Path:
-  """The path of the one leaf of a module that has two axes or more."""
-  prefix = _path(model, module)
-  under = nnx.to_pure_dict(nnx.state(module, nnx.Param))
-  found = _trees.largest(_trees.shapes(under))
-  if len(found) != 1:
-    raise ValueError(
-      f"{_paths.join(prefix)!r} ({type(module).__name__}): expected one kernel in it, found"
-      f" {_paths.listed(found)}; name the layer inside"
-    )
-  return prefix + found[0]
+def _kernel(model: nnx.Module, module: Any) -> _paths.Path:
+  """The path of a module's kernel, or embedding."""
+  return _trees.kernel(variables(model), _path(model, module))
 
 
 def _described(
   model: nnx.Module, producer: Any, consumers: Sequence[Any], also: Sequence[Any], axis: Axis
-) -> _coupling.Dimension:
+) -> Dimension:
   """The dimension between modules that were named."""
   tree = variables(model)
   shapes = _trees.shapes(tree)
@@ -447,128 +381,31 @@ def _described(
     prefix = _path(model, module)
     under = _trees.shapes(nnx.to_pure_dict(nnx.state(module)))
     members.update({_paths.join(prefix + p): axis._replace(axis=-1) for p, s in under.items() if s})
-  return _coupling.dimension(tree, members)
+  return _dimension.dimension(tree, members)
 
 
-def fit(model: nnx.Module, keep_groups: bool = False) -> None:
-  """Makes the attributes of Flax's own layers that repeat sizes agree with their arrays."""
-  for _, node in nnx.iter_graph(model):
-    for kind, rule in _FIT.items():
-      if isinstance(node, kind):
-        rule(node, keep_groups)
-
-
-def _fit_linear(m: Any, _: bool) -> None:
-  m.in_features, m.out_features = _shape(m.kernel)
-
-
-def _fit_general(m: Any, _: bool) -> None:
-  n = len(m.in_features)
-  if not m.batch_axis:
-    m.in_features, m.out_features = _shape(m.kernel)[:n], _shape(m.kernel)[n:]
-
-
-def _fit_conv(m: Any, _: bool) -> None:
-  m.kernel_shape = shape = _shape(m.kernel)
-  m.kernel_size, m.out_features = shape[:-2], shape[-1]
-  if m.feature_group_count == 1:
-    m.in_features = shape[-2]
-  elif shape[-2] == 1:
-    m.in_features = m.feature_group_count = shape[-1]
-
-
-def _fit_embed(m: Any, _: bool) -> None:
-  m.num_embeddings, m.features = _shape(m.embedding)
-
-
-def _fit_norm(m: Any, _: bool) -> None:
-  arrays = [v for v in (m.scale, m.bias, getattr(m, "mean", None)) if v is not None]
-  if arrays:
-    m.num_features = _shape(arrays[0])[-1]
-
-
-def _fit_group_norm(m: Any, keep_groups: bool) -> None:
-  arrays = [v for v in (m.scale, m.bias) if v is not None]
-  if arrays and keep_groups:
-    m.group_size = _shape(arrays[0])[-1] // m.num_groups
-  elif arrays:
-    m.num_groups = _shape(arrays[0])[-1] // m.group_size
-
-
-def _fit_rms_norm(m: Any, _: bool) -> None:
-  if m.scale is not None:
-    m.num_features = _shape(m.scale)[-1]
-
-
-def _fit_attention(m: Any, _: bool) -> None:
-  query, key, out = _shape(m.query.kernel), _shape(m.key.kernel), _shape(m.out.kernel)
-  m.num_heads, m.head_dim = query[-2:]
-  m.qkv_features = query[-2] * query[-1]
-  m.in_features, m.out_features = query[0], out[-1]
-  if hasattr(m, "in_kv_features"):
-    m.in_kv_features = key[0]
-  if hasattr(m, "num_kv_heads"):
-    m.num_kv_heads = key[-2]
-
-
-def _shape(variable: Any) -> tuple[int, ...]:
-  return tuple(np.shape(_variables.get(variable)))
-
-
-_FIT: dict[Any, Callable[[Any, bool], None]] = {
-  nnx.Linear: _fit_linear,
-  nnx.LinearGeneral: _fit_general,
-  nnx.Conv: _fit_conv,
-  nnx.Embed: _fit_embed,
-  nnx.BatchNorm: _fit_norm,
-  nnx.LayerNorm: _fit_norm,
-  nnx.GroupNorm: _fit_group_norm,
-  nnx.RMSNorm: _fit_rms_norm,
-  nnx.MultiHeadAttention: _fit_attention,
-}
-
-
-def default_init(model: nnx.Module, rngs: nnx.Rngs | None = None) -> Fresh:
-  """Fresh values by the initializers that the layers' classes have by default.
-
-  A class of the user's takes part if its constructor has a parameter `<leaf>_init`.
-
-  Args:
-    model: The model before it grows.
-    rngs: Random numbers.
-
-  Returns:
-    A function `(path, shape, dtype) -> array` for `Plan.apply`; it raises a `ValueError` that
-    names a leaf for which no initializer is known.
-  """
-  nodes = {tuple(map(str, path)): node for path, node in nnx.iter_graph(model)}
-  rngs = nnx.Rngs(0) if rngs is None else rngs
-
-  def read(path: _paths.Path, shape: tuple[int, ...], dtype: Any) -> Any:
-    node = nodes[path[:-1]]
-    if isinstance(node, nnx.BatchNorm) and path[-1] in ("mean", "var"):
-      return (jnp.zeros if path[-1] == "mean" else jnp.ones)(shape, dtype)
-    parameter = inspect.signature(type(node).__init__).parameters.get(f"{path[-1]}_init")
-    if parameter is None or not callable(parameter.default):
-      raise ValueError(
-        f"no initializer is known for {_paths.join(path)!r} of {type(node).__name__}: give fresh="
-      )
-    flat = shape
-    if isinstance(node, nnx.LinearGeneral) and path[-1] == "kernel":
-      n = len(node.in_features)
-      flat = (int(np.prod(shape[:n])), int(np.prod(shape[n:])))
-    return parameter.default(rngs.params(), flat, dtype).reshape(shape)
-
-  return read
-
-
-def _with_optimizer(model: Any, plan: Plan, optimizer: Any, change: Callable[[Any], None]) -> None:
+def _apply(
+  model: nnx.Module,
+  plan: Plan,
+  change: Callable[[Any], None],
+  inputs: Sequence[Any],
+  optimizer: nnx.Optimizer | None,
+) -> None:
   """Changes a model and its optimizer's state, or, on an error, neither."""
+  probe = nnx.clone(model)
+  change(probe)
+  if inputs:
+    try:
+      jax.eval_shape(forward(probe), variables(probe), *inputs)
+    except Exception as error:
+      raise ValueError(
+        f"{type(model).__name__} does not run at its new size, so nothing was changed. A shared"
+        " dimension may lack a member, or a module keep its size in an attribute of its own."
+        f" ({type(error).__name__}: {error})"
+      ) from error
   if optimizer is None:
     change(model)
     return
-  probe = nnx.clone(model)
-  change(probe)
   before, after = (nnx.state(m, optimizer.wrt) for m in (model, probe))
   state = _state.grow_state(optimizer.tx, _state_of(optimizer, before), before, after, plan)
   change(model)

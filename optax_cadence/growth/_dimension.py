@@ -1,0 +1,156 @@
+"""A dimension: one set of units, and the axes of leaves that have an entry for each of them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from optax_cadence import _paths
+from optax_cadence.growth import _trees
+
+Labels = np.ndarray
+NO_UNIT = -1  # the label of a position that belongs to no unit of the dimension
+
+
+class Axis(NamedTuple):
+  """How an axis holds the units of a dimension: `outer` times all units, each `inner` long.
+
+  A dense layer after the flattening of 4 × 4 pixels has `Axis(0, outer=16)`; a projection to
+  heads of 8 entries that is one matrix has `Axis(-1, inner=8)`.
+
+  Attributes:
+    axis: The axis; negative ones count from the last.
+    outer: How often the units repeat.
+    inner: Adjacent positions that one unit has.
+  """
+
+  axis: int
+  outer: int = 1
+  inner: int = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Member:
+  """An axis of a leaf that has positions for the units of a dimension.
+
+  Attributes:
+    path: Path of the leaf.
+    axis: The axis, counted from the first.
+    labels: For each position along it the unit that it belongs to, or -1: int [size].
+    role: "incoming" (its entries make the units), "outgoing" (they use them), "both" (a
+      tied embedding), or "follows" (biases, norms, running statistics).
+  """
+
+  path: _paths.Path
+  axis: int
+  labels: Labels
+  role: str
+
+
+class Contraction(NamedTuple):
+  """A matrix product or convolution: what its cost depends on.
+
+  Attributes:
+    flops: Multiplications and additions of one call, at the present size.
+    shares: How the dimension enters: for each of its axes the positions in all and per unit.
+  """
+
+  flops: int
+  shares: tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dimension:
+  """Units that several leaves share.
+
+  Attributes:
+    size: Number of units.
+    members: The axes that hold them.
+    contractions: The products of the program; None where no program was read.
+    folds: Whether nothing but products with weights, each used in this way alone, sums over
+      the units, so that a gate can be folded into those weights.
+  """
+
+  size: int
+  members: tuple[Member, ...]
+  contractions: tuple[Contraction, ...] | None = None
+  folds: bool = False
+
+  def __str__(self) -> str:
+    lines = [f"{self.size} units"]
+    lines += [f"  {_paths.join(m.path)} axis {m.axis}: {m.role}" for m in self.members]
+    return "\n".join(lines)
+
+
+def dimension(variables: Any, members: Mapping[str, Any]) -> Dimension:
+  """Describes by hand which axes share units.
+
+  Args:
+    variables: Tree of arrays or `jax.ShapeDtypeStruct`.
+    members: For the path of each leaf its axis: an integer, an `Axis`, or a list of them.
+
+  Returns:
+    The `Dimension`; which members are outgoing is left to the program that runs them.
+
+  Raises:
+    ValueError: If a path or axis is not there, or the sizes do not agree.
+
+  >>> import jax.numpy as jnp
+  >>> from optax_cadence import growth
+  >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+  >>> print(growth.dimension(params, {"a": -1, "b": 0}))
+  4 units
+    a axis 1: follows
+    b axis 0: follows
+  """
+  shapes = _trees.shapes(variables)
+  found: list[tuple[_paths.Path, Axis, int]] = []
+  for name, given in members.items():
+    path = _trees.find(shapes, name)
+    for axis in given if isinstance(given, list) else [given]:
+      axis = axis if isinstance(axis, Axis) else Axis(axis)
+      found.append((path, *_units(path, shapes[path], axis)))
+  sizes = {size for _, _, size in found}
+  if len(sizes) != 1:
+    listed = ", ".join(f"{_paths.join(p)!r} of shape {shapes[p]}: {n}" for p, _, n in found)
+    raise ValueError(f"the axes of a dimension must hold as many units, found {listed}")
+  made = [Member(p, a.axis, _labels(n, a), "follows") for p, a, n in found]
+  return Dimension(sizes.pop(), tuple(made))
+
+
+def _units(path: _paths.Path, shape: tuple[int, ...], axis: Axis) -> tuple[Axis, int]:
+  number, outer, inner = axis
+  if not -len(shape) <= number < len(shape):
+    raise ValueError(f"{_paths.join(path)!r} of shape {shape} has no axis {number}")
+  size = shape[number]
+  if outer < 1 or inner < 1 or size % (outer * inner):
+    raise ValueError(
+      f"{_paths.join(path)!r} of shape {shape}: axis {number} of size {size} cannot hold units"
+      f" {outer} times, {inner} long each"
+    )
+  return Axis(number % len(shape), outer, inner), size // (outer * inner)
+
+
+def _labels(units: int, axis: Axis) -> Labels:
+  return np.tile(np.repeat(np.arange(units), axis.inner), axis.outer)
+
+
+def extended(labels: np.ndarray, units: int, more: int) -> np.ndarray:
+  """The labels along an axis to which units are added, after the last one wherever it is.
+
+  >>> import numpy as np
+  >>> from optax_cadence.growth import _dimension
+  >>> print(_dimension.extended(np.array([0, 0, 1, 1, -1, 0, 0, 1, 1]), units=2, more=1))
+  [ 0  0  1  1  2  2 -1  0  0  1  1  2  2]
+  """
+  pieces, start, n = [], 0, len(labels)
+  while start < n:
+    end = start + 1
+    while end < n and labels[end] == labels[start]:
+      end += 1
+    pieces.append(labels[start:end])
+    if labels[start] == units - 1:
+      pieces.append(np.repeat(np.arange(units, units + more), end - start))
+    start = end
+  return np.concatenate(pieces)

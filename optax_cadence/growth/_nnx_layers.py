@@ -1,0 +1,125 @@
+"""Flax's own NNX layers: the sizes that they keep beside their arrays, and their initializers."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from optax_cadence import _paths
+from optax_cadence.growth import _variables
+from optax_cadence.growth._fresh import Fresh
+
+
+def fit(model: nnx.Module, keep_groups: bool = False) -> None:
+  """Makes the attributes of layers that repeat sizes agree with their arrays.
+
+  Args:
+    model: The model; it is changed in place.
+    keep_groups: Whether the groups of a `GroupNorm` get wider, instead of more.
+  """
+  for _, node in nnx.iter_graph(model):
+    for kind, sizes in _SIZES.items():
+      if isinstance(node, kind):
+        for name, value in sizes(node).items():
+          if hasattr(node, name):
+            setattr(node, name, value)
+    if isinstance(node, nnx.GroupNorm) and _features(node):
+      if keep_groups:
+        node.group_size = _features(node)["num_features"] // node.num_groups
+      else:
+        node.num_groups = _features(node)["num_features"] // node.group_size
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+  return tuple(np.shape(_variables.get(variable)))
+
+
+def _features(m: Any) -> dict[str, Any]:
+  arrays = [getattr(m, name, None) for name in ("scale", "bias", "mean")]
+  sizes = [_shape(x)[-1] for x in arrays if x is not None]
+  return {"num_features": sizes[0]} if sizes else {}
+
+
+def _linear(m: Any) -> dict[str, Any]:
+  return dict(zip(("in_features", "out_features"), _shape(m.kernel), strict=True))
+
+
+def _general(m: Any) -> dict[str, Any]:
+  n, shape = len(m.in_features), _shape(m.kernel)
+  return {} if m.batch_axis else {"in_features": shape[:n], "out_features": shape[n:]}
+
+
+def _conv(m: Any) -> dict[str, Any]:
+  shape = _shape(m.kernel)
+  sizes = {"kernel_shape": shape, "kernel_size": shape[:-2], "out_features": shape[-1]}
+  if m.feature_group_count == 1:
+    return {**sizes, "in_features": shape[-2]}
+  if shape[-2] == 1:  # one filter per channel
+    return {**sizes, "in_features": shape[-1], "feature_group_count": shape[-1]}
+  return sizes
+
+
+def _embed(m: Any) -> dict[str, Any]:
+  return dict(zip(("num_embeddings", "features"), _shape(m.embedding), strict=True))
+
+
+def _attention(m: Any) -> dict[str, Any]:
+  query, key, out = _shape(m.query.kernel), _shape(m.key.kernel), _shape(m.out.kernel)
+  return {
+    "num_heads": query[-2],
+    "head_dim": query[-1],
+    "qkv_features": query[-2] * query[-1],
+    "in_features": query[0],
+    "out_features": out[-1],
+    "in_kv_features": key[0],
+    "num_kv_heads": key[-2],
+  }
+
+
+_SIZES: dict[Any, Callable[[Any], dict[str, Any]]] = {
+  nnx.Linear: _linear,
+  nnx.LinearGeneral: _general,
+  nnx.Conv: _conv,
+  nnx.Embed: _embed,
+  nnx.BatchNorm: _features,
+  nnx.LayerNorm: _features,
+  nnx.RMSNorm: _features,
+  nnx.MultiHeadAttention: _attention,
+}
+
+
+def default_init(model: nnx.Module, rngs: nnx.Rngs | None = None) -> Fresh:
+  """Fresh values by the initializers that the layers' classes have by default.
+
+  A class of the user's takes part if its constructor has a parameter `<leaf>_init`.
+
+  Args:
+    model: The model before it grows.
+    rngs: Random numbers.
+
+  Returns:
+    A function `(path, shape, dtype) -> array` for `Plan.apply`; it raises a `ValueError` that
+    names a leaf for which no initializer is known.
+  """
+  nodes = {tuple(map(str, path)): node for path, node in nnx.iter_graph(model)}
+  rngs = nnx.Rngs(0) if rngs is None else rngs
+
+  def read(path: _paths.Path, shape: tuple[int, ...], dtype: Any) -> Any:
+    node = nodes[path[:-1]]
+    if isinstance(node, nnx.BatchNorm) and path[-1] in ("mean", "var"):
+      return (jnp.zeros if path[-1] == "mean" else jnp.ones)(shape, dtype)
+    parameter = inspect.signature(type(node).__init__).parameters.get(f"{path[-1]}_init")
+    if parameter is None or not callable(parameter.default):
+      raise ValueError(
+        f"no initializer is known for {_paths.join(path)!r} of {type(node).__name__}: give fresh="
+      )
+    flat = shape
+    if isinstance(node, nnx.LinearGeneral) and path[-1] == "kernel":
+      n = len(node.in_features)
+      flat = (int(np.prod(shape[:n])), int(np.prod(shape[n:])))
+    return parameter.default(rngs.params(), flat, dtype).reshape(shape)
+
+  return read
