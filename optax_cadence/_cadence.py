@@ -16,6 +16,7 @@ from optax_cadence import _layout
 from optax_cadence import _moves
 from optax_cadence import _paths
 from optax_cadence import _schedules
+from optax_cadence import _shared
 from optax_cadence import _statistics
 from optax_cadence import _step
 from optax_cadence import _windows
@@ -181,11 +182,19 @@ class Cadence:
     groups = self._layout_seen("the cycle of a callable every").groups
     return _schedules.cycle(group.every for group in groups)
 
-  def layout(self, tree: Any) -> _layout.Layout:
-    """The groups of a tree."""
+  def layout(self, params: Any) -> _layout.Layout:
+    """The groups of parameters, as the state has them; only shapes and dtypes are read."""
+    layout = self._cut(params)
+    if self.accumulate != "latest" and not self.skip:
+      leaves = layout.avals(_dtypes(params))
+      layout = layout.sharing(_shared.provable(self.inner, layout, leaves))
+    self._seen = layout
+    return layout
+
+  def _cut(self, tree: Any) -> _layout.Layout:
+    """The groups of a tree, each with the entries of its own."""
     found = _layout.layout(self.every, tree)
     self._check_policies(group.every for group in found.groups)
-    self._seen = found
     return found
 
   def _check_policies(self, everys: Iterable[_schedules.Every]) -> None:
@@ -221,7 +230,11 @@ class Cadence:
       path = layout.paths[group.leaves[0]]
       _layout.named(path, _schedules.Every.first_window, group.every)
       groups.append(self._init_group(group, layout.regions(group), tensors, *trees))
-    return CadenceState(jnp.int32(0), tuple(groups))
+    shared = []
+    for mask in _shared.shared(layout):
+      leaf = leaves[mask.leaf]
+      shared.append(_shared.init(self.inner, layout, mask, leaf, self.sum_dtype(leaf.dtype)))
+    return CadenceState(jnp.int32(0), tuple(groups), tuple(shared))
 
   def update(
     self,
@@ -270,12 +283,14 @@ class Cadence:
   ) -> _firing.Firing:
     if params is not None:
       _paths.check_same("gradient", "as the parameters have", params, grads)
-    layout = self.layout(grads)
+    layout = self._cut(grads)
     self._check_state(layout, state)
+    self._seen = layout = layout.sharing(_shared.leaves_of(layout, state.shared))
     return _firing.Firing(
       inner=self.inner,
       layout=layout,
-      dtypes={i: g.dtype for i, g in _layout.leaves(grads).items()},
+      dtypes=_dtypes(grads),
+      param_dtypes=None if params is None else _dtypes(params),
       params=None if params is None or in_place else _layout.leaves(params),
       extra_args=extra_args,
       in_place=in_place,
@@ -329,7 +344,8 @@ class Cadence:
       tensors = [jnp.float32(0)] * len(group.tensors)
       trees = placeholder, placeholder
       groups.append(self._init_group(group, layout.regions(group), tensors, *trees))
-    return CadenceState(jnp.int32(0), tuple(groups))
+    shared = [_shared.stand_in(self.inner, placeholder)] * len(_shared.shared(layout))
+    return CadenceState(jnp.int32(0), tuple(groups), tuple(shared))
 
   def _layout_seen(self, what: str) -> _layout.Layout:
     if self._seen is None:
@@ -338,6 +354,10 @@ class Cadence:
         " jax.eval_shape(tx.init, params), which allocates nothing)"
       )
     return self._seen
+
+
+def _dtypes(tree: Any) -> dict[int, Any]:
+  return dict(enumerate(map(jax.dtypes.result_type, jax.tree.leaves(tree))))
 
 
 def _holds(group: GroupState) -> tuple[bool, ...]:

@@ -8,7 +8,7 @@ predicate for each of its members, the loop runs if any is true and `keep` selec
 
 import collections
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -68,15 +68,21 @@ def keep(when: Any, fn: Callable[[Any, Any], Any], carry: Any, consts: Any) -> A
     return x if flags[i] is True else jnp.where(flags[i], x, old[i])
 
   for eqn in jaxpr.eqns:
-    inputs = list(dict.fromkeys(v for v in eqn.invars if not _is_literal(v)))
-    step = jaxpr.replace(constvars=[], invars=inputs, outvars=list(eqn.outvars), eqns=[eqn])
-    found = jax.core.eval_jaxpr(step, (), *(values[v] for v in inputs))
+    found = evaluate(jaxpr, eqn, [None if _is_literal(v) else values[v] for v in eqn.invars])
     for v, x in zip(eqn.outvars, found, strict=True):
       values[v] = select(place[v], x) if v in place else x
   found = [v.val if _is_literal(v) else values[v] for v in jaxpr.outvars]
   early = set(place.values())
   new = [x if i in early else select(i, x) for i, x in enumerate(found)]
   return jax.tree.unflatten(treedef, new)
+
+
+def evaluate(jaxpr: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+  """The results of one operation of a jaxpr; operands that are literals are not read."""
+  pairs = zip(eqn.invars, operands, strict=True)
+  inputs = {v: x for v, x in pairs if not _is_literal(v)}
+  step = jaxpr.replace(constvars=[], invars=list(inputs), outvars=list(eqn.outvars), eqns=[eqn])
+  return jax.core.eval_jaxpr(step, (), *inputs.values())
 
 
 def _is_literal(v: Any) -> bool:

@@ -9,6 +9,7 @@ import optax
 
 from optax_cadence import _cadence
 from optax_cadence import _layout
+from optax_cadence import _regions
 from optax_cadence import _tables
 
 
@@ -137,7 +138,12 @@ def _summary(
   microbatch: int,
 ) -> GroupSummary:
   sizes = [t.cut.size(layout.shapes[t.leaf]) for t in group.tensors]
-  widths = [cadence.sum_dtype(dtypes[t.leaf]).itemsize for t in group.tensors]
+  widths = [
+    cadence.sum_dtype(dtypes[t.leaf]).itemsize
+    if cadence.accumulates(group.every) or isinstance(t.cut, _regions.SharedEntries)
+    else 0
+    for t in group.tensors
+  ]
   period = group.every.period if group.every.static else None
   batches = period if cadence.accumulate != "latest" else 1
   return GroupSummary(
@@ -145,7 +151,7 @@ def _summary(
     leaves=tuple(layout.name(i) for i in group.leaves),
     parameters=sum(sizes),
     effective_batch=None if batches is None else batches * microbatch,
-    accumulator_bytes=int(np.dot(sizes, widths)) if cadence.accumulates(group.every) else 0,
+    accumulator_bytes=int(np.dot(sizes, widths)),
     share=None if period is None else 1 / period,
   )
 

@@ -36,6 +36,7 @@ class Firing:
     inner: The inner optimizer.
     layout: Groups of the tree.
     dtypes: Dtype of each leaf's gradient.
+    param_dtypes: The same of the parameters; None where there are none.
     params: Parameters; None where there are none, or where they are the targets.
     extra_args: Extra arguments for the inner optimizer.
     in_place: Whether the targets are the parameters.
@@ -46,6 +47,7 @@ class Firing:
   inner: optax.GradientTransformationExtraArgs
   layout: _layout.Layout
   dtypes: Mapping[int, Any]
+  param_dtypes: Mapping[int, Any] | None
   params: Leaves | None
   extra_args: Mapping[str, Any]
   in_place: bool
@@ -193,15 +195,21 @@ class Firing:
     dtypes = [self.dtypes[tensor.leaf] for tensor in group.tensors]
     grads = _cast(_windows.total(window) if self.sums else _windows.mean(window), dtypes)
     tree = functools.partial(self.layout.tree, group)
-    old = self._restored(group, state, tree(grads))
-    old = _clocks.set_schedules(old, micro_step) if self.set_schedules else old
-    old = _learning_rate.set_lengths(
-      old, lambda: tree([_windows.item(window.length, i) for i in range(len(grads))])
-    )
+    old = self.prepared(group, state, window, micro_step)
     tensors = None if params is None else tree(params)
     found, new = _inner.update(self.inner, tree(grads), old, tensors, self.extra_args)
     updates = _cast(self._checked(group, jax.tree.leaves(found), grads), dtypes)
     return updates, _inner.like(new, state) if group.in_pieces else new
+
+  def prepared(
+    self, group: _layout.Group, state: Any, window: _windows.Window, micro_step: jax.Array
+  ) -> optax.OptState:
+    """The inner state that the group's update starts from."""
+    tree = functools.partial(self.layout.tree, group)
+    old = self._restored(group, state, tree(window.sums))
+    old = _clocks.set_schedules(old, micro_step) if self.set_schedules else old
+    lengths = [_windows.item(window.length, i) for i in range(len(group.tensors))]
+    return _learning_rate.set_lengths(old, lambda: tree(lengths))
 
   def _restored(self, group: _layout.Group, state: Any, tensors: Any) -> optax.OptState:
     return _inner.restored(self.inner, state, tensors) if group.in_pieces else state

@@ -7,7 +7,7 @@ a tree into one tree per group, in which the leaves of other groups are `MaskedN
 
 import collections
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -83,6 +83,10 @@ class Layout:
     """Path of a leaf as errors and tables show it."""
     return _paths.join(self.paths[leaf])
 
+  def avals(self, dtypes: Mapping[int, Any]) -> dict[int, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the leaves, by position."""
+    return {i: jax.ShapeDtypeStruct(self.shapes[i], dtype) for i, dtype in dtypes.items()}
+
   def tree(self, group: Group, tensors: Sequence[Any]) -> Any:
     """The tree that the group's inner optimizer sees."""
     slots: list[list[Any]] = [[] for _ in self.paths]
@@ -91,8 +95,24 @@ class Layout:
     one = {0: lambda _: optax.MaskedNode(), 1: lambda slot: slot[0]}
     return self.treedef.unflatten([one.get(len(slot), tuple)(slot) for slot in slots])
 
+  def only(self, leaf: int, x: Any) -> Any:
+    """A tree that has this leaf alone."""
+    slots = [x if i == leaf else optax.MaskedNode() for i in range(len(self.paths))]
+    return self.treedef.unflatten(slots)
+
+  def sharing(self, leaves: Collection[int]) -> "Layout":
+    """The layout in which these leaves, under masks, are kept whole for all groups together."""
+
+    def share(t: Tensor) -> Tensor:
+      if t.leaf not in leaves or not isinstance(t.cut, _regions.Entries):
+        return t
+      return Tensor(t.leaf, _regions.SharedEntries(t.cut.indices))
+
+    groups = (dataclasses.replace(g, tensors=tuple(map(share, g.tensors))) for g in self.groups)
+    return dataclasses.replace(self, groups=tuple(groups)) if leaves else self
+
   def regions(self, group: Group) -> Any:
-    """The same tree with `Regions` for leaves, which a state can hold: it has no arrays."""
+    """The tree of a group with `Regions` for leaves, which a state can hold: it has no arrays."""
     counts = collections.Counter(t.leaf for t in group.tensors)
     here = [Regions(((),) * counts[i]) for i in range(len(self.paths))]
     return self.treedef.unflatten([x if x.parts else optax.MaskedNode() for x in here])

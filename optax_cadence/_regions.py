@@ -308,6 +308,22 @@ class Entries:
     return self.indices.size
 
 
+class SharedEntries(Entries):
+  """The same in a leaf that is kept whole for all its groups: here a tensor without entries."""
+
+  contiguous = True
+
+  def take(self, leaf: jax.Array) -> jax.Array:
+    return leaf.reshape(-1)[:0]
+
+  def view(self, leaf: jax.Array) -> jax.Array:
+    return leaf
+
+  def put(self, view: jax.Array, tensor: jax.Array) -> jax.Array:
+    del tensor
+    return view
+
+
 def cut(cadence: Any, shape: Shape, key: Callable[[Any], Hashable]) -> list[tuple[Any, Cut]]:
   """Cuts a leaf of this shape into the tensors that a cadence asks for.
 

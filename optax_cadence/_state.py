@@ -58,13 +58,30 @@ class GroupState(NamedTuple):
   confidence: ConfidenceState | None = None
 
 
+class SharedState(NamedTuple):
+  """What the groups of a leaf under a mask have together, in the shape of the leaf.
+
+  Attributes:
+    inner_state: A state of the inner optimizer for this leaf alone, of which only the arrays
+      are kept that have a number for each entry; the rest is in the state of each group.
+    accumulators: Sum of the gradients of each entry's window, in a tree that has this leaf alone;
+      of no meaning while that window is empty.
+  """
+
+  inner_state: optax.OptState
+  accumulators: Any
+
+
 class CadenceState(NamedTuple):
   """State of `cadence`.
 
   Attributes:
     micro_step: Micro-steps done: int32 scalar.
     groups: State of each group, in order of first appearance in the tree.
+    shared: State of each leaf under a mask that the groups share, which they do where the inner
+      optimizer is elementwise; in the groups its tensors have no entries.
   """
 
   micro_step: jax.Array
   groups: tuple[GroupState, ...]
+  shared: tuple[SharedState, ...] = ()

@@ -17,6 +17,7 @@ from optax_cadence import _layout
 from optax_cadence import _moves
 from optax_cadence import _paths
 from optax_cadence import _schedules
+from optax_cadence import _shared
 from optax_cadence import _statistics
 from optax_cadence import _windows
 from optax_cadence._state import CadenceState
@@ -35,31 +36,35 @@ def advance(
   phase: int | None,
 ) -> tuple[_firing.Leaves, CadenceState]:
   """Adds the gradients to every window and fires the groups that are due."""
-  groups = []
+  groups, turns = [], []
   for group, old in zip(firing.layout.groups, state.groups, strict=True):
     tensors = group.take(grads)
     window = _windows.add(_open(old, firing.layout.tree(group, tensors)), tensors)
     due, found = _due(group.every, old, window, phase)
     fires, found, old = _look(firing, group, old, window, due, found, targets)
+    turns.append(_shared.Turn(old.inner_state, window, fires))
     targets, new = firing.fire(fires, group, old, window, targets, state.micro_step)
     new = _close(group.every, new, window, due, state.micro_step)
     groups.append(_learn(group.every, new, old, due, found))
-  return targets, CadenceState(optax.safe_increment(state.micro_step), tuple(groups))
+  targets, shared = _shared.advance(firing, state.shared, grads, turns, targets, state.micro_step)
+  return targets, CadenceState(optax.safe_increment(state.micro_step), tuple(groups), shared)
 
 
 def flush(
   firing: _firing.Firing, state: CadenceState, targets: _firing.Leaves
 ) -> tuple[_firing.Leaves, CadenceState]:
   """Fires every window that is not empty; when groups are due next stays as it was."""
-  groups = []
+  groups, turns, micro_step = [], [], state.micro_step - 1
   for group, old in zip(firing.layout.groups, state.groups, strict=True):
+    window = _open(old, firing.layout.tree(group, group.take(targets)))
+    filled = False if old.window is None else window.length.max() > 0
+    turns.append(_shared.Turn(old.inner_state, window, filled))
     if old.window is not None:
-      window = _open(old, firing.layout.tree(group, group.take(targets)))
-      filled = window.length.max() > 0
-      targets, old = firing.fire(filled, group, old, window, targets, state.micro_step - 1)
+      targets, old = firing.fire(filled, group, old, window, targets, micro_step)
       old = old._replace(window=jnp.zeros_like(window.length))
     groups.append(old)
-  return targets, state._replace(groups=tuple(groups))
+  targets, shared = _shared.advance(firing, state.shared, None, turns, targets, micro_step)
+  return targets, state._replace(groups=tuple(groups), shared=shared)
 
 
 def _open(state: GroupState, tensors: Any) -> _windows.Window:

@@ -95,7 +95,7 @@ def total(window: Window) -> list[jax.Array]:
 def mean(window: Window) -> list[jax.Array]:
   """The mean over the window; zero for a tensor that has nothing in its own."""
   n = jnp.maximum(window.length, 1)
-  return [_divide(x, item(n, i)) for i, x in enumerate(total(window))]
+  return [divide(x, item(n, i)) for i, x in enumerate(total(window))]
 
 
 def item(x: jax.Array, i: int) -> jax.Array:
@@ -122,7 +122,8 @@ def _all_finite_by_slabs(x: jax.Array) -> jax.Array:
   return (functools.reduce(jnp.add, list(slabs)) == 0).all()
 
 
-def _divide(x: jax.Array, n: jax.Array) -> jax.Array:
+def divide(x: jax.Array, n: jax.Array) -> jax.Array:
+  """The array over integers, in its own dtype."""
   if jnp.issubdtype(x.dtype, jnp.complexfloating):
-    return jax.lax.complex(_divide(x.real, n), _divide(x.imag, n))
+    return jax.lax.complex(divide(x.real, n), divide(x.imag, n))
   return x / n.astype(x.dtype)

@@ -455,6 +455,7 @@ def nnx_update(optimizer, model, grads):
   return optimizer.update(model, grads) if takes_model else optimizer.update(grads)
 
 
+CHECKERS = 2 ** (np.indices((4, 6)).sum(0) % 3)
 NNX_CASES = {
   "leaves": (
     {"head": 1, "stem": {"bias": 2, "kernel": 4}},
@@ -470,6 +471,11 @@ NNX_CASES = {
     True,
   ),
   "quadrants without nnx.jit": (NET_EVERY, NET_PIECES, False),
+  "mask": (
+    {"head": 2, "stem": {"bias": 4, "kernel": CHECKERS}},
+    [*map(oracle.whole, (2, 2, 4)), oracle.entries(CHECKERS)],
+    True,
+  ),
   "bands": (
     oc.by_path({"head": 4, "stem/kernel": oc.channels([4, 2, 4, 1]), "*": 2}),
     [*NET_PIECES[:3], oracle.bands((4, 6), [4, 2, 4, 1], -1)],

@@ -1,0 +1,386 @@
+"""Leaves under a random mask: when their groups share one state, and what that changes.
+
+That the updates are those of the oracle, shared or not, `test_cadence` and `test_optimizers` show
+too: both draw masks.
+"""
+
+import functools
+import re
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+import optax_cadence as oc
+
+SHAPE = (6, 10)
+RNG = np.random.default_rng(0)
+MASK = 2 ** RNG.integers(0, 3, SHAPE)
+OTHER = 2 ** RNG.integers(1, 4, SHAPE)
+# Two masks with groups in common, which further leaves belong to as well.
+EVERY = {"bias": 4, "first": MASK, "head": oc.channels([1, 2]), "second": OTHER}
+PIECES = [
+  oracle.whole(4),
+  oracle.entries(MASK),
+  oracle.bands((6,), [1, 2], 0),
+  oracle.entries(OTHER),
+]
+
+
+def random(rng, dtype=jnp.float32):
+  """A tree of dyadic numbers, whose sums are exact in any order."""
+  shapes = {"bias": (), "first": SHAPE, "head": (6,), "second": SHAPE}
+  return {k: jnp.asarray(rng.integers(-8, 9, s) / 8.0, dtype) for k, s in shapes.items()}
+
+
+def cadence(inner, every=None, **options):
+  return oc.cadence(oracle.relaxed(inner), EVERY if every is None else every, **options)
+
+
+def assert_close(found, expected):
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(x, y, rtol=2e-6, atol=2e-6)
+
+
+def assert_same(found, expected):
+  """The same parameters and state, but for sums, which have no meaning where a window is empty."""
+
+  def without_sums(state):
+    groups, shared = (
+      [x._replace(accumulators=None) for x in xs] for xs in (state.groups, state.shared)
+    )
+    return groups, shared
+
+  assert_close((found[0], without_sums(found[1])), (expected[0], without_sums(expected[1])))
+
+
+SHARED = {
+  "adam": optax.adam(0.1),
+  "adamw with a schedule": optax.adamw(optax.cosine_decay_schedule(0.1, 20)),
+  "clipped by value": optax.chain(optax.clip(0.5), optax.sgd(0.1, momentum=0.9, nesterov=True)),
+  "lion": optax.lion(0.1),
+  "rmsprop": optax.rmsprop(0.1, centered=True),
+  "adagrad": optax.adagrad(0.1),
+  "no state at all": optax.sgd(0.1),
+  "masked by rank": optax.adamw(0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+  "injected": optax.inject_hyperparams(optax.adamw)(0.1),
+  "partition": optax.partition(
+    {0: optax.adam(0.1), 1: optax.sgd(0.1)}, lambda p: jax.tree.map(lambda x: min(x.ndim, 1), p)
+  ),
+  "a rate that goes by the length": optax.stateless(
+    lambda updates, params: jax.tree.map(lambda u: u / max(1, u.size), updates)
+  ),
+}
+APART = {
+  "norm of all": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)),
+  "norm of each": optax.lamb(0.1),
+  "root mean square": optax.adafactor(0.1),
+  "noise": optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(0.1)),
+  "neighbours": optax.stateless(lambda u, params: jax.tree.map(lambda x: jnp.roll(x, 1), u)),
+  "order": optax.stateless(lambda u, params: jax.tree.map(jnp.cumsum, u)),
+  "a branch": optax.stateless(
+    lambda u, params: jax.tree.map(lambda x: jax.lax.cond(x.sum() > 0, jnp.negative, jnp.abs, x), u)
+  ),
+  "positions": optax.stateless(
+    lambda u, params: jax.tree.map(lambda x: x * jnp.linspace(0, 1, x.size).reshape(x.shape), u)
+  ),
+}
+
+
+def shared(state):
+  return len(state.shared)
+
+
+@pytest.mark.parametrize("inner", SHARED.values(), ids=SHARED)
+def test_groups_share_what_is_updated_entry_by_entry(inner):
+  assert shared(cadence(inner).init(random(RNG))) == 2
+  follow(inner)
+
+
+@pytest.mark.parametrize("inner", APART.values(), ids=APART)
+def test_groups_are_apart_where_entries_are_not(inner):
+  assert shared(cadence(inner).init(random(RNG))) == 0
+
+
+def follow(inner, steps=9, seed=0, phases=False, **options):
+  """Micro-steps of `update` beside the oracle, and of `apply` and static phases beside those."""
+  rng, tx = np.random.default_rng(seed), cadence(inner, **options)
+  params = random(rng)
+  slow = oracle.Oracle(
+    oracle.relaxed(inner), list(params.values()), PIECES, options.get("accumulate", "mean")
+  )
+  state, update, apply = tx.init(params), jax.jit(tx.update), jax.jit(tx.apply)
+  static = jax.jit(tx.apply, static_argnames="phase")
+  for t in range(1, steps + 1):
+    grads = random(rng)
+    expected = slow.step(list(grads.values()), list(params.values()))
+    updates, new = update(grads, state, params)
+    after = optax.apply_updates(params, updates), new
+    assert_same(apply(params, state, grads), after)
+    if phases:
+      assert_same(static(params, state, grads, phase=t % 8), after)
+    assert_close(list(updates.values()), expected)
+    params, state = after
+  return tx, params, state, slow
+
+
+@pytest.mark.parametrize("accumulate", ["mean", "sum"])
+def test_static_phases_give_the_same_state(accumulate):
+  follow(optax.adamw(0.1), phases=True, accumulate=accumulate)
+
+
+def test_flush_applies_what_is_there():
+  for steps in (3, 8):
+    tx, params, state, slow = follow(optax.adam(0.1), steps)
+    updates, flushed = jax.jit(tx.flush)(state, params)
+    assert_close(list(updates.values()), slow.flush(list(params.values())))
+    again, _ = tx.flush(flushed, params)
+    assert not any(u.any() for u in again.values())
+
+
+def test_moments_and_parameters_of_entries_that_are_not_due_are_bit_for_bit_what_they_were():
+  tx, rng = cadence(optax.adamw(0.1)), np.random.default_rng(1)
+  params, state = random(rng), None
+  state, update = tx.init(params), jax.jit(tx.update)
+  for t in range(1, 9):
+    updates, new = update(random(rng), state, params)
+    held = t % MASK != 0
+    assert not np.asarray(updates["first"])[held].any()
+    moments = [jax.tree.leaves(s.shared[0].inner_state) for s in (state, new)]
+    for before, after in zip(*moments, strict=True):
+      np.testing.assert_array_equal(np.asarray(before)[held], np.asarray(after)[held])
+      assert (np.asarray(before) != np.asarray(after))[~held].any()
+    state = new
+
+
+def test_a_nan_stays_in_the_windows_it_came_in():
+  tx, rng = cadence(optax.sgd(0.1)), np.random.default_rng(2)
+  params = random(rng)
+  state, update = tx.init(params), jax.jit(tx.update)
+  for t in range(1, 9):
+    grads = random(rng)
+    if t == 3:
+      grads["first"] = jnp.full(SHAPE, jnp.nan)
+    updates, state = update(grads, state, params)
+    bad = (t % MASK == 0) & (t - MASK < 3) & (t >= 3)
+    np.testing.assert_array_equal(np.isnan(updates["first"]), bad)
+
+
+@pytest.mark.parametrize("n", [8, 9, 17, 32, 33])
+def test_any_number_of_groups(n):
+  periods = np.arange(60).reshape(SHAPE) % n + 1
+  rng = np.random.default_rng(3)
+  inner, params = oracle.relaxed(optax.adam(0.1)), [jnp.ones(SHAPE)]
+  tx, slow = oc.cadence(inner, [periods]), oracle.Oracle(inner, params, [oracle.entries(periods)])
+  state, update = tx.init(params), jax.jit(tx.update)
+  assert shared(state) == (n <= 32)
+  for _ in range(5):
+    grads = [jnp.asarray(rng.integers(-8, 9, SHAPE) / 8.0, jnp.float32)]
+    updates, state = update(grads, state, params)
+    assert_close(updates, slow.step(grads, params))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "complex64"])
+def test_other_dtypes(dtype):
+  rng, inner = np.random.default_rng(4), oracle.relaxed(optax.sgd(0.5, momentum=0.5))
+  params = random(rng, dtype)
+  tx, slow = cadence(inner), oracle.Oracle(inner, list(params.values()), PIECES)
+  state, update = tx.init(params), jax.jit(tx.update)
+  assert shared(state) == 2
+  wide = jnp.complex64 if dtype == "complex64" else jnp.float32
+  assert jax.tree.leaves(state.shared[0].accumulators)[0].dtype == wide
+  for _ in range(4):
+    grads = random(rng, dtype)
+    expected = slow.step(list(grads.values()), list(params.values()))
+    updates, state = update(grads, state, params)
+    for found, want in zip(updates.values(), expected, strict=True):
+      assert found.dtype == want.dtype
+      np.testing.assert_allclose(
+        np.asarray(found, wide), np.asarray(want, wide), rtol=4 * float(jnp.finfo(dtype).eps)
+      )
+
+
+@pytest.mark.parametrize("clock", ["updates", "micro_steps"])
+def test_the_clock_of_each_group(clock):
+  inner = optax.sgd(optax.linear_schedule(1.0, 0.0, 16))
+  tx, params = cadence(inner, clock=clock), random(RNG)
+  state, ones = tx.init(params), jax.tree.map(jnp.ones_like, params)
+  assert shared(state) == 2
+  update = jax.jit(tx.update)
+  for _ in range(8):
+    updates, state = update(ones, state, params)
+  done = 8 // MASK - 1 if clock == "updates" else 7
+  np.testing.assert_allclose(updates["first"], -(1 - done / 16), rtol=1e-6)
+
+
+def test_scale_by_cadence_sees_the_window_of_each_entry():
+  tx, params = cadence(optax.chain(optax.sgd(1.0), oc.scale_by_cadence("linear"))), random(RNG)
+  state, ones = tx.init(params), jax.tree.map(jnp.ones_like, params)
+  assert shared(state) == 2
+  update = jax.jit(tx.update)
+  for _ in range(8):
+    updates, state = update(ones, state, params)
+  np.testing.assert_array_equal(updates["first"], -MASK)
+
+
+def test_a_learning_rate_set_by_hand_holds_for_its_group():
+  tx = cadence(optax.inject_hyperparams(optax.sgd)(1.0), {"w": MASK})
+  params = {"w": jnp.ones(SHAPE)}
+  state, update = tx.init(params), jax.jit(tx.update)
+  slow = state.groups[2]
+  assert int(slow.period) == 4
+  slow.inner_state.hyperparams["learning_rate"] = jnp.float32(3.0)
+  for _ in range(4):
+    updates, state = update(params, state, params)
+  np.testing.assert_array_equal(updates["w"], np.where(MASK == 4, -3.0, -1.0))
+
+
+def test_skip_and_latest_are_apart():
+  for options in ({"nonfinite": "skip"}, {"accumulate": "latest"}):
+    assert shared(cadence(optax.adam(0.1), **options).init(random(RNG))) == 0
+
+
+# Around the cadence.
+
+
+def test_metrics_and_tables_are_those_of_the_regions():
+  tx, params = cadence(optax.adam(0.1)), random(RNG)
+  state = tx.init(params)
+  found = oc.metrics(state)
+  assert [int(found[f"first/{i}/period"]) for i in range(3)] == [4, 1, 2]
+  held = sum(x.nbytes for s in (*state.groups, *state.shared) for x in accumulators(s))
+  description = oc.describe(tx, params)
+  assert sum(g.accumulator_bytes for g in description.groups) == held
+  assert sum(g.parameters for g in description.groups) == 2 * MASK.size + 7
+
+
+def accumulators(state):
+  return jax.tree.leaves(state.accumulators)
+
+
+def test_tree_map_params_reaches_moments_and_accumulators():
+  tx, params = cadence(optax.adamw(0.1)), random(RNG)
+  state = tx.init(params)
+  marked = optax.tree_utils.tree_map_params(
+    tx, lambda x: jnp.full_like(x, 7), state, transform_non_params=lambda x: x
+  )
+  for s in marked.shared:
+    arrays = jax.tree.leaves(s)
+    assert len(arrays) == 3 and all((x == 7).all() for x in arrays)
+
+
+def test_a_saved_state_resumes_bit_for_bit():
+  tx, params, state, _ = follow(optax.adamw(0.1), 5)
+  restored = flax.serialization.from_bytes(tx.init(params), flax.serialization.to_bytes(state))
+  grads = random(np.random.default_rng(5))
+  for x, y in zip(
+    jax.tree.leaves(jax.jit(tx.update)(grads, state, params)),
+    jax.tree.leaves(jax.jit(tx.update)(grads, restored, params)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(x, y)
+
+
+def test_vmap_over_learning_rates():
+  def losses(rate):
+    tx, params = cadence(optax.adam(rate)), random(np.random.default_rng(6))
+    state = tx.init(params)
+    for seed in range(4):
+      updates, state = tx.update(random(np.random.default_rng(seed)), state, params)
+      params = optax.apply_updates(params, updates)
+    return params
+
+  rates = jnp.array([0.1, 0.2])
+  batched = jax.jit(jax.vmap(losses))(rates)
+  for i, rate in enumerate(rates):
+    assert_close(jax.tree.map(lambda x, i=i: x[i], batched), jax.jit(losses)(rate))
+
+
+def test_gradients_reach_the_learning_rate():
+  def loss(rate):
+    tx, params = cadence(optax.sgd(rate, momentum=0.5)), random(np.random.default_rng(7))
+    state = tx.init(params)
+    for seed in range(4):
+      updates, state = tx.update(random(np.random.default_rng(seed)), state, params)
+      params = optax.apply_updates(params, updates)
+    return sum(jnp.sum(p**2) for p in params.values())
+
+  slope = jax.jit(jax.grad(loss))(0.1)
+  numeric = (loss(0.11) - loss(0.09)) / 0.02
+  np.testing.assert_allclose(slope, numeric, rtol=1e-3)
+
+
+def test_moments_are_sharded_as_the_parameter_is():
+  mesh = jax.make_mesh((1,), ("x",))
+  sharding = NamedSharding(mesh, PartitionSpec("x"))
+  params = {"w": jax.device_put(jnp.ones(SHAPE), sharding)}
+  state = cadence(optax.adam(0.1), {"w": MASK}).init(params)
+  for x in jax.tree.leaves(state.shared):
+    assert x.sharding.is_equivalent_to(sharding, 2)
+
+
+# What is told where it cannot be.
+
+
+def test_a_state_of_another_mask():
+  params = {"v": jnp.ones(SHAPE), "w": jnp.ones(SHAPE)}
+  state = cadence(optax.adam(0.1), {"v": 1, "w": MASK}).init(params)
+  other = cadence(optax.adam(0.1), {"v": MASK, "w": 1})
+  with pytest.raises(ValueError, match=r"masks to be 'v', found 'w'"):
+    other.update(params, state, params)
+
+
+def test_an_optimizer_that_extra_arguments_couple():
+  def update(updates, state, params=None, *, couple=False, **extra_args):
+    del params, extra_args
+    return jax.tree.map(lambda u: u * u.sum() if couple else u, updates), state
+
+  inner = optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update)
+  tx, params = cadence(inner), random(RNG)
+  state = tx.init(params)
+  assert shared(state) == 2
+  tx.update(params, state, params, unused=1)
+  with pytest.raises(ValueError, match=r"'first': expected .* one by one.*found reduce_sum"):
+    tx.update(params, state, params, couple=True)
+
+
+# The compiled program.
+
+WIDTH = 96
+LARGE = re.compile(rf"\[(?:{WIDTH * WIDTH}|{WIDTH},{WIDTH})\]")
+
+
+@functools.cache
+def program(phase, periods=(1, 2, 4, 8)):
+  mask = np.array(periods)[np.random.default_rng(0).integers(0, 4, (WIDTH, WIDTH))]
+  params, tx = {"w": jnp.ones((WIDTH, WIDTH))}, cadence(optax.adamw(0.1), {"w": mask})
+  step = jax.jit(tx.apply, static_argnames="phase", donate_argnums=(0, 1))
+  return step.lower(params, tx.init(params), params, phase=phase).compile()
+
+
+def large(compiled, opcode):
+  """Instructions that yield an array of the size of the leaf."""
+  lines = compiled.as_text().splitlines()
+  return [x for x in lines if f" {opcode}(" in x and LARGE.search(x.split(f" {opcode}(")[0])]
+
+
+@pytest.mark.parametrize("phase", [None, 0, 1, 2])
+def test_one_pass_without_indices_copies_or_temporaries(phase):
+  compiled = program(phase)
+  for opcode in ("gather", "scatter", "copy", "dynamic-slice"):
+    assert large(compiled, opcode) == []
+  assert compiled.memory_analysis().temp_size_in_bytes < 2048
+  # One byte an entry, and no comparison worked out beforehand.
+  assert [re.search(r"= (\w+)\[", x)[1] for x in large(compiled, "constant")] == ["u8"]
+
+
+def test_a_held_micro_step_reaches_neither_parameters_nor_moments():
+  compiled = program(1, (2, 4, 8, 16))
+  assert len(large(compiled, "fusion")) <= 1
+  assert compiled.cost_analysis()["bytes accessed"] <= 1.01 * (12 + 1) * WIDTH**2
