@@ -7,6 +7,7 @@ as it is, and a number of a group is looked up for each entry where it meets one
 and groups these are is told in `_shared`.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -58,17 +59,42 @@ LookUp: TypeAlias = Callable[[Sequence[Any]], jax.Array]
 At: TypeAlias = tuple[int, ...]
 
 
+def trace(fn: Callable[..., Any], *args: Any) -> Any:
+  """The closed jaxpr of a function, in which calls of compiled functions are inlined."""
+  closed = jax.make_jaxpr(fn)(*args)
+  return jax.make_jaxpr(functools.partial(_inlined, closed))(*closed.in_avals)
+
+
+def _inlined(closed: Any, *args: Any) -> list[Any]:
+  jaxpr = closed.jaxpr
+  values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *args), strict=True))
+
+  def read(atom: Any) -> Any:
+    return _number(atom) if isinstance(atom, Literal) else values[atom]
+
+  for eqn in jaxpr.eqns:
+    operands = [read(atom) for atom in eqn.invars]
+    called = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
+    found = _inlined(called, *operands) if called else _control.evaluate(jaxpr, eqn, operands)
+    values.update(zip(eqn.outvars, found, strict=True))
+  return [read(atom) for atom in jaxpr.outvars]
+
+
+def _number(literal: Any) -> np.ndarray:
+  return np.asarray(literal.val, literal.aval.dtype)
+
+
 def run(
   jaxprs: Sequence[Any],
   inputs: Sequence[tuple[At, Value]],
   wanted: Sequence[At],
   look_up: LookUp,
 ) -> list[Value]:
-  """Evaluates closed jaxprs of the same computation, one for each group.
+  """Evaluates the jaxprs of the same computation, as `trace` gives them, one for each group.
 
   Args:
     jaxprs: In each, the array is a vector of the entries of its group.
-    inputs: Where an argument stands in each jaxpr, and its value.
+    inputs: Where an argument stands in each jaxpr, and its value; the others are `Elsewhere`.
     wanted: Where a result stands in each; what none of them needs is not computed.
     look_up: From a scalar of each group, the array with every entry's own.
 
@@ -76,8 +102,7 @@ def run(
     The value of each of these results.
 
   Raises:
-    NotElementwiseError: If they need another argument, or if the jaxprs differ in more than
-      lengths and numbers.
+    NotElementwiseError: If the jaxprs differ in more than lengths and numbers.
   """
   opened = [j.jaxpr for j in jaxprs]
   values: dict[At, Value] = {_vars(opened, "invars", at): x for at, x in inputs}
@@ -101,10 +126,8 @@ def _vars(jaxprs: Sequence[Any], which: str, at: At | int) -> tuple[Any, ...]:
 
 def _read(values: dict[Any, Value], atoms: tuple[Any, ...]) -> Value:
   if all(isinstance(a, Literal) for a in atoms):
-    return Lanes(tuple(np.asarray(a.val, a.aval.dtype) for a in atoms))
-  if atoms not in values:
-    raise NotElementwiseError("an operand that differs from group to group")
-  return values[atoms]
+    return Lanes(tuple(map(_number, atoms)))
+  return values.get(atoms, Elsewhere())
 
 
 def _needed(jaxpr: Any, wanted: Sequence[int]) -> list[Any]:
@@ -126,20 +149,16 @@ def _apply(
   if coupled:
     return coupled[:1] * n
   touched = any(isinstance(x, jax.Array) for x in operands)
-  if any(isinstance(x, Elsewhere) for x in operands):
-    return [Coupled(name) if touched else Elsewhere()] * n
+  elsewhere = any(isinstance(x, Elsewhere) for x in operands)
   lanes = [x for x in operands if isinstance(x, Lanes)]
-  if name == "broadcast_in_dim" and _is_scalar(operands[0]) and len(eqn.params["shape"]) == 1:
-    return [Lanes(lanes[0].values, spread=True)]
-  if not touched and not any(x.spread for x in lanes):
+  if not (touched or elsewhere or any(x.spread for x in lanes)):
+    if name == "broadcast_in_dim" and _is_scalar(lanes[0]) and len(eqn.params["shape"]) == 1:
+      return [Lanes(lanes[0].values, spread=True)]
     groups = zip(jaxprs, eqns, *(x.values for x in lanes), strict=True)
     found = [_control.evaluate(jaxpr, eqn, numbers) for jaxpr, eqn, *numbers in groups]
     return [Lanes(values) for values in zip(*found, strict=True)]
-  if name in _CALLS:
-    called = [e.params[_CALLS[name]] for e in eqns]
-    everywhere = [(i,) * len(eqns) for i in range(max(n, len(operands)))]
-    inputs = list(zip(everywhere, operands, strict=False))
-    return run(called, inputs, everywhere[:n], look_up)
+  if elsewhere:
+    return [Coupled(name) if touched else Elsewhere()] * n
   same = all(e.params == eqn.params for e in eqns)
   if name not in _ELEMENTWISE or not same or not all(map(_is_scalar, lanes)):
     return [Coupled(name)] * n
@@ -152,3 +171,16 @@ def _apply(
 
 def _is_scalar(x: Value) -> bool:
   return isinstance(x, Lanes) and all(np.ndim(value) == 0 for value in x.values)
+
+
+def array(x: Value, look_up: LookUp) -> jax.Array:
+  """A result for every entry.
+
+  Raises:
+    NotElementwiseError: If it is not one of these entries alone.
+  """
+  if isinstance(x, Coupled):
+    raise NotElementwiseError(x.by)
+  if isinstance(x, Elsewhere):
+    raise NotElementwiseError("a result of other tensors")
+  return look_up(x.values) if isinstance(x, Lanes) else x

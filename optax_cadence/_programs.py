@@ -84,7 +84,9 @@ def trace(
 
   n = len(group.tensors)
   return Program(
-    jax.make_jaxpr(update)(trees[0], jax.tree.unflatten(jax.tree.structure(made), state), trees[1]),
+    _elementwise.trace(
+      update, trees[0], jax.tree.unflatten(jax.tree.structure(made), state), trees[1]
+    ),
     group,
     {path: n + i for i, (path, _) in enumerate(flat)},
     None if params is None else n + len(flat),
@@ -106,8 +108,9 @@ def moments(inner: Any, layout: _layout.Layout, leaf: int, entries: Any) -> dict
   Raises:
     NotElementwiseError: If they do not start out entry by entry.
   """
-  jaxpr, made = jax.make_jaxpr(inner.init, return_shape=True)(layout.only(leaf, entries))
-  flat = jax.tree_util.tree_flatten_with_path(made)[0]
+  tree = layout.only(leaf, entries)
+  jaxpr = _elementwise.trace(inner.init, tree)
+  flat = jax.tree_util.tree_flatten_with_path(jax.eval_shape(inner.init, tree))[0]
   found: dict[Any, int] = {}
 
   def prove(x: jax.Array) -> None:
@@ -122,52 +125,111 @@ def moments(inner: Any, layout: _layout.Layout, leaf: int, entries: Any) -> dict
   return found
 
 
-def prove(program: Program, leaf: int, moments: Mapping[int, Mapping[Any, int]]) -> None:
+def run(
+  programs: Sequence[Program],
+  leaf: int,
+  moments: Mapping[Any, jax.Array],
+  states: Sequence[Sequence[jax.Array]],
+  grad: jax.Array,
+  params: jax.Array | None,
+  look_up: _elementwise.LookUp,
+) -> list[jax.Array]:
+  """Runs the updates of several groups at once, on a leaf that has entries of each.
+
+  Args:
+    programs: The updates.
+    leaf: Which leaf it is.
+    moments: Its moments, by where a state keeps them.
+    states: All arrays of each group's state; tensors of another shape than they have in the program
+      are not read.
+    grad: Gradient of the leaf.
+    params: Parameter.
+    look_up: As in `_elementwise.run`.
+
+  Returns:
+    The update of the leaf, and its new moments.
+
+  Raises:
+    NotElementwiseError: If entries are not updated one by one.
+  """
+  inputs = _lanes(programs, states)
+  inputs.append((tuple(p.tensor(leaf) for p in programs), grad))
+  if params is not None:
+    inputs.append((tuple(p.param(leaf) for p in programs), params))
+  inputs += [(tuple(p.state[path] for p in programs), x) for path, x in moments.items()]
+  wanted = list(zip(*(p.results(leaf, moments) for p in programs), strict=True))
+  found = _elementwise.run([p.jaxpr for p in programs], inputs, wanted, look_up)
+  return [_elementwise.array(x, look_up) for x in found]
+
+
+def _lanes(
+  programs: Sequence[Program], states: Sequence[Sequence[jax.Array]]
+) -> list[tuple[_elementwise.At, _elementwise.Value]]:
+  """What the states of all groups hold, each for itself."""
+  found: list[dict[Any, tuple[int, jax.Array]]] = []
+  for program, state in zip(programs, states, strict=True):
+    avals, arrays = program.jaxpr.in_avals, zip(program.state.items(), state, strict=True)
+    found.append({path: (i, x) for (path, i), x in arrays if x.shape == avals[i].shape})
+  lanes: list[tuple[_elementwise.At, _elementwise.Value]] = []
+  for path in found[0]:
+    if all(path in held for held in found):
+      at, values = zip(*(held[path] for held in found), strict=True)
+      lanes.append((at, _elementwise.Lanes(values)))
+  return lanes
+
+
+def prove(programs: Sequence[Program], leaf: int, moments: Mapping[int, Mapping[Any, int]]) -> None:
   """Proves that no entry of a leaf goes into another, nor into another tensor.
 
   Args:
-    program: An update of a group.
+    programs: The updates of its groups.
     leaf: The leaf.
-    moments: Where the state keeps arrays for the entries of each leaf under a mask.
+    moments: Where a state keeps arrays for the entries of each leaf under a mask.
 
   Raises:
     NotElementwiseError: If it cannot be proved.
   """
-  avals = program.jaxpr.in_avals
-  own = program.results(leaf, moments[leaf])
-  others = {program.state.get(path) for i, paths in moments.items() if i != leaf for path in paths}
-  others |= set(range(len(program.group.tensors)))
-  mine = {*own, None if program.params is None else program.params + own[0]}
-  n_results = len(program.jaxpr.out_avals)
+  for program in programs:
+    _prove(program, leaf, moments)
+
+  def together(x: jax.Array) -> None:
+    avals = [[p.jaxpr.in_avals[i] for i in p.state.values()] for p in programs]
+    states = [[jnp.zeros(y.shape, y.dtype) for y in group] for group in avals]
+    arrays = dict.fromkeys(moments[leaf], x)
+    run(programs, leaf, arrays, states, x, None if programs[0].params is None else x, _spread(x))
+
+  jax.eval_shape(together, programs[0].jaxpr.in_avals[programs[0].tensor(leaf)])
+
+
+def _prove(program: Program, leaf: int, moments: Mapping[int, Mapping[Any, int]]) -> None:
+  """The same of one group: its other tensors do not depend on the leaf, nor it on them."""
+  avals, n_results = program.jaxpr.in_avals, len(program.jaxpr.out_avals)
   if n_results != len(program.group.tensors) + len(program.state):
     raise _elementwise.NotElementwiseError("a state that changes its structure")
+  own = program.results(leaf, moments[leaf])
+  mine = {*own, *([] if program.params is None else [program.param(leaf)])}
+  numbers = set(program.state.values()) - {
+    program.state.get(path) for paths in moments.values() for path in paths
+  }
 
   def value(i: int, x: jax.Array) -> _elementwise.Value:
-    if i in mine:
-      return jnp.zeros_like(x, avals[i].dtype)
-    in_params = program.params is not None and i >= program.params
-    if i in others or in_params:
-      return _elementwise.Elsewhere()
-    return _elementwise.Lanes((jnp.zeros(avals[i].shape, avals[i].dtype),))
+    if i in numbers:
+      return _elementwise.Lanes((jnp.zeros(avals[i].shape, avals[i].dtype),))
+    return jnp.zeros_like(x, avals[i].dtype) if i in mine else _elementwise.Elsewhere()
 
-  def run(x: jax.Array) -> None:
+  def alone(x: jax.Array) -> None:
     inputs = [((i,), value(i, x)) for i in range(len(avals))]
-    results = [(i,) for i in range(n_results)]
-    found = _elementwise.run([program.jaxpr], inputs, results, _spread(x))
+    wanted = [(i,) for i in range(n_results)]
+    found = _elementwise.run([program.jaxpr], inputs, wanted, _spread(x))
     for i, result in enumerate(found):
-      _check(result, i in own, program.jaxpr.out_avals[i].shape == avals[own[0]].shape)
+      if i in own and program.jaxpr.out_avals[i].shape != x.shape:
+        raise _elementwise.NotElementwiseError("a result of another shape")
+      if i in own or isinstance(result, _elementwise.Coupled):
+        _elementwise.array(result, _spread(x))
+      elif isinstance(result, jax.Array):
+        raise _elementwise.NotElementwiseError("a result that goes into another tensor")
 
-  jax.eval_shape(run, avals[own[0]])
-
-
-def _check(result: _elementwise.Value, own: bool, fits: bool) -> None:
-  """Raises unless a result of the entries is of them alone, and any other has none of them."""
-  if isinstance(result, _elementwise.Coupled):
-    raise _elementwise.NotElementwiseError(result.by)
-  if own and not fits:
-    raise _elementwise.NotElementwiseError("a result of another shape")
-  if isinstance(result, _elementwise.Elsewhere if own else jax.Array):
-    raise _elementwise.NotElementwiseError("a result of several tensors")
+  jax.eval_shape(alone, avals[own[0]])
 
 
 def _spread(x: jax.Array) -> _elementwise.LookUp:

@@ -126,8 +126,7 @@ def provable(inner: Any, layout: _layout.Layout, leaves: Mapping[int, Any]) -> f
 
 def _proved(mask: Mask, programs: Mapping[int, _programs.Program], moments: Any) -> bool:
   try:
-    for g in mask.groups:
-      _programs.prove(programs[g], mask.leaf, moments)
+    _programs.prove([programs[g] for g in mask.groups], mask.leaf, moments)
   except _elementwise.NotElementwiseError:
     return False
   return True
@@ -142,12 +141,12 @@ def init(
 ) -> SharedState:
   """The state of a leaf, with an accumulator of this dtype."""
   vectors = [_programs.vector(cut, leaf) for cut in mask.cuts]
-  jaxprs = [jax.make_jaxpr(inner.init)(layout.only(mask.leaf, v)) for v in vectors]
+  jaxprs = [_elementwise.trace(inner.init, layout.only(mask.leaf, v)) for v in vectors]
   moments = _moments(inner, layout, mask, leaf)
   look_up = functools.partial(mask.look_up, mask.codes(leaf.shape), leaf)
   at = [(i,) * len(jaxprs) for i in moments.values()]
   values = _elementwise.run(jaxprs, [((0,) * len(jaxprs), leaf)], at, look_up)
-  found = dict(zip(moments, (_array(x, look_up) for x in values), strict=True))
+  found = dict(zip(moments, (_elementwise.array(x, look_up) for x in values), strict=True))
   made = jax.eval_shape(inner.init, layout.only(mask.leaf, leaf))
   kept = jax.tree_util.tree_map_with_path(lambda path, _: found.get(path, optax.MaskedNode()), made)
   return SharedState(kept, layout.only(mask.leaf, jnp.zeros(leaf.shape, dtype)))
@@ -259,22 +258,12 @@ def _update(
     ValueError: If it is elementwise no longer.
   """
   leaf, programs = mask.leaf, _traced(firing, mask, states)
-  found = _moments(firing.inner, firing.layout, mask, grad if params is None else params)
-
-  inputs: list[tuple[_elementwise.At, _elementwise.Value]] = _lanes(programs, states)
-  inputs.append((tuple(p.tensor(leaf) for p in programs), grad))
-  if params is not None:
-    inputs.append((tuple(p.param(leaf) for p in programs), params))
-  inputs += [
-    (tuple(p.state[path] for p in programs), x) for path, x in zip(found, moments, strict=True)
-  ]
-  wanted = list(zip(*(p.results(leaf, found) for p in programs), strict=True))
+  paths = _moments(firing.inner, firing.layout, mask, grad if params is None else params)
+  held = dict(zip(paths, moments, strict=True))
   try:
     if firing.extra_args:  # The proof was without.
-      for program in programs:
-        _programs.prove(program, leaf, {leaf: found})
-    values = _elementwise.run([p.jaxpr for p in programs], inputs, wanted, look_up)
-    update, *moments = [_array(x, look_up) for x in values]
+      _programs.prove(programs, leaf, {leaf: paths})
+    update, *moments = _programs.run(programs, leaf, held, states, grad, params, look_up)
   except _elementwise.NotElementwiseError as error:
     raise ValueError(
       f"update of {firing.layout.name(leaf)!r}: expected an inner optimizer that treats the entries"
@@ -297,32 +286,6 @@ def _traced(
   return programs
 
 
-def _lanes(
-  programs: Sequence[_programs.Program], states: Sequence[list[jax.Array]]
-) -> list[tuple[_elementwise.At, _elementwise.Value]]:
-  """What the states of all groups hold, each for itself."""
-  found: list[dict[Any, tuple[int, jax.Array]]] = []
-  for program, state in zip(programs, states, strict=True):
-    avals, arrays = program.jaxpr.in_avals, zip(program.state.items(), state, strict=True)
-    # Another shape has a tensor that stands here without entries.
-    found.append({path: (i, x) for (path, i), x in arrays if x.shape == avals[i].shape})
-  lanes: list[tuple[_elementwise.At, _elementwise.Value]] = []
-  for path in found[0]:
-    if all(path in held for held in found):
-      at, values = zip(*(held[path] for held in found), strict=True)
-      lanes.append((at, _elementwise.Lanes(values)))
-  return lanes
-
-
 def _equal(one: Any, other: Any) -> bool:
   known = all(isinstance(x, np.ndarray | np.generic) for x in (one, other))
   return known and bool(one == other)
-
-
-def _array(x: _elementwise.Value, look_up: _elementwise.LookUp) -> jax.Array:
-  """A result for every entry."""
-  if isinstance(x, _elementwise.Coupled):
-    raise _elementwise.NotElementwiseError(x.by)
-  if isinstance(x, _elementwise.Elsewhere):
-    raise _elementwise.NotElementwiseError("a result of another tensor")
-  return look_up(x.values) if isinstance(x, _elementwise.Lanes) else x
