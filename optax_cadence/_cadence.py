@@ -13,6 +13,7 @@ import optax
 from optax_cadence import _control
 from optax_cadence import _firing
 from optax_cadence import _layout
+from optax_cadence import _masks
 from optax_cadence import _moves
 from optax_cadence import _paths
 from optax_cadence import _schedules
@@ -231,7 +232,7 @@ class Cadence:
       _layout.named(path, _schedules.Every.first_window, group.every)
       groups.append(self._init_group(group, layout.regions(group), tensors, *trees))
     shared = []
-    for mask in _shared.shared(layout):
+    for mask in _masks.shared(layout):
       leaf = leaves[mask.leaf]
       shared.append(_shared.init(self.inner, layout, mask, leaf, self.sum_dtype(leaf.dtype)))
     return CadenceState(jnp.int32(0), tuple(groups), tuple(shared))
@@ -344,7 +345,7 @@ class Cadence:
       tensors = [jnp.float32(0)] * len(group.tensors)
       trees = placeholder, placeholder
       groups.append(self._init_group(group, layout.regions(group), tensors, *trees))
-    shared = [_shared.stand_in(self.inner, placeholder)] * len(_shared.shared(layout))
+    shared = [_shared.stand_in(self.inner, placeholder)] * len(_masks.shared(layout))
     return CadenceState(jnp.int32(0), tuple(groups), tuple(shared))
 
   def _layout_seen(self, what: str) -> _layout.Layout:

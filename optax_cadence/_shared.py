@@ -7,27 +7,23 @@ all groups; numbers of a group are looked up by the code that each entry has. In
 `_step` and `_firing` know, stand tensors without entries.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_cadence import _control
 from optax_cadence import _elementwise
 from optax_cadence import _firing
 from optax_cadence import _layout
+from optax_cadence import _masks
 from optax_cadence import _paths
 from optax_cadence import _programs
-from optax_cadence import _regions
 from optax_cadence import _windows
 from optax_cadence._state import SharedState
-
-_CODES = (np.uint8, np.uint16, np.uint32)
 
 
 class Turn(NamedTuple):
@@ -44,77 +40,16 @@ class Turn(NamedTuple):
   when: bool | jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class Mask:
-  """A leaf whose entries belong to several groups.
+class _Update(NamedTuple):
+  """How a group is updated, and the arrays of the state that it starts from."""
 
-  Attributes:
-    leaf: Its position in the tree.
-    groups: The groups, by position.
-    cuts: Which entries each has.
-    bits: The bit that stands for each in the codes of the entries.
-  """
-
-  leaf: int
-  groups: tuple[int, ...]
-  cuts: tuple[_regions.Entries, ...]
-  bits: tuple[int, ...]
-
-  def of(self, which: Sequence[int]) -> "Mask":
-    """The same of some of the groups."""
-
-    def pick(row: tuple[Any, ...]) -> tuple[Any, ...]:
-      return tuple(row[i] for i in which)
-
-    return Mask(self.leaf, pick(self.groups), pick(self.cuts), pick(self.bits))
-
-  def codes(self, shape: _regions.Shape) -> jax.Array:
-    """The bit of its group for every entry: unsigned integers, as wide as that takes."""
-    codes = np.zeros(shape, next(d for d in _CODES if np.iinfo(d).max >= max(self.bits)))
-    for bit, cut in zip(self.bits, self.cuts, strict=True):
-      codes.reshape(-1)[cut.indices] = bit
-    # Else the compiler would work out every comparison with them, and keep it as a constant.
-    return jax.lax.optimization_barrier(jnp.asarray(codes))
-
-  def any(self, codes: jax.Array, flags: Sequence[Any]) -> jax.Array:
-    """Whether the flag of its group is set, for every entry."""
-    dtype = codes.dtype.type
-    pairs = zip(self.bits, flags, strict=True)
-    found = [jnp.where(flag, dtype(bit), dtype(0)) for bit, flag in pairs]
-    return (codes & functools.reduce(jnp.bitwise_or, found)) != 0
-
-  def look_up(self, codes: jax.Array, like: jax.Array, numbers: Sequence[Any]) -> jax.Array:
-    """The number of its group for every entry, in an array of this shape."""
-    *others, last = numbers
-    found = jnp.full_like(like, last, dtype=last.dtype)
-    for bit, x in zip(self.bits, others, strict=False):
-      if x is not last and not _equal(x, last):
-        found = jnp.where(codes == bit, x, found)
-    return found
-
-
-def masks(layout: _layout.Layout, kind: type = _regions.Entries) -> list[Mask]:
-  """The leaves under a mask, or those of them that are shared, in order."""
-  found: dict[int, list[tuple[int, Any]]] = {}
-  for g, group in enumerate(layout.groups):
-    for t in group.tensors:
-      if isinstance(t.cut, kind):
-        found.setdefault(t.leaf, []).append((g, t.cut))
-  masks = []
-  for i in sorted(found):
-    groups, cuts = zip(*found[i], strict=True)
-    masks.append(Mask(i, groups, cuts, tuple(1 << j for j in range(len(groups)))))
-  return masks
-
-
-def shared(layout: _layout.Layout) -> list[Mask]:
-  """The leaves under a mask that are shared, in order."""
-  return masks(layout, _regions.SharedEntries)
+  program: _programs.Program
+  state: list[jax.Array]
 
 
 def provable(inner: Any, layout: _layout.Layout, leaves: Mapping[int, Any]) -> frozenset[int]:
   """The leaves under a mask that the inner optimizer can be proved to treat entry by entry."""
-  found = [m for m in masks(layout) if len(m.groups) <= np.iinfo(_CODES[-1]).bits]
+  found = [m for m in _masks.of(layout) if len(m.groups) <= _masks.MAX_GROUPS]
   try:
     moments = {m.leaf: _moments(inner, layout, m, leaves[m.leaf]) for m in found}
     groups = {g: layout.groups[g] for m in found for g in m.groups}
@@ -124,7 +59,7 @@ def provable(inner: Any, layout: _layout.Layout, leaves: Mapping[int, Any]) -> f
   return frozenset(m.leaf for m in found if _proved(m, programs, moments))
 
 
-def _proved(mask: Mask, programs: Mapping[int, _programs.Program], moments: Any) -> bool:
+def _proved(mask: _masks.Mask, programs: Mapping[int, _programs.Program], moments: Any) -> bool:
   try:
     _programs.prove([programs[g] for g in mask.groups], mask.leaf, moments)
   except _elementwise.NotElementwiseError:
@@ -132,12 +67,12 @@ def _proved(mask: Mask, programs: Mapping[int, _programs.Program], moments: Any)
   return True
 
 
-def _moments(inner: Any, layout: _layout.Layout, mask: Mask, leaf: Any) -> dict[Any, int]:
+def _moments(inner: Any, layout: _layout.Layout, mask: _masks.Mask, leaf: Any) -> dict[Any, int]:
   return _programs.moments(inner, layout, mask.leaf, _programs.vector(mask.cuts[0], leaf))
 
 
 def init(
-  inner: Any, layout: _layout.Layout, mask: Mask, leaf: jax.Array, dtype: Any
+  inner: Any, layout: _layout.Layout, mask: _masks.Mask, leaf: jax.Array, dtype: Any
 ) -> SharedState:
   """The state of a leaf, with an accumulator of this dtype."""
   vectors = [_programs.vector(cut, leaf) for cut in mask.cuts]
@@ -165,7 +100,7 @@ def leaves_of(layout: _layout.Layout, states: Sequence[SharedState]) -> list[int
   Raises:
     ValueError: If one is not under a mask here.
   """
-  known, found = {layout.paths[m.leaf]: m.leaf for m in masks(layout)}, []
+  known, found = {layout.paths[m.leaf]: m.leaf for m in _masks.of(layout)}, []
   for state in states:
     paths = [path for path, _ in _paths.flatten_with_paths(state.accumulators)]
     if len(paths) != 1 or paths[0] not in known:
@@ -186,8 +121,10 @@ def advance(
   micro_step: jax.Array,
 ) -> tuple[_firing.Leaves, tuple[SharedState, ...]]:
   """Adds the gradients, if there are any, and fires the entries that are due."""
-  new = []
-  for mask, state in zip(shared(firing.layout), states, strict=True):
+  masks, new = _masks.shared(firing.layout), []
+  due = {g for mask in masks for g in mask.groups if turns[g].when is not False}
+  updates = {g: _update(firing, firing.layout.groups[g], turns[g], micro_step) for g in sorted(due)}
+  for mask, state in zip(masks, states, strict=True):
     mine = [turns[g] for g in mask.groups]
     total, moments = jax.tree.leaves(state.accumulators)[0], jax.tree.leaves(state.inner_state)
     codes = mask.codes(total.shape)
@@ -196,33 +133,41 @@ def advance(
       grad = grads[mask.leaf].astype(total.dtype)
       total = jnp.where(first, grad, total + grad)
     carry = total, targets[mask.leaf], moments
-    total, target, moments = _fire(firing, mask, codes, mine, carry, micro_step)
+    mask = mask.only(due)
+    if mask.groups:
+      mine = [turns[g] for g in mask.groups]
+      carry = _fire(firing, mask, codes, mine, [updates[g] for g in mask.groups], carry)
+    total, target, moments = carry
     targets = targets | {mask.leaf: target}
-    arrays = jax.tree.unflatten(jax.tree.structure(state), [*moments, total])
-    new.append(arrays)
+    new.append(jax.tree.unflatten(jax.tree.structure(state), [*moments, total]))
   return targets, tuple(new)
+
+
+def _update(
+  firing: _firing.Firing, group: _layout.Group, turn: Turn, micro_step: jax.Array
+) -> _Update:
+  """How the inner optimizer updates a group, and from which state."""
+  layout = firing.layout
+  old = firing.prepared(group, turn.inner_state, turn.window, micro_step)
+  state = jax.tree.leaves(old)
+  grads = layout.avals(firing.dtypes)
+  params = None if firing.param_dtypes is None else layout.avals(firing.param_dtypes)
+  dtypes = [x.dtype for x in state]
+  program = _programs.trace(firing.inner, layout, group, grads, params, dtypes, firing.extra_args)
+  return _Update(program, state)
 
 
 def _fire(
   firing: _firing.Firing,
-  mask: Mask,
+  mask: _masks.Mask,
   codes: jax.Array,
   turns: Sequence[Turn],
+  updates: Sequence[_Update],
   carry: Any,
-  micro_step: jax.Array,
 ) -> Any:
   """Sum, target and moments of a leaf, after the groups that are due have fired."""
-  due = [i for i, turn in enumerate(turns) if turn.when is not False]
-  if not due:
-    return carry
-  mask, turns = mask.of(due), [turns[i] for i in due]
-  lengths = [jnp.maximum(turn.window.length, 1) for turn in turns]
-  states = [
-    jax.tree.leaves(firing.prepared(firing.layout.groups[g], inner, window, micro_step))
-    for g, (inner, window, _) in zip(mask.groups, turns, strict=True)
-  ]
-
   whens = [turn.when for turn in turns]
+  lengths = [jnp.maximum(turn.window.length, 1) for turn in turns]
 
   def compute(carry: Any, params: Any) -> Any:
     total, target, moments = carry
@@ -230,8 +175,9 @@ def _fire(
     mean = total if firing.sums else _windows.divide(total, look_up(lengths))
     params = target if firing.in_place else params
     grad = mean.astype(firing.dtypes[mask.leaf])
-    update, moments = _update(firing, mask, states, look_up, grad, moments, params)
-    new = optax.apply_updates([params], [update])[0] if firing.in_place else update
+    new, *moments = _run(firing, mask, updates, look_up, grad, moments, params)
+    new = new.astype(grad.dtype)
+    new = optax.apply_updates([params], [new])[0] if firing.in_place else new
     return mean, new, moments
 
   def fire(carry: Any, params: Any) -> Any:
@@ -243,49 +189,29 @@ def _fire(
   return _control.maybe(when, fire, carry, params)
 
 
-def _update(
+def _run(
   firing: _firing.Firing,
-  mask: Mask,
-  states: Sequence[list[jax.Array]],
+  mask: _masks.Mask,
+  updates: Sequence[_Update],
   look_up: _elementwise.LookUp,
   grad: jax.Array,
   moments: list[jax.Array],
   params: jax.Array | None,
-) -> tuple[jax.Array, list[jax.Array]]:
-  """The inner optimizer's update of a leaf and new moments, for all its groups.
+) -> list[jax.Array]:
+  """The update of a leaf by the inner optimizer, and its new moments.
 
   Raises:
-    ValueError: If it is elementwise no longer.
+    ValueError: If entries are updated one by one no longer.
   """
-  leaf, programs = mask.leaf, _traced(firing, mask, states)
   paths = _moments(firing.inner, firing.layout, mask, grad if params is None else params)
+  programs, states = zip(*updates, strict=True)
   held = dict(zip(paths, moments, strict=True))
   try:
     if firing.extra_args:  # The proof was without.
-      _programs.prove(programs, leaf, {leaf: paths})
-    update, *moments = _programs.run(programs, leaf, held, states, grad, params, look_up)
+      _programs.prove(programs, mask.leaf, {mask.leaf: paths})
+    return _programs.run(programs, mask.leaf, held, states, grad, params, look_up)
   except _elementwise.NotElementwiseError as error:
     raise ValueError(
-      f"update of {firing.layout.name(leaf)!r}: expected an inner optimizer that treats the entries"
-      f" of a mask one by one, as it did when the state was made, found {error}"
+      f"update of {firing.layout.name(mask.leaf)!r}: expected an inner optimizer that treats the"
+      f" entries of a mask one by one, as it did when the state was made, found {error}"
     ) from None
-  return update.astype(grad.dtype), moments
-
-
-def _traced(
-  firing: _firing.Firing, mask: Mask, states: Sequence[list[jax.Array]]
-) -> list[_programs.Program]:
-  """The inner optimizer's updates of the groups."""
-  layout, programs = firing.layout, []
-  grads = layout.avals(firing.dtypes)
-  params = None if firing.param_dtypes is None else layout.avals(firing.param_dtypes)
-  for g, state in zip(mask.groups, states, strict=True):
-    dtypes = [x.dtype for x in state]
-    args = layout, layout.groups[g], grads, params, dtypes, firing.extra_args
-    programs.append(_programs.trace(firing.inner, *args))
-  return programs
-
-
-def _equal(one: Any, other: Any) -> bool:
-  known = all(isinstance(x, np.ndarray | np.generic) for x in (one, other))
-  return known and bool(one == other)
