@@ -16,8 +16,10 @@ from optax_cadence import _layout
 from optax_cadence import _masks
 from optax_cadence import _moves
 from optax_cadence import _paths
+from optax_cadence import _regions
 from optax_cadence import _schedules
 from optax_cadence import _shared
+from optax_cadence import _split
 from optax_cadence import _statistics
 from optax_cadence import _step
 from optax_cadence import _windows
@@ -186,9 +188,11 @@ class Cadence:
   def layout(self, params: Any) -> _layout.Layout:
     """The groups of parameters, as the state has them; only shapes and dtypes are read."""
     layout = self._cut(params)
-    if self.accumulate != "latest" and not self.skip:
+    if self.accumulate != "latest":
       leaves = layout.avals(_dtypes(params))
-      layout = layout.sharing(_shared.provable(self.inner, layout, leaves))
+      if not self.skip:
+        layout = layout.recut(_shared.provable(self.inner, layout, leaves), _regions.shared)
+      layout = layout.recut(_split.provable(self.inner, layout, leaves), _regions.split)
     self._seen = layout
     return layout
 
@@ -286,7 +290,10 @@ class Cadence:
       _paths.check_same("gradient", "as the parameters have", params, grads)
     layout = self._cut(grads)
     self._check_state(layout, state)
-    self._seen = layout = layout.sharing(_shared.leaves_of(layout, state.shared))
+    layout = layout.recut(_shared.leaves_of(layout, state.shared), _regions.shared)
+    split, avals = _split.leaves_of(layout, state.groups), layout.avals(_dtypes(grads))
+    _split.check(self.inner, layout, split, avals, extra_args)
+    self._seen = layout = layout.recut(split, _regions.split)
     return _firing.Firing(
       inner=self.inner,
       layout=layout,

@@ -36,7 +36,7 @@ class Lanes(NamedTuple):
 
   Attributes:
     values: One for each group.
-    spread: Whether it stands for a vector of entries that are all equal to it.
+    spread: Whether it stands for an array of entries that are all equal to it.
   """
 
   values: tuple[Any, ...]
@@ -152,7 +152,7 @@ def _apply(
   elsewhere = any(isinstance(x, Elsewhere) for x in operands)
   lanes = [x for x in operands if isinstance(x, Lanes)]
   if not (touched or elsewhere or any(x.spread for x in lanes)):
-    if name == "broadcast_in_dim" and _is_scalar(lanes[0]) and len(eqn.params["shape"]) == 1:
+    if name == "broadcast_in_dim" and _is_scalar(lanes[0]):
       return [Lanes(lanes[0].values, spread=True)]
     groups = zip(jaxprs, eqns, *(x.values for x in lanes), strict=True)
     found = [_control.evaluate(jaxpr, eqn, numbers) for jaxpr, eqn, *numbers in groups]
@@ -171,6 +171,40 @@ def _apply(
 
 def _is_scalar(x: Value) -> bool:
   return isinstance(x, Lanes) and all(np.ndim(value) == 0 for value in x.values)
+
+
+def provable(prove: Callable[..., None], *args: Any) -> bool:
+  """Whether `prove(*args)` finds no operation in the way."""
+  try:
+    prove(*args)
+  except NotElementwiseError:
+    return False
+  return True
+
+
+def alike(one: Any, other: Any) -> bool:
+  """Whether two jaxprs, as `trace` gives them, are the same but for the shapes of arrays."""
+  pairs = dict(zip(one.jaxpr.invars, other.jaxpr.invars, strict=True))
+  consts = zip(one.jaxpr.constvars, other.jaxpr.constvars, one.consts, other.consts, strict=False)
+  pairs |= {v: w for v, w, x, y in consts if x is y}
+
+  def match(a: Any, b: Any) -> bool:
+    if isinstance(a, Literal) and isinstance(b, Literal):
+      numbers = _number(a), _number(b)
+      return numbers[0].dtype == numbers[1].dtype and np.array_equal(*numbers)
+    return not isinstance(a, Literal) and pairs.get(a) is b
+
+  def params(eqn: Any) -> dict[str, Any]:
+    shape = ("shape", "broadcast_dimensions") if eqn.primitive.name == "broadcast_in_dim" else ()
+    return {name: x for name, x in eqn.params.items() if name not in shape}
+
+  for e, f in itertools.zip_longest(one.jaxpr.eqns, other.jaxpr.eqns):
+    if e is None or f is None or e.primitive != f.primitive or params(e) != params(f):
+      return False
+    if not all(itertools.starmap(match, itertools.zip_longest(e.invars, f.invars))):
+      return False
+    pairs |= zip(e.outvars, f.outvars, strict=True)
+  return all(itertools.starmap(match, zip(one.jaxpr.outvars, other.jaxpr.outvars, strict=True)))
 
 
 def array(x: Value, look_up: LookUp) -> jax.Array:

@@ -5,7 +5,6 @@ a tree into one tree per group, in which the leaves of other groups are `MaskedN
 (as `optax.partition` shows them) and a leaf cut into several tensors is a tuple.
 """
 
-import collections
 import dataclasses
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,9 +24,11 @@ class Regions(NamedTuple):
 
   Attributes:
     parts: An empty tuple for each of the regions.
+    split: One more where the group has them as bands of which the axis is split.
   """
 
   parts: tuple[tuple[()], ...]
+  split: tuple[tuple[()], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,22 +101,28 @@ class Layout:
     slots = [x if i == leaf else optax.MaskedNode() for i in range(len(self.paths))]
     return self.treedef.unflatten(slots)
 
-  def sharing(self, leaves: Collection[int]) -> "Layout":
-    """The layout in which these leaves, under masks, are kept whole for all groups together."""
+  def recut(
+    self, leaves: Collection[int], change: Callable[[_regions.Cut, _regions.Shape], _regions.Cut]
+  ) -> "Layout":
+    """The layout in which the cuts of these leaves are changed."""
 
-    def share(t: Tensor) -> Tensor:
-      if t.leaf not in leaves or not isinstance(t.cut, _regions.Entries):
-        return t
-      return Tensor(t.leaf, _regions.SharedEntries(t.cut.indices))
+    def new(t: Tensor) -> Tensor:
+      return Tensor(t.leaf, change(t.cut, self.shapes[t.leaf])) if t.leaf in leaves else t
 
-    groups = (dataclasses.replace(g, tensors=tuple(map(share, g.tensors))) for g in self.groups)
+    groups = (dataclasses.replace(g, tensors=tuple(map(new, g.tensors))) for g in self.groups)
     return dataclasses.replace(self, groups=tuple(groups)) if leaves else self
 
   def regions(self, group: Group) -> Any:
     """The tree of a group with `Regions` for leaves, which a state can hold: it has no arrays."""
-    counts = collections.Counter(t.leaf for t in group.tensors)
-    here = [Regions(((),) * counts[i]) for i in range(len(self.paths))]
-    return self.treedef.unflatten([x if x.parts else optax.MaskedNode() for x in here])
+    cuts: list[list[_regions.Cut]] = [[] for _ in self.paths]
+    for t in group.tensors:
+      cuts[t.leaf].append(t.cut)
+    return self.treedef.unflatten([_named(here) if here else optax.MaskedNode() for here in cuts])
+
+
+def _named(cuts: Sequence[_regions.Cut]) -> Regions:
+  split = [() for cut in cuts if isinstance(cut, _regions.SplitBands)]
+  return Regions(((),) * len(cuts), tuple(split))
 
 
 def leaves(tree: Any) -> dict[int, jax.Array]:

@@ -1,7 +1,7 @@
 """The inner optimizer of a group as a jaxpr, in which the entries of a mask are a vector.
 
-From it follows whether the optimizer treats these entries one by one, and what of its state
-belongs to them. How they are then updated is in `_shared`.
+From it follows whether the optimizer treats the entries of a tensor one by one, and what of its
+state belongs to them. What is made of that is in `_shared` and `_split`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -93,6 +93,13 @@ def trace(
   )
 
 
+def trace_init(
+  inner: Any, layout: _layout.Layout, group: _layout.Group, leaves: Mapping[int, Any]
+) -> Any:
+  """The jaxpr of `init` for a group's tensors."""
+  return _elementwise.trace(inner.init, layout.tree(group, _tensors(group, leaves)))
+
+
 def _tensors(group: _layout.Group, leaves: Mapping[int, Any]) -> list[Any]:
   return [
     vector(t.cut, leaves[t.leaf])
@@ -103,7 +110,7 @@ def _tensors(group: _layout.Group, leaves: Mapping[int, Any]) -> list[Any]:
 
 
 def moments(inner: Any, layout: _layout.Layout, leaf: int, entries: Any) -> dict[Any, int]:
-  """Where the state keeps an array for the entries of a leaf, and at which place of its leaves.
+  """Where the state keeps an array for the entries of a tensor, and at which place of its leaves.
 
   Raises:
     NotElementwiseError: If they do not start out entry by entry.
@@ -184,13 +191,13 @@ def prove(programs: Sequence[Program], leaf: int, moments: Mapping[int, Mapping[
   Args:
     programs: The updates of its groups.
     leaf: The leaf.
-    moments: Where a state keeps arrays for the entries of each leaf under a mask.
+    moments: Where a state keeps arrays for the entries of each leaf that it may be proved of.
 
   Raises:
     NotElementwiseError: If it cannot be proved.
   """
   for program in programs:
-    _prove(program, leaf, moments)
+    prove_alone(program, leaf, moments)
 
   def together(x: jax.Array) -> None:
     avals = [[p.jaxpr.in_avals[i] for i in p.state.values()] for p in programs]
@@ -201,8 +208,8 @@ def prove(programs: Sequence[Program], leaf: int, moments: Mapping[int, Mapping[
   jax.eval_shape(together, programs[0].jaxpr.in_avals[programs[0].tensor(leaf)])
 
 
-def _prove(program: Program, leaf: int, moments: Mapping[int, Mapping[Any, int]]) -> None:
-  """The same of one group: its other tensors do not depend on the leaf, nor it on them."""
+def prove_alone(program: Program, leaf: int, moments: Mapping[int, Mapping[Any, int]]) -> None:
+  """The same of one group."""
   avals, n_results = program.jaxpr.in_avals, len(program.jaxpr.out_avals)
   if n_results != len(program.group.tensors) + len(program.state):
     raise _elementwise.NotElementwiseError("a state that changes its structure")

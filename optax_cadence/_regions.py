@@ -19,6 +19,9 @@ Interval: TypeAlias = tuple[int, int]
 # Up to this many slices are written one by one; above it, a scatter compiles faster.
 _MAX_SLICES = 16
 
+# A run of this many entries of a leaf is computed at nearly the speed of memory.
+_RUN = 32
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Grid:
@@ -221,7 +224,7 @@ class Bands:
     return f"[axis {self.axis}: {', '.join(shown)}{', …' if len(self.intervals) > 2 else ''}]"
 
   def take(self, leaf: jax.Array) -> jax.Array:
-    split = self._split(leaf.shape)
+    split = self.split_shape(leaf.shape)
     if split is None:
       return leaf.at[self._at()].get(
         unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds"
@@ -229,7 +232,7 @@ class Bands:
     return self._box(split).take(leaf.reshape(split)).reshape(self._shape(leaf.shape))
 
   def view(self, leaf: jax.Array) -> jax.Array:
-    split = self._split(leaf.shape)
+    split = self.split_shape(leaf.shape)
     return leaf if split is None else leaf.reshape(split)
 
   def put(self, view: jax.Array, tensor: jax.Array) -> jax.Array:
@@ -258,7 +261,7 @@ class Bands:
     width = sum(stop - start for start, stop in self.intervals)
     return (*shape[: self.axis], width, *shape[self.axis + 1 :])
 
-  def _split(self, shape: Shape) -> Shape | None:
+  def split_shape(self, shape: Shape) -> Shape | None:
     """The axis as bands of one width at one distance; None where they are not."""
     (start, stop), (second, _) = self.intervals[:2]
     stride, n = second - start, len(self.intervals)
@@ -272,6 +275,21 @@ class Bands:
     intervals = [(0, d) for d in split]
     intervals[self.axis + 1] = self.intervals[0]
     return Box(tuple(intervals))
+
+
+class SplitBands(Bands):
+  """The same as a tensor in which the axis is split: bands along it, entries of a band after it.
+
+  Only where they repeat regularly. Along an axis that joins bands XLA divides every index by
+  their width, and does not vectorize what it computes there.
+  """
+
+  def take(self, leaf: jax.Array) -> jax.Array:
+    view = self.view(leaf)
+    return self._box(view.shape).take(view)
+
+  def put(self, view: jax.Array, tensor: jax.Array) -> jax.Array:
+    return self._box(view.shape).put(view, tensor)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -322,6 +340,22 @@ class SharedEntries(Entries):
   def put(self, view: jax.Array, tensor: jax.Array) -> jax.Array:
     del tensor
     return view
+
+
+def shared(cut: Cut, shape: Shape) -> Cut:
+  """The cut in a leaf of this shape that is kept whole for all its groups, if it is a mask."""
+  del shape
+  return SharedEntries(cut.indices) if isinstance(cut, Entries) else cut
+
+
+def split(cut: Cut, shape: Shape) -> Cut:
+  """The cut with its axis split, if in a leaf of this shape that is faster to compute."""
+  if not isinstance(cut, Bands) or cut.split_shape(shape) is None:
+    return cut
+  after = int(np.prod(shape[cut.axis + 1 :], dtype=np.int64))
+  start, stop = cut.intervals[0]
+  # Joined, the vectorized run is what comes after the axis; split, a band of it.
+  return SplitBands(cut.axis, cut.intervals) if after < _RUN <= after * (stop - start) else cut
 
 
 def cut(cadence: Any, shape: Shape, key: Callable[[Any], Hashable]) -> list[tuple[Any, Cut]]:

@@ -56,15 +56,12 @@ def provable(inner: Any, layout: _layout.Layout, leaves: Mapping[int, Any]) -> f
     programs = {g: _programs.trace(inner, layout, x, leaves, leaves) for g, x in groups.items()}
   except Exception:  # Whatever an optimizer may raise that wants other arguments than these.
     return frozenset()
-  return frozenset(m.leaf for m in found if _proved(m, programs, moments))
 
+  def proved(mask: _masks.Mask) -> bool:
+    mine = [programs[g] for g in mask.groups]
+    return _elementwise.provable(_programs.prove, mine, mask.leaf, moments)
 
-def _proved(mask: _masks.Mask, programs: Mapping[int, _programs.Program], moments: Any) -> bool:
-  try:
-    _programs.prove([programs[g] for g in mask.groups], mask.leaf, moments)
-  except _elementwise.NotElementwiseError:
-    return False
-  return True
+  return frozenset(m.leaf for m in found if proved(m))
 
 
 def _moments(inner: Any, layout: _layout.Layout, mask: _masks.Mask, leaf: Any) -> dict[Any, int]:
