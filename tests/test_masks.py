@@ -132,7 +132,7 @@ def follow(inner, steps=9, seed=0, phases=False, **options):
     updates, new = update(grads, state, params)
     after = optax.apply_updates(params, updates), new
     assert_same(apply(params, state, grads), after)
-    if phases:
+    if phases and t % 8 < 3:
       assert_same(static(params, state, grads, phase=t % 8), after)
     assert_close(list(updates.values()), expected)
     params, state = after

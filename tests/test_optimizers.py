@@ -62,11 +62,12 @@ def test_any_inner_optimizer_follows_the_oracle(name, matrix, data, seed):
     grads = {leaf: random(rng, shape) for leaf, shape in shapes.items()}
     expected = slow.step(list(grads.values()), list(params.values()))
     updates, new_state = update(grads, state, params)
-    phased, _ = static(grads, state, params, phase=t % tx.cycle)
     applied, _ = apply(params, state, grads)
-    params, state = optax.apply_updates(params, updates), new_state
     assert_close(list(updates.values()), expected)
-    assert_close(list(phased.values()), expected)
+    if t % tx.cycle < 2:  # All of them due, or as few as can be; each phase compiles.
+      phased, _ = static(grads, state, params, phase=t % tx.cycle)
+      assert_close(list(phased.values()), expected)
+    params, state = optax.apply_updates(params, updates), new_state
     assert_close(list(applied.values()), list(params.values()))
 
 
