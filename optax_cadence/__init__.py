@@ -32,6 +32,7 @@ from optax_cadence._schedules import Every
 from optax_cadence._state import CadenceState
 from optax_cadence._state import ConfidenceState
 from optax_cadence._state import GroupState
+from optax_cadence._state import SharedState
 from optax_cadence._statistics import Estimate
 from optax_cadence._statistics import Statistics
 from optax_cadence._trainable import trainable
@@ -50,6 +51,7 @@ __all__ = [
   "NoiseScaleState",
   "Policy",
   "ScaleByCadenceState",
+  "SharedState",
   "Statistics",
   "as_settled",
   "by_depth",

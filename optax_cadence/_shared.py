@@ -79,7 +79,7 @@ def init(
   at = [(i,) * len(jaxprs) for i in moments.values()]
   values = _elementwise.run(jaxprs, [((0,) * len(jaxprs), leaf)], at, look_up)
   found = dict(zip(moments, (_elementwise.array(x, look_up) for x in values), strict=True))
-  made = jax.eval_shape(inner.init, layout.only(mask.leaf, leaf))
+  made = jax.eval_shape(inner.init, layout.only(mask.leaf, vectors[0]))
   kept = jax.tree_util.tree_map_with_path(lambda path, _: found.get(path, optax.MaskedNode()), made)
   return SharedState(kept, layout.only(mask.leaf, jnp.zeros(leaf.shape, dtype)))
 

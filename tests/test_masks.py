@@ -76,6 +76,10 @@ SHARED = {
   "compiled by itself": optax.GradientTransformation(
     optax.adam(0.1).init, jax.jit(optax.adam(0.1).update)
   ),
+  "matrices apart": optax.partition(
+    {True: optax.lamb(0.1), False: optax.adam(0.1)},
+    lambda p: jax.tree.map(lambda x: x.ndim > 1, p),
+  ),
   "selected": optax.stateless(
     lambda u, params: jax.tree.map(lambda x: jnp.where(x > 0, x, jnp.tanh(x)), u)
   ),
