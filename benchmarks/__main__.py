@@ -171,6 +171,11 @@ def save(results: dict[str, Any], arguments: argparse.Namespace, order: list[str
   path = arguments.out / f"{name}{'-quick' if arguments.quick else ''}.json"
   old = report.load(path) if path.exists() else None
   results = report.merged(old, results, order)
+  dropped = {case["name"] for case in old["cases"]} if old else set()
+  dropped -= {case["name"] for case in results["cases"]}
+  if dropped:
+    names = ", ".join(sorted(dropped))
+    print(f"{path}: of another machine, versions or settings, now gone: {names}", file=sys.stderr)
   report.save(results, path)
   picture.draw(results, path.with_suffix(".png"))
   return path
