@@ -291,13 +291,14 @@ class Cadence:
     layout = self._cut(grads)
     self._check_state(layout, state)
     layout = layout.recut(_shared.leaves_of(layout, state.shared), _regions.shared)
-    split, avals = _split.leaves_of(layout, state.groups), layout.avals(_dtypes(grads))
-    _split.check(self.inner, layout, split, avals, extra_args)
+    dtypes, split = _dtypes(grads), _split.leaves_of(layout, state.groups)
+    if split and extra_args:
+      _split.check(self.inner, layout, split, layout.avals(dtypes), extra_args)
     self._seen = layout = layout.recut(split, _regions.split)
     return _firing.Firing(
       inner=self.inner,
       layout=layout,
-      dtypes=_dtypes(grads),
+      dtypes=dtypes,
       param_dtypes=None if params is None else _dtypes(params),
       params=None if params is None or in_place else _layout.leaves(params),
       extra_args=extra_args,

@@ -192,7 +192,7 @@ def alike(one: Any, other: Any) -> bool:
     if isinstance(a, Literal) and isinstance(b, Literal):
       numbers = _number(a), _number(b)
       return numbers[0].dtype == numbers[1].dtype and np.array_equal(*numbers)
-    return not isinstance(a, Literal) and pairs.get(a) is b
+    return not isinstance(a, Literal) and a in pairs and pairs[a] is b
 
   def params(eqn: Any) -> dict[str, Any]:
     shape = ("shape", "broadcast_dimensions") if eqn.primitive.name == "broadcast_in_dim" else ()

@@ -67,7 +67,7 @@ def check(
   extra_args: Mapping[str, Any],
 ) -> None:
   """Raises `ValueError` where extra arguments make a difference that there was not without."""
-  for i in set(split) - provable(inner, layout, leaves, extra_args) if extra_args else ():
+  for i in set(split) - provable(inner, layout, leaves, extra_args):
     raise ValueError(
       f"update of {layout.name(i)!r}: expected an inner optimizer that treats entries one by one,"
       " as it did when the state was made, found that these extra arguments make a difference:"
