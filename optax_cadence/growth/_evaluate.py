@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_cadence.growth import _ties
 from optax_cadence.growth._operation import bound
 from optax_cadence.growth._operation import grown_axes
 from optax_cadence.growth._operation import Units
@@ -34,6 +33,7 @@ from optax_cadence.growth._taps import check_taps
 from optax_cadence.growth._taps import padded
 from optax_cadence.growth._taps import pads_for_taps
 from optax_cadence.growth._taps import passed
+from optax_cadence.programs import reading
 
 
 class Evaluator:
@@ -50,7 +50,7 @@ class Evaluator:
 
   def run(self, old: Any, new: Any, inputs: list[Split]) -> list[Split]:
     """The outputs of the programs, in parts."""
-    (old, old_consts), (new, new_consts) = _ties.opened(old), _ties.opened(new)
+    (old, old_consts), (new, new_consts) = reading.opened(old), reading.opened(new)
     if [e.primitive.name for e in old.eqns] != [e.primitive.name for e in new.eqns]:
       raise ValueError(_different(old.eqns, new.eqns))
     values = {
@@ -59,7 +59,7 @@ class Evaluator:
     values.update(zip(old.invars, inputs, strict=True))
 
     def read(one: Any, two: Any) -> Split:
-      return self._constant(one.val, two.val) if _ties.is_literal(one) else values[one]
+      return self._constant(one.val, two.val) if reading.is_literal(one) else values[one]
 
     for one, two in zip(old.eqns, new.eqns, strict=True):
       operands = [read(a, b) for a, b in zip(one.invars, two.invars, strict=True)]
@@ -88,10 +88,10 @@ class Evaluator:
     name = old.primitive.name
     split = any(x.axes for x in operands)
     if not split and _same(old, new):
-      return [whole(y) for y in _ties.bind(old, [x.blocks[()] for x in operands])]
+      return [whole(y) for y in reading.bind(old, [x.blocks[()] for x in operands])]
     if name in ("scan", "cond"):
       return getattr(self, f"_{name}")(old, new, operands)
-    inner = _ties.inlined(old), _ties.inlined(new)
+    inner = reading.called(old), reading.called(new)
     if inner[0] is None or inner[1] is None:
       return self._basic(old, new, operands)
     if name.startswith("custom_"):
@@ -165,18 +165,18 @@ class Evaluator:
     self, old: Any, new: Any, operands: list[Split], axes: tuple[int, ...], bits: tuple[int, ...]
   ) -> list[Any]:
     if not any(bits):
-      return _ties.bind(old, [x.blocks[(0,) * len(x.axes)] for x in operands])
+      return reading.bind(old, [x.blocks[(0,) * len(x.axes)] for x in operands])
     inputs = []
     for x, small, big in zip(operands, old.invars, new.invars, strict=True):
       if not x.axes:
         inputs.append(x.blocks[()])
         continue
-      at = _part(_ties.shape(small), _ties.shape(big), axes, bits)
+      at = _part(reading.shape(small), reading.shape(big), axes, bits)
       block = x.blocks[bits]
-      inputs.append(jnp.zeros(_ties.shape(big), block.dtype).at[at].set(block))
-    outputs = _ties.bind(new, inputs)
+      inputs.append(jnp.zeros(reading.shape(big), block.dtype).at[at].set(block))
+    outputs = reading.bind(new, inputs)
     pairs = zip(outputs, old.outvars, new.outvars, strict=True)
-    return [y[_part(_ties.shape(a), _ties.shape(b), axes, bits)] for y, a, b in pairs]
+    return [y[_part(reading.shape(a), reading.shape(b), axes, bits)] for y, a, b in pairs]
 
   def _packed(
     self, wrap: Callable[..., Any], inner: Any, operands: list[Split], **kwargs: Any
@@ -210,7 +210,7 @@ class Evaluator:
 
   def _scan(self, old: Any, new: Any, operands: list[Split]) -> list[Split]:
     p = old.params
-    consts, carried = _ties.scan_counts(old)
+    consts, carried = reading.scan_counts(old)
     end = consts + carried
     layout: list[list[Split]] = []
     slices = [moved(x, -1) for x in operands[end:]]
@@ -258,11 +258,11 @@ def _equal(a: Any, b: Any) -> bool:
 def _same(old: Any, new: Any) -> bool:
   """Whether two operations compute the same of the same operands, inside too."""
   for one, two in zip([*old.invars, *old.outvars], [*new.invars, *new.outvars], strict=True):
-    if _ties.shape(one) != _ties.shape(two):
+    if reading.shape(one) != reading.shape(two):
       return False
-    if _ties.is_literal(one) and not _equal(one.val, two.val):
+    if reading.is_literal(one) and not _equal(one.val, two.val):
       return False
-  inner, other = _ties.bodies(old), _ties.bodies(new)
+  inner, other = reading.bodies(old), reading.bodies(new)
   if not inner:
     if str(old.params) != str(new.params):
       raise ValueError(
@@ -270,7 +270,7 @@ def _same(old: Any, new: Any) -> bool:
       )
     return True
   for one, two in zip(inner, other, strict=True):
-    (one, one_consts), (two, two_consts) = _ties.opened(one), _ties.opened(two)
+    (one, one_consts), (two, two_consts) = reading.opened(one), reading.opened(two)
     if len(one.eqns) != len(two.eqns) or not all(map(_equal_consts, one_consts, two_consts)):
       return False
     if not all(

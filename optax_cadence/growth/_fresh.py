@@ -14,11 +14,11 @@ import numpy as np
 
 from optax_cadence import _paths
 from optax_cadence.growth import _program
-from optax_cadence.growth import _ties
 from optax_cadence.growth import _trees
 from optax_cadence.growth._dimension import extended
 from optax_cadence.growth._plan import LeafChange
 from optax_cadence.growth._plan import Plan
+from optax_cadence.programs import reading
 
 Fresh = Callable[[_paths.Path, tuple[int, ...], Any], Any]
 
@@ -210,20 +210,20 @@ class _Probe:
     self.before: Any = None
 
   def run(self, program: Any, inputs: list[Any]) -> list[Any]:
-    jaxpr, consts = _ties.opened(program)
+    jaxpr, consts = reading.opened(program)
     known = {v: (c, None) for v, c in zip(jaxpr.constvars, consts, strict=True)}
     known.update(zip(jaxpr.invars, inputs, strict=True))
 
     def read(var: Any) -> Any:
-      return (var.val, None) if _ties.is_literal(var) else known[var]
+      return (var.val, None) if reading.is_literal(var) else known[var]
 
     for eqn in jaxpr.eqns:
       operands = [read(v) for v in eqn.invars]
-      inner = _ties.inlined(eqn)
+      inner = reading.called(eqn)
       if inner is not None:
         results = self.run(inner, operands)
       else:
-        results = [(y, None) for y in _ties.bind(eqn, [x for x, _ in operands])]
+        results = [(y, None) for y in reading.bind(eqn, [x for x, _ in operands])]
         if eqn.primitive.name in ("convert_element_type", "copy", "transpose", "reshape"):
           results = [(results[0][0], operands[0][1])]
         if eqn.primitive.name in ("dot_general", "conv_general_dilated"):

@@ -5,14 +5,15 @@ from typing import Any
 
 import jax
 
-from optax_cadence.growth import _ties
 from optax_cadence.growth._split import Split
 from optax_cadence.growth._split import TAPS
+from optax_cadence.programs import primitives
+from optax_cadence.programs import reading
 
 
 def grown_axes(old: Any, new: Any) -> tuple[int, ...]:
   """The axes along which two variables differ."""
-  a, b = _ties.shape(old), _ties.shape(new)
+  a, b = reading.shape(old), reading.shape(new)
   if len(a) != len(b):
     raise ValueError(f"the programs before and after differ: shapes {a} and {b}")
   for axis, (n, m) in enumerate(zip(a, b, strict=True)):
@@ -47,16 +48,16 @@ class Units:
     if lost or self.of_result.keys() - results:
       raise ValueError(self._cannot(old, new, lost))
     for pair in sorted(results - self.of_result.keys()):
-      self._add(_ties.Tie((), (pair,)))
+      self._add(primitives.Tie((), (pair,)))
 
-  def _add(self, tie: _ties.Tie) -> None:
+  def _add(self, tie: primitives.Tie) -> None:
     unit = len(self.kept) + len(self.summed)
     (self.summed if tie.summed else self.kept).append(unit)
     self.of_operand.update(dict.fromkeys(tie.operands, unit))
     self.of_result.update(dict.fromkeys(tie.results, unit))
 
   def _cannot(self, old: Any, new: Any, lost: Any) -> str:
-    shapes = [[_ties.shape(v) for v in eqn.invars] for eqn in (old, new)]
+    shapes = [[reading.shape(v) for v in eqn.invars] for eqn in (old, new)]
     axis = f" along axis {sorted(lost)[0][1]} of operand {sorted(lost)[0][0]}" if lost else ""
     return (
       f"{old.primitive.name} of shapes {shapes[0]} before and {shapes[1]} after cannot keep old and"
@@ -74,14 +75,14 @@ class Units:
     ]
 
 
-def _tap_ties(operands: list[Split]) -> list[_ties.Tie]:
+def _tap_ties(operands: list[Split]) -> list[primitives.Tie]:
   taps = tuple((i, TAPS) for i, x in enumerate(operands) if TAPS in x.axes)
-  return [_ties.Tie(taps, summed=True)] if taps else []
+  return [primitives.Tie(taps, summed=True)] if taps else []
 
 
-def _all_ties(old: Any, new: Any, grown: set[tuple[int, int]]) -> list[_ties.Tie]:
+def _all_ties(old: Any, new: Any, grown: set[tuple[int, int]]) -> list[primitives.Tie]:
   name = old.primitive.name
-  found = _ties.ties(old)
+  found = primitives.ties(old)
   if found is None:
     raise ValueError(f"{name} is not known here: its operands cannot be held in two parts")
   if name == "reshape":
@@ -89,24 +90,24 @@ def _all_ties(old: Any, new: Any, grown: set[tuple[int, int]]) -> list[_ties.Tie
   if name == "split":
     axis = old.params["axis"]
     outs = tuple((i, axis) for i in range(len(old.outvars)))
-    return [*found, _ties.Tie(((0, axis),), outs)]
+    return [*found, primitives.Tie(((0, axis),), outs)]
   if name == "concatenate":
     axis = old.params["dimension"]
-    return [*found, _ties.Tie(tuple((i, axis) for i in range(len(old.invars))), ((0, axis),))]
+    return [*found, primitives.Tie(tuple((i, axis) for i in range(len(old.invars))), ((0, axis),))]
   if name == "slice":
     tied = {a for tie in found for _, a in tie.operands}
     rest = [a for i, a in grown if i == 0 and a not in tied]
-    return [*found, *(_ties.Tie(((0, a),), ((0, a),)) for a in rest)]
+    return [*found, *(primitives.Tie(((0, a),), ((0, a),)) for a in rest)]
   return found
 
 
-def _reshape_ties(old: Any, new: Any) -> Iterator[_ties.Tie]:
+def _reshape_ties(old: Any, new: Any) -> Iterator[primitives.Tie]:
   ins, outs = grown_axes(old.invars[0], new.invars[0]), grown_axes(old.outvars[0], new.outvars[0])
-  groups = _ties.reshape_groups(_ties.shape(old.invars[0]), _ties.shape(old.outvars[0]))
+  groups = primitives.reshape_groups(reading.shape(old.invars[0]), reading.shape(old.outvars[0]))
   for before, after in groups:
     a, b = [i for i in before if i in ins], [o for o in after if o in outs]
     if len(a) == len(b) == 1:
-      yield _ties.Tie(((0, a[0]),), ((0, b[0]),))
+      yield primitives.Tie(((0, a[0]),), ((0, b[0]),))
 
 
 def bound(old: Any, new: Any, units: Units, at: dict[int, int], blocks: list[Any]) -> list[Any]:
@@ -119,19 +120,19 @@ def bound(old: Any, new: Any, units: Units, at: dict[int, int], blocks: list[Any
     # The old entries keep their own numbers; new ones must not repeat them.
     bits = sum(bit << i for i, bit in enumerate(units.bits_of(0, at)))
     blocks = [jax.random.fold_in(blocks[0], bits)]
-  return _ties.bind(old, blocks, **changed)
+  return reading.bind(old, blocks, **changed)
 
 
 def _concatenated(
   old: Any, new: Any, units: Units, at: dict[int, int], blocks: list[Any], axis: int
 ) -> list[Any]:
   sizes = [
-    (_ties.shape(a)[axis], _ties.shape(b)[axis])
+    (reading.shape(a)[axis], reading.shape(b)[axis])
     for a, b in zip(old.invars, new.invars, strict=True)
   ]
   if at[units.of_result[0, axis]]:
     blocks = [x for x, (n, m) in zip(blocks, sizes, strict=True) if n != m]
-  return _ties.bind(old, blocks)
+  return reading.bind(old, blocks)
 
 
 def _adapted(
@@ -144,7 +145,7 @@ def _adapted(
     return m - n if unit is not None and at[unit] else n
 
   def result(i: int = 0) -> tuple[int, ...]:
-    pair = zip(_ties.shape(old.outvars[i]), _ties.shape(new.outvars[i]), strict=True)
+    pair = zip(reading.shape(old.outvars[i]), reading.shape(new.outvars[i]), strict=True)
     return tuple(size(n, m, units.of_result.get((i, a))) for a, (n, m) in enumerate(pair))
 
   if name in ("broadcast_in_dim", "random_bits"):

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 
 from optax_cadence import _paths
-from optax_cadence.growth import _ties
 from optax_cadence.growth import _trees
 from optax_cadence.growth._dimension import Labels
 from optax_cadence.growth._dimension import NO_UNIT
+from optax_cadence.programs import primitives
+from optax_cadence.programs import reading
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
 
@@ -75,7 +76,7 @@ class Operation(NamedTuple):
     eqn = self.eqn
     if eqn.primitive.name not in PRODUCTS:
       return 0
-    left, right, result = (_ties.shape(v) for v in (*eqn.invars, *eqn.outvars))
+    left, right, result = (reading.shape(v) for v in (*eqn.invars, *eqn.outvars))
     if eqn.primitive.name == "dot_general":
       (axes, _), _ = eqn.params["dimension_numbers"]
       terms = math.prod(left[a] for a in axes)
@@ -83,15 +84,15 @@ class Operation(NamedTuple):
       terms = math.prod(right) // right[eqn.params["dimension_numbers"].rhs_spec[0]]
     return 2 * terms * math.prod(result) * self.repeat
 
-  def ends(self, tie: _ties.Tie) -> list[tuple[Node, int]]:
+  def ends(self, tie: primitives.Tie) -> list[tuple[Node, int]]:
     """The axes that a tie ties."""
     pairs = [(self.operands[i], a) for i, a in tie.operands]
     pairs += [(self.results[i], a) for i, a in tie.results]
     return [(node, a) for node, a in pairs if node is not None]
 
-  def labelled(self) -> Iterator[tuple[_ties.Tie, list[tuple[Node, int]]]]:
+  def labelled(self) -> Iterator[tuple[primitives.Tie, list[tuple[Node, int]]]]:
     """Its ties with labels, and the axes that have them."""
-    for tie in _ties.ties(self.eqn) or []:
+    for tie in primitives.ties(self.eqn) or []:
       ends = [(node, a) for node, a in self.ends(tie) if a in node.labels]
       if ends:
         yield tie, ends
@@ -146,7 +147,7 @@ def flattened(program: Any, paths: list[_paths.Path]) -> Graph:
   """The flat form of a traced program whose first inputs are the leaves at `paths`."""
   graph = Graph({}, [], [], [], [])
   nodes = [
-    Node(_ties.shape(v), f"argument {i - len(paths)}", fixed=i >= len(paths))
+    Node(reading.shape(v), f"argument {i - len(paths)}", fixed=i >= len(paths))
     for i, v in enumerate(program.jaxpr.invars)
   ]
   for path, node in zip(paths, nodes, strict=False):
@@ -190,20 +191,20 @@ def trace(
 
 
 def _flatten(graph: Graph, program: Any, inputs: list[Any], repeat: int) -> list[Any]:
-  jaxpr, _ = _ties.opened(program)
-  known = {v: Node(_ties.shape(v), "a constant", fixed=True) for v in jaxpr.constvars}
+  jaxpr, _ = reading.opened(program)
+  known = {v: Node(reading.shape(v), "a constant", fixed=True) for v in jaxpr.constvars}
   known.update(zip(jaxpr.invars, inputs, strict=True))
 
   def at(var: Any) -> Any:
-    return None if _ties.is_literal(var) else known[var]
+    return None if reading.is_literal(var) else known[var]
 
   for eqn in jaxpr.eqns:
     operands = [at(v) for v in eqn.invars]
-    inner = _ties.inlined(eqn)
+    inner = reading.called(eqn)
     if inner is not None:
       results = _flatten(graph, inner, operands, repeat)
     else:
-      results = [Node(_ties.shape(v)) for v in eqn.outvars]
+      results = [Node(reading.shape(v)) for v in eqn.outvars]
       special = {"scan": _flatten_scan, "cond": _flatten_cond, "while": _flatten_while}
       if eqn.primitive.name in special:
         special[eqn.primitive.name](graph, eqn, operands, results, repeat)
@@ -211,7 +212,7 @@ def _flatten(graph: Graph, program: Any, inputs: list[Any], repeat: int) -> list
         _inherit_origin(eqn, operands, results)
         graph.operations.append(Operation(eqn, operands, results, repeat))
     known.update(zip(eqn.outvars, results, strict=True))
-  return [at(v) or Node(_ties.shape(v)) for v in jaxpr.outvars]
+  return [at(v) or Node(reading.shape(v)) for v in jaxpr.outvars]
 
 
 def _inherit_origin(eqn: Any, operands: list[Any], results: list[Node]) -> None:
@@ -223,13 +224,13 @@ def _inherit_origin(eqn: Any, operands: list[Any], results: list[Node]) -> None:
 def _flatten_scan(
   graph: Graph, eqn: Any, operands: list[Any], results: list[Node], repeat: int
 ) -> None:
-  consts, carries = _ties.scan_counts(eqn)
-  jaxpr, _ = _ties.opened(eqn.params["jaxpr"])
+  consts, carries = reading.scan_counts(eqn)
+  jaxpr, _ = reading.opened(eqn.params["jaxpr"])
   inside: list[Any] = list(operands[: consts + carries])
   for var, outside in zip(
     jaxpr.invars[consts + carries :], operands[consts + carries :], strict=True
   ):
-    node = Node(_ties.shape(var))
+    node = Node(reading.shape(var))
     if outside is not None:
       node.origin = outside.origin
       graph.shifts.append((outside, node))

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from optax_cadence.growth import _ties
 from optax_cadence.growth._dimension import NO_UNIT
 from optax_cadence.growth._program import Graph
 from optax_cadence.growth._program import Node
 from optax_cadence.growth._program import Operation
+from optax_cadence.programs import primitives
+from optax_cadence.programs import reading
 
 
 def spread(graph: Graph) -> None:
@@ -36,7 +37,7 @@ def _through(operation: Operation) -> bool:
   if not any(node.labels for node in nodes):
     return False
   where = f"{operation.eqn.primitive.name} of shapes {[node.shape for node in nodes]}"
-  found = _ties.ties(operation.eqn)
+  found = primitives.ties(operation.eqn)
   if found is None:
     raise ValueError(
       f"the units cannot be followed through {where}; describe the dimension by hand"
@@ -63,7 +64,7 @@ def _tie(ends: list[tuple[Node, int]], where: str) -> bool:
 
 def _reshape(source: Node, target: Node, where: str) -> bool:
   changed = False
-  for ins, outs in _ties.reshape_groups(source.shape, target.shape):
+  for ins, outs in primitives.reshape_groups(source.shape, target.shape):
     changed |= _regroup(source, ins, target, outs, where)
     changed |= _regroup(target, outs, source, ins, where)
   return changed
@@ -97,7 +98,7 @@ def _parts(operation: Operation) -> Iterator[tuple[Node | None, Node | None, int
   eqn, operands, results, _ = operation
   p = eqn.params
   if eqn.primitive.name == "slice":
-    sizes = _ties.shape(eqn.outvars[0])
+    sizes = reading.shape(eqn.outvars[0])
     strides = p["strides"] or (1,) * len(sizes)
     for axis, (start, size, step) in enumerate(
       zip(p["start_indices"], sizes, strides, strict=True)
@@ -107,7 +108,7 @@ def _parts(operation: Operation) -> Iterator[tuple[Node | None, Node | None, int
     joined = eqn.primitive.name == "concatenate"
     whole, parts = (results[0], operands) if joined else (operands[0], results)
     axis = p["dimension"] if joined else p["axis"]
-    lengths = [_ties.shape(v)[axis] for v in (eqn.invars if joined else eqn.outvars)]
+    lengths = [reading.shape(v)[axis] for v in (eqn.invars if joined else eqn.outvars)]
     for part, size, end in zip(parts, lengths, np.cumsum(lengths), strict=True):
       yield whole, part, axis, np.arange(end - size, end)
 

@@ -6,9 +6,9 @@ operation of its own pads it, as Flax does for "CAUSAL": once for the old kernel
 
 from typing import Any
 
-from optax_cadence.growth import _ties
 from optax_cadence.growth._split import Split
 from optax_cadence.growth._split import TAPS
+from optax_cadence.programs import reading
 
 
 def passed(old: Any, operands: list[Split]) -> Split:
@@ -19,7 +19,7 @@ def passed(old: Any, operands: list[Split]) -> Split:
       " convolution: expected it to be used as it is"
     )
   (x,) = operands
-  return Split(x.axes, {at: _ties.bind(old, [y])[0] for at, y in x.blocks.items()}, x.offset)
+  return Split(x.axes, {at: reading.bind(old, [y])[0] for at, y in x.blocks.items()}, x.offset)
 
 
 def pads_for_taps(old: Any, new: Any, operands: list[Split]) -> bool:
@@ -35,7 +35,7 @@ def padded(old: Any, new: Any, x: Split, fill: Split) -> Split:
   """What a kernel reads: padded for its old taps, and for all."""
   lows = [[low for low, _, _ in eqn.params["padding_config"]] for eqn in (old, new)]
   blocks = {
-    (taps, *bits): _ties.bind(eqn, [block, fill.blocks[()]])[0]
+    (taps, *bits): reading.bind(eqn, [block, fill.blocks[()]])[0]
     for taps, eqn in enumerate((old, new))
     for bits, block in x.blocks.items()
   }

@@ -1,15 +1,16 @@
-"""Which axes of the operands and results of an operation go together.
+"""The table of primitives: which axes of an operation's operands and results go together.
 
-One table for two readers: the coupling of parameters (which axes have to grow together)
-and the evaluation of a network whose arrays are held in two parts, old and new. Nothing
-here knows about parameters or growth.
+Every reader of programs asks it: masks (is an operation elementwise?), forward order (does it
+contract?), growth (which axes have to grow together?). To add a primitive, add its name to one of
+the sets, or a line to `_RULES`. Nothing here knows about parameters.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.extend import core as jex_core
+
+from optax_cadence.programs.reading import shape
 
 
 class Tie(NamedTuple):
@@ -37,6 +38,12 @@ ELEMENTWISE = frozenset(
   shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
   """.split()  # noqa: SIM905
 )
+# Sums over an axis that two operands share.
+PRODUCTS = frozenset(["conv_general_dilated", "dot_general"])
+# What takes data through a table of weights, whole: products, their like, and look-ups.
+CONTRACTIONS = PRODUCTS | frozenset(
+  ["gather", "ragged_dot", "ragged_dot_general", "scaled_dot", "scaled_matmul"]
+)
 _REDUCTIONS = frozenset(
   ["reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum", "reduce_xor"]
 )
@@ -49,11 +56,6 @@ _ALONG = {
   "rev": "dimensions",
   "sort": "dimension",
 }
-
-
-def shape(var: Any) -> tuple[int, ...]:
-  """Shape of a variable or literal."""
-  return tuple(getattr(var.aval, "shape", ()))
 
 
 def ties(eqn: Any) -> list[Tie] | None:
@@ -218,8 +220,8 @@ def reshape_groups(
 ) -> list[tuple[list[int], list[int]]]:
   """The smallest runs of axes that a reshape turns into each other.
 
-  >>> from optax_cadence.growth import _ties
-  >>> _ties.reshape_groups((2, 3, 4, 5), (2, 12, 5))
+  >>> from optax_cadence.programs import primitives
+  >>> primitives.reshape_groups((2, 3, 4, 5), (2, 12, 5))
   [([0], [0]), ([1, 2], [1]), ([3], [2])]
   """
   groups: list[tuple[list[int], list[int]]] = []
@@ -241,60 +243,3 @@ def reshape_groups(
         break
     groups.append((ins, outs))
   return groups
-
-
-def bodies(eqn: Any) -> list[Any]:
-  """The programs inside an operation, whatever its parameters are called."""
-  found = []
-  for value in eqn.params.values():
-    items = value if isinstance(value, (tuple, list)) else [value]
-    found += [v for v in items if isinstance(v, (jex_core.ClosedJaxpr, jex_core.Jaxpr))]
-  return found
-
-
-def opened(program: Any) -> tuple[Any, list[Any]]:
-  """The program without its constants, and they."""
-  if isinstance(program, jex_core.ClosedJaxpr):
-    return program.jaxpr, list(program.consts)
-  return program, []
-
-
-def is_literal(var: Any) -> bool:
-  """Whether an operand is written into the program."""
-  return isinstance(var, jex_core.Literal)
-
-
-def scan_counts(eqn: Any) -> tuple[int, int]:
-  """How many operands of a scan are constants, and how many are carried.
-
-  From the shapes, as the parameters that hold these numbers differ between JAX versions.
-  """
-  body, _ = opened(eqn.params["jaxpr"])
-
-  def stacked(outside: list[Any], inside: list[Any]) -> int:
-    return sum(len(shape(o)) != len(shape(i)) for o, i in zip(outside, inside, strict=True))
-
-  carried = len(eqn.outvars) - stacked(eqn.outvars, body.outvars)
-  return len(eqn.invars) - stacked(eqn.invars, body.invars) - carried, carried
-
-
-def inlined(eqn: Any) -> Any | None:
-  """The one program that an operation runs once with its own operands and results, if so."""
-  if eqn.primitive.name in ("cond", "scan", "while"):
-    return None
-  found = bodies(eqn)
-  if not found:
-    return None
-  inner, _ = opened(found[0])
-  if len(inner.invars) == len(eqn.invars) and len(inner.outvars) == len(eqn.outvars):
-    return found[0]
-  return None
-
-
-def bind(eqn: Any, operands: list[Any], **changed: Any) -> list[Any]:
-  """Runs an operation, some of its parameters changed."""
-  params = eqn.primitive.get_bind_params({**eqn.params, **changed})
-  # JAX before 0.10 keeps functions apart, as first operands.
-  functions, params = ((), params) if isinstance(params, dict) else params
-  found = eqn.primitive.bind(*functions, *operands, **params)
-  return list(found) if eqn.primitive.multiple_results else [found]

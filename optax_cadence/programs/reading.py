@@ -1,0 +1,163 @@
+"""Reads a traced program (a jaxpr): its constants, literals, calls and loops, and runs its parts.
+
+Everything that JAX might write differently in another version is told here and nowhere else.
+What an operation does to the axes of its operands is in `primitives`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jax.extend import core as jex_core
+
+# An operation, as it stands in each of the programs that are walked side by side.
+Eqns = tuple[Any, ...]
+
+
+class DifferentProgramsError(ValueError):
+  """Raised where programs that are walked side by side do not have the same operations."""
+
+
+def opened(program: Any) -> tuple[Any, list[Any]]:
+  """The jaxpr of a program, and the arrays of its constants; a plain jaxpr has none."""
+  if isinstance(program, jex_core.ClosedJaxpr):
+    return program.jaxpr, list(program.consts)
+  return program, []
+
+
+def shape(var: Any) -> tuple[int, ...]:
+  """Shape of a variable or literal."""
+  return tuple(getattr(var.aval, "shape", ()))
+
+
+def is_literal(var: Any) -> bool:
+  """Whether an operand is a number written into the program."""
+  return isinstance(var, jex_core.Literal)
+
+
+def literal(var: Any) -> Any:
+  """The number that a literal stands for, in the literal's dtype."""
+  return np.asarray(var.val, var.aval.dtype) if np.isscalar(var.val) else var.val
+
+
+def bodies(eqn: Any) -> list[Any]:
+  """The programs inside an operation, whatever its parameters are called."""
+  found = []
+  for value in eqn.params.values():
+    items = value if isinstance(value, (tuple, list)) else [value]
+    found += [v for v in items if isinstance(v, (jex_core.ClosedJaxpr, jex_core.Jaxpr))]
+  return found
+
+
+def called(eqn: Any) -> Any | None:
+  """The program that an operation runs once, on its own operands and for its own results.
+
+  So do `jit`, `remat`, `custom_jvp_call` and their like; None for every other operation.
+  """
+  if eqn.primitive.name in ("cond", "scan", "while"):
+    return None
+  found = bodies(eqn)
+  if not found:
+    return None
+  body, _ = opened(found[0])
+  if len(body.invars) == len(eqn.invars) and len(body.outvars) == len(eqn.outvars):
+    return found[0]
+  return None
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+  """How many operands of a scan are constants, and how many are carried.
+
+  From the shapes, as the parameters that hold these numbers differ between JAX versions.
+  """
+  body, _ = opened(eqn.params["jaxpr"])
+
+  def stacked(outside: list[Any], inside: list[Any]) -> int:
+    return sum(len(shape(o)) != len(shape(i)) for o, i in zip(outside, inside, strict=True))
+
+  carried = len(eqn.outvars) - stacked(eqn.outvars, body.outvars)
+  return len(eqn.invars) - stacked(eqn.invars, body.invars) - carried, carried
+
+
+def while_counts(eqn: Any) -> tuple[int, int]:
+  """How many operands of a while loop only its condition reads, and how many only its body."""
+  return eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+
+
+def bind(eqn: Any, operands: Sequence[Any], **changed: Any) -> list[Any]:
+  """Runs an operation on other operands, some of its parameters changed."""
+  params = eqn.primitive.get_bind_params({**eqn.params, **changed})
+  # JAX before 0.10 keeps functions apart, as first operands.
+  functions, params = ((), params) if isinstance(params, dict) else params
+  with eqn.ctx.manager:
+    found = eqn.primitive.bind(*functions, *operands, **params)
+  return list(found) if eqn.primitive.multiple_results else [found]
+
+
+def walk(
+  programs: Sequence[Any],
+  inputs: Sequence[Any],
+  operation: Callable[[Eqns, list[Any]], Sequence[Any]],
+  constant: Callable[[tuple[Any, ...]], Any],
+) -> list[Any]:
+  """Walks programs with the same operations side by side, on values of any kind.
+
+  Args:
+    programs: The programs; most readers have one.
+    inputs: A value for each argument, one for all programs together.
+    operation: `operation(eqns, operands) -> results`: the values of the results of an operation,
+      which `eqns` has of each program. It is told of calls and loops as of any other operation.
+    constant: `constant(numbers) -> value`: from a constant or literal, which each program has one
+      of, its value.
+
+  Returns:
+    The values of the results.
+
+  Raises:
+    DifferentProgramsError: If the programs do not have the same operations on the same operands.
+  """
+  jaxprs, consts = zip(*map(opened, programs), strict=True)
+  check_same_operations(jaxprs)
+  values = {}
+  for variables, numbers in zip(
+    _columns(jaxprs, "constvars"), zip(*consts, strict=True), strict=True
+  ):
+    values[variables] = constant(numbers)
+  values.update(zip(_columns(jaxprs, "invars"), inputs, strict=True))
+
+  def read(atoms: tuple[Any, ...]) -> Any:
+    if all(map(is_literal, atoms)):
+      return constant(tuple(map(literal, atoms)))
+    if atoms not in values:
+      raise DifferentProgramsError("an operand that differs")
+    return values[atoms]
+
+  for eqns in _columns(jaxprs, "eqns"):
+    operands = [read(atoms) for atoms in _columns(eqns, "invars")]
+    values.update(zip(_columns(eqns, "outvars"), operation(eqns, operands), strict=True))
+  return [read(atoms) for atoms in _columns(jaxprs, "outvars")]
+
+
+def check_same_operations(jaxprs: Sequence[Any]) -> None:
+  """Raises `DifferentProgramsError` unless all have the same operations in the same order."""
+  names = [[(e.primitive.name, len(e.invars)) for e in jaxpr.eqns] for jaxpr in jaxprs]
+  for other in names[1:]:
+    if other != names[0]:
+      pairs = zip(names[0], other, strict=False)
+      differ = next((f"{a[0]} and {b[0]}" for a, b in pairs if a != b), None)
+      raise DifferentProgramsError(differ or f"{len(names[0])} and {len(other)} operations")
+
+
+def _columns(items: Sequence[Any], field: str) -> list[tuple[Any, ...]]:
+  """What stands at the same place of a field in every item."""
+  return list(zip(*(getattr(item, field) for item in items), strict=True))
+
+
+def evaluate(program: Any, inputs: Sequence[Any]) -> list[Any]:
+  """Runs a program, in which calls are opened."""
+
+  def operation(eqns: Eqns, operands: list[Any]) -> list[Any]:
+    inner = called(eqns[0])
+    return bind(eqns[0], operands) if inner is None else evaluate(inner, operands)
+
+  return walk([program], inputs, operation, lambda numbers: numbers[0])
