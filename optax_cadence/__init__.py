@@ -2,41 +2,41 @@
 
 from optax_cadence import growth
 from optax_cadence import pruning
-from optax_cadence._builders import by_depth
-from optax_cadence._builders import by_path
 from optax_cadence._cadence import cadence
 from optax_cadence._cadence import CadenceTransformation
-from optax_cadence._chain import chain
-from optax_cadence._describe import describe
-from optax_cadence._describe import Description
-from optax_cadence._describe import GroupSummary
-from optax_cadence._describe import plot_score
-from optax_cadence._forward_order import forward_order
-from optax_cadence._late import late
-from optax_cadence._late import ramp
+from optax_cadence._cadence import chain
 from optax_cadence._learning_rate import scale_by_cadence
 from optax_cadence._learning_rate import ScaleByCadenceState
-from optax_cadence._metrics import metrics
-from optax_cadence._metrics import plot_confidence
-from optax_cadence._noise_scale import noise_scale
-from optax_cadence._noise_scale import NoiseScaleState
-from optax_cadence._policies import as_settled
-from optax_cadence._policies import each_layer
-from optax_cadence._policies import until_certain
-from optax_cadence._policy import Policy
-from optax_cadence._regions import channels
-from optax_cadence._regions import Grid
-from optax_cadence._regions import quadrants
-from optax_cadence._regions import stacked
-from optax_cadence._schedules import Every
 from optax_cadence._state import CadenceState
 from optax_cadence._state import ConfidenceState
 from optax_cadence._state import GroupState
-from optax_cadence._state import SharedState
-from optax_cadence._statistics import Estimate
-from optax_cadence._statistics import Statistics
-from optax_cadence._trainable import trainable
+from optax_cadence._state import MaskState
+from optax_cadence._training import trainable
+from optax_cadence.confidence.noise_scale import noise_scale
+from optax_cadence.confidence.noise_scale import NoiseScaleState
+from optax_cadence.confidence.policies import as_settled
+from optax_cadence.confidence.policies import each_layer
+from optax_cadence.confidence.policies import until_certain
+from optax_cadence.confidence.statistics import Estimate
+from optax_cadence.confidence.statistics import Statistics
 from optax_cadence.pruning.transformation import prune
+from optax_cadence.regions.grids import channels
+from optax_cadence.regions.grids import Grid
+from optax_cadence.regions.grids import quadrants
+from optax_cadence.regions.grids import stacked
+from optax_cadence.report.describe import describe
+from optax_cadence.report.describe import Description
+from optax_cadence.report.describe import GroupSummary
+from optax_cadence.report.metrics import metrics
+from optax_cadence.report.pictures import plot_confidence
+from optax_cadence.report.pictures import plot_score
+from optax_cadence.schedules.by_depth import by_depth
+from optax_cadence.schedules.by_path import by_path
+from optax_cadence.schedules.every import Every
+from optax_cadence.schedules.forward_order import forward_order
+from optax_cadence.schedules.late import late
+from optax_cadence.schedules.late import ramp
+from optax_cadence.schedules.policy import Policy
 
 __all__ = [
   "CadenceState",
@@ -48,10 +48,10 @@ __all__ = [
   "Grid",
   "GroupState",
   "GroupSummary",
+  "MaskState",
   "NoiseScaleState",
   "Policy",
   "ScaleByCadenceState",
-  "SharedState",
   "Statistics",
   "as_settled",
   "by_depth",

@@ -1,32 +1,25 @@
-"""The transformation: the settings of a cadence and the functions Optax calls.
+"""The transformation: the settings of a cadence, their checks, and the functions Optax calls.
 
-What happens at a micro-step is in `_step`; here is what it is given.
+What happens at a micro-step is in `_step`; here is what it is given. `chain` is at the end.
 """
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cadence import _control
-from optax_cadence import _firing
-from optax_cadence import _layout
-from optax_cadence import _masks
-from optax_cadence import _moves
 from optax_cadence import _paths
-from optax_cadence import _regions
-from optax_cadence import _schedules
-from optax_cadence import _shared
-from optax_cadence import _split
-from optax_cadence import _statistics
 from optax_cadence import _step
-from optax_cadence import _windows
-from optax_cadence._policy import Policy
+from optax_cadence import _window
 from optax_cadence._state import CadenceState
-from optax_cadence._state import ConfidenceState
 from optax_cadence._state import GroupState
+from optax_cadence._state import RegionNames
+from optax_cadence.regions import layout as layouts
+from optax_cadence.schedules import phases
+from optax_cadence.schedules.every import Every
 
 
 class CadenceTransformation(optax.GradientTransformationExtraArgs):
@@ -57,7 +50,11 @@ class CadenceTransformation(optax.GradientTransformationExtraArgs):
 
   @property
   def cycle(self) -> int | None:
-    """Micro-steps after which the schedule repeats; None when a period is dynamic."""
+    """Micro-steps after which the schedule repeats; None when a period is dynamic.
+
+    If `every` is a function of the parameters that does not say what periods it may give, they
+    are known only with parameters: `oc.describe(tx, params).cycle`.
+    """
     return of(self).cycle
 
 
@@ -145,7 +142,10 @@ def _owner(tx: CadenceTransformation) -> Any:
 
 
 class Cadence:
-  """The settings of a cadence, and the four functions that make the transformation."""
+  """The settings of a cadence, and the four functions that make the transformation.
+
+  It remembers nothing of the parameters that it is called with.
+  """
 
   def __init__(
     self,
@@ -161,63 +161,69 @@ class Cadence:
     _one_of("nonfinite", nonfinite, ("propagate", "skip"))
     _one_of("clock", clock, ("updates", "micro_steps"))
     _check_float("accumulator_dtype", accumulator_dtype)
-    self.accumulate = accumulate
-    if not callable(every):
-      self._check_policies(_layout.everys(every))
     self.inner = optax.with_extra_args_support(inner)
     self.every = every
+    self.accumulate = accumulate
     self.accumulator_dtype = accumulator_dtype
     self.skip = nonfinite == "skip"
-    self.clock = clock
-    # Of the last tree, for where no parameters are at hand.
-    self._seen: _layout.Layout | None = None
+    self.set_schedules = None
+    if clock == "micro_steps":
+      from optax_cadence._clocks import set_schedules
+
+      self.set_schedules = set_schedules
+    # All cadences there are, whatever the parameters; None where only a function of them knows.
+    self.declared = layouts.declared(every)
+    for given in self.declared or ():
+      self._check_policy(given.every)
 
   @property
   def cadence(self) -> "Cadence":
     """This cadence; an `oc.chain` has the one that stands last."""
     return self
 
-  @property
+  @functools.cached_property
   def cycle(self) -> int | None:
     """Least common multiple of the periods; None when one is dynamic."""
-    if not callable(self.every):
-      return _schedules.cycle(_layout.everys(self.every))
-    groups = self._layout_seen("the cycle of a callable every").groups
-    return _schedules.cycle(group.every for group in groups)
+    if self.declared is not None:
+      return phases.cycle(given.every for given in self.declared)
+    if hasattr(self.every, "cycle"):
+      return self.every.cycle
+    raise ValueError(
+      "the cycle of a function of the parameters depends on them: expected a tree of cadences or"
+      f" by_path, found {self.every!r}; ask oc.describe(tx, params).cycle"
+    )
 
-  def layout(self, params: Any) -> _layout.Layout:
-    """The groups of parameters, as the state has them; only shapes and dtypes are read."""
-    layout = self._cut(params)
-    if self.accumulate != "latest":
-      leaves = layout.avals(_dtypes(params))
-      if not self.skip:
-        layout = layout.recut(_shared.provable(self.inner, layout, leaves), _regions.shared)
-      layout = layout.recut(_split.provable(self.inner, layout, leaves), _regions.split)
-    self._seen = layout
+  def groups_of(self, tree: Any) -> layouts.Layout:
+    """The groups of a tree, as the cadences cut it."""
+    layout = layouts.layout(self.every, tree, self.declared)
+    for group in layout.groups:
+      self._check_policy(group.every)
     return layout
 
-  def _cut(self, tree: Any) -> _layout.Layout:
-    """The groups of a tree, each with the entries of its own."""
-    found = _layout.layout(self.every, tree)
-    self._check_policies(group.every for group in found.groups)
-    return found
+  def layout(self, params: Any) -> layouts.Layout:
+    """The groups of parameters, as `init` lays out their state; only shapes and dtypes are read."""
+    layout = self.groups_of(params)
+    if layout.scattered and self.accumulate != "latest":
+      from optax_cadence.entrywise import choice
 
-  def _check_policies(self, everys: Iterable[_schedules.Every]) -> None:
+      layout = choice.choose(self.inner, layout, _dtypes(params), with_masks=not self.skip)[0]
+    return layout
+
+  def _check_policy(self, every: Every) -> None:
     """Raises where a policy has no accumulator to judge."""
-    for every in everys:
-      if every.policy is not None and self.accumulate == "latest":
-        raise ValueError(
-          f'{every}: a policy needs the sum of its window, expected accumulate="mean" or "sum",'
-          ' found "latest"'
-        )
+    if every.policy is not None and self.accumulate == "latest":
+      raise ValueError(
+        f'{every}: a policy needs the sum of its window, expected accumulate="mean" or "sum",'
+        ' found "latest"'
+      )
 
-  def accumulates(self, every: _schedules.Every) -> bool:
+  def accumulates(self, every: Every) -> bool:
     """Whether groups with this cadence have accumulators."""
     return self.accumulate != "latest" and not every.always
 
   def sum_dtype(self, dtype: Any) -> Any:
     """Dtype of the accumulator of a parameter."""
-    return _windows.accumulator_dtype(dtype, self.accumulator_dtype)
+    return _window.accumulator_dtype(dtype, self.accumulator_dtype)
 
   def init(self, params: optax.Params) -> CadenceState:
     if isinstance(params, optax.LookaheadParams):
@@ -226,20 +232,62 @@ class Cadence:
         " inside: optax.lookahead(oc.cadence(...), ...)"
       )
     if _is_placeholder(params):
-      return self._init_placeholder(params)
-    layout, leaves, groups = self.layout(params), _layout.leaves(params), []
+      return self._init_without_parameters(params)
+    layout, leaves, groups = self.layout(params), layouts.leaves_of(params), {}
+    call = self._call(layout, params, None)
     for group in layout.groups:
       tensors = group.take(leaves)
       sums = [jnp.zeros(x.shape, self.sum_dtype(x.dtype)) for x in tensors]
       trees = layout.tree(group, tensors), layout.tree(group, sums)
-      path = layout.paths[group.leaves[0]]
-      _layout.named(path, _schedules.Every.first_window, group.every)
-      groups.append(self._init_group(group, layout.regions(group), tensors, *trees))
-    shared = []
-    for mask in _masks.shared(layout):
-      leaf = leaves[mask.leaf]
-      shared.append(_shared.init(self.inner, layout, mask, leaf, self.sum_dtype(leaf.dtype)))
-    return CadenceState(jnp.int32(0), tuple(groups), tuple(shared))
+      with layouts.naming(layout.paths[group.leaves[0]] if group.leaves else ()):
+        inner = call.inner_of(group)
+        groups[group.name] = self._init_group(inner, group.every, tensors, *trees)
+    masks = None
+    if layout.has_masks:
+      from optax_cadence.entrywise import masks as entries
+
+      masks = entries.init(self.inner, layout, leaves, self.sum_dtype)
+    return CadenceState(jnp.int32(0), groups, RegionNames.of(layout.region_names()), masks)
+
+  def _init_group(
+    self, inner: Any, every: Every, tensors: list[jax.Array], params: Any, sums: Any
+  ) -> GroupState:
+    n, accumulates, confidence = len(tensors), self.accumulates(every), None
+    if every.policy is not None:
+      from optax_cadence.confidence import deciding
+
+      confidence = deciding.init(every.policy, tensors)
+    return GroupState(
+      inner_state=inner.init(params),
+      accumulators=sums if accumulates else None,
+      window=jnp.zeros((n,) if self.skip else (), jnp.int32) if accumulates else None,
+      remaining=None if every.always else every.first_window(),
+      period=jnp.int32(0) if every.policy is not None else every.first_window(),
+      updates=jnp.int32(0),
+      skipped=jnp.zeros((n,), jnp.int32) if self.skip else None,
+      confidence=confidence,
+    )
+
+  def _init_without_parameters(self, placeholder: Any) -> CadenceState:
+    """The state with a stand-in for the parameters, as `tree_map_params` asks for it."""
+    if self.declared is None:
+      raise ValueError(
+        "tree_map_params asks what groups a state has without its parameters, and those that a"
+        " function of the parameters makes are not known then: expected a tree of cadences or"
+        f" by_path, found {self.every!r}; give the tree that it returns,"
+        " oc.cadence(inner, every(params))"
+      )
+    everys = {given.every.key: given.every for given in self.declared}
+    groups = {
+      name: self._init_group(self.inner, everys[key], [], placeholder, placeholder)
+      for key, name in layouts.group_names(self.declared).items()
+    }
+    masks = None
+    if any(given.of_mask for given in self.declared):
+      from optax_cadence.entrywise import masks as entries
+
+      masks = entries.stand_in(self.inner, placeholder)
+    return CadenceState(jnp.int32(0), groups, RegionNames(None), masks)
 
   def update(
     self,
@@ -250,9 +298,10 @@ class Cadence:
     phase: int | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, CadenceState]:
-    firing, leaves = self._firing(grads, state, params, extra_args), _layout.leaves(grads)
+    call = self._prepare(grads, state, params, extra_args)
+    leaves = layouts.leaves_of(grads)
     zeros = {i: jnp.zeros_like(g) for i, g in leaves.items()}
-    updates, state = _step.advance(firing, leaves, state, zeros, self._phase(phase))
+    updates, state = _step.advance(call, leaves, state, zeros, _phase(phase, call.layout))
     return jax.tree.unflatten(jax.tree.structure(grads), updates.values()), state
 
   def apply(
@@ -264,125 +313,101 @@ class Cadence:
     **extra_args: Any,
   ) -> tuple[optax.Params, CadenceState]:
     _check_given("apply", params, needed=bool(jax.tree.leaves(grads)))
-    firing = self._firing(grads, state, params, extra_args, in_place=True)
-    given, targets = _layout.leaves(grads), _layout.leaves(params)
-    leaves, state = _step.advance(firing, given, state, targets, self._phase(phase))
+    call = self._prepare(grads, state, params, extra_args, in_place=True)
+    given, targets = layouts.leaves_of(grads), layouts.leaves_of(params)
+    leaves, state = _step.advance(call, given, state, targets, _phase(phase, call.layout))
     return jax.tree.unflatten(jax.tree.structure(params), leaves.values()), state
 
   def flush(
     self, state: CadenceState, params: optax.Params, **extra_args: Any
   ) -> tuple[optax.Updates, CadenceState]:
-    _check_given("flush", params, needed=getattr(state, "groups", None) != ())
-    firing = self._firing(params, state, params, extra_args)
-    zeros = {i: jnp.zeros_like(p) for i, p in _layout.leaves(params).items()}
-    updates, state = _step.flush(firing, state, zeros)
+    _check_given("flush", params, needed=getattr(state, "groups", None) != {})
+    call = self._prepare(params, state, params, extra_args)
+    zeros = {i: jnp.zeros_like(p) for i, p in layouts.leaves_of(params).items()}
+    updates, state = _step.flush(call, state, zeros)
     return jax.tree.unflatten(jax.tree.structure(params), updates.values()), state
 
-  def _firing(
+  def _prepare(
     self,
     grads: Any,
     state: CadenceState,
     params: Any,
     extra_args: dict[str, Any],
     in_place: bool = False,
-  ) -> _firing.Firing:
+  ) -> _step.Call:
+    """Checks what a call is given, and puts together what its micro-step needs."""
     if params is not None:
       _paths.check_same("gradient", "as the parameters have", params, grads)
-    layout = self._cut(grads)
+    layout = self.groups_of(grads)
     self._check_state(layout, state)
-    layout = layout.recut(_shared.leaves_of(layout, state.shared), _regions.shared)
-    dtypes, split = _dtypes(grads), _split.leaves_of(layout, state.groups)
-    if split and extra_args:
-      _split.check(self.inner, layout, split, layout.avals(dtypes), extra_args)
-    self._seen = layout = layout.recut(split, _regions.split)
-    return _firing.Firing(
+    if layout.scattered:
+      from optax_cadence.entrywise import choice
+
+      layout = choice.as_in_state(layout, state)
+      choice.check_extra_args(self.inner, layout, _dtypes(grads), extra_args)
+    return self._call(layout, grads, params, extra_args, in_place)
+
+  def _call(
+    self,
+    layout: layouts.Layout,
+    grads: Any,
+    params: Any,
+    extra_args: dict[str, Any] | None = None,
+    in_place: bool = False,
+  ) -> _step.Call:
+    return _step.Call(
       inner=self.inner,
       layout=layout,
-      dtypes=dtypes,
-      param_dtypes=None if params is None else _dtypes(params),
-      params=None if params is None or in_place else _layout.leaves(params),
-      extra_args=extra_args,
+      dtypes=_dtypes(grads),
+      params=None if params is None else layouts.leaves_of(params),
+      extra_args=extra_args or {},
       in_place=in_place,
       sums=self.accumulate == "sum",
-      set_schedules=self.clock == "micro_steps",
+      set_schedules=self.set_schedules,
     )
 
-  def _check_state(self, layout: _layout.Layout, state: Any) -> None:
+  def _check_state(self, layout: layouts.Layout, state: Any) -> None:
     """Raises unless the state has the groups of this tree."""
     if not isinstance(state, CadenceState):
       raise ValueError(f"state: expected a CadenceState, found {type(state).__name__}")
-    needs = [self._needs(group.every) for group in layout.groups]
-    holds = [_holds(group) for group in state.groups]
-    if needs != holds:
+    names = {group.name for group in layout.groups}
+    if names != set(state.groups):
       raise ValueError(
-        f"state: expected {len(needs)} groups as every makes of this tree, found"
-        f" {len(holds)}, or the same number that accumulate or skip otherwise; a state goes with"
-        " the cadences and settings it was made for"
+        f"state: expected the groups {_quoted(names)}, as every makes of this tree, found"
+        f" {_quoted(state.groups)}; a state goes with the cadences it was made for"
       )
-
-  def _needs(self, every: _schedules.Every) -> tuple[bool, ...]:
-    """Which of accumulators, window, remaining, skipped and confidence a group has."""
-    accumulates = self.accumulates(every)
-    return accumulates, accumulates, not every.always, self.skip, every.policy is not None
-
-  def _phase(self, phase: Any) -> int | None:
-    return None if phase is None else _schedules.checked_phase(phase, self.cycle)
-
-  def _init_group(
-    self, group: _layout.Group, regions: Any, tensors: list[jax.Array], params: Any, sums: Any
-  ) -> GroupState:
-    every, n = group.every, len(tensors)
-    accumulates = self.accumulates(every)
-    return GroupState(
-      inner_state=self.inner.init(params),
-      accumulators=sums if accumulates else None,
-      window=jnp.zeros((n,) if self.skip else (), jnp.int32) if accumulates else None,
-      remaining=None if every.always else every.first_window(),
-      period=jnp.int32(0) if every.policy is not None else every.first_window(),
-      updates=jnp.int32(0),
-      skipped=jnp.zeros((n,), jnp.int32) if self.skip else None,
-      regions=regions,
-      confidence=None if every.policy is None else _init_confidence(every.policy, tensors),
-    )
-
-  def _init_placeholder(self, placeholder: Any) -> CadenceState:
-    # As `optax.masked` does: `tree_map_params` probes with a stand-in for the parameters.
-    layout = self._layout_seen("tree_map_params")
-    groups = []
     for group in layout.groups:
-      tensors = [jnp.float32(0)] * len(group.tensors)
-      trees = placeholder, placeholder
-      groups.append(self._init_group(group, layout.regions(group), tensors, *trees))
-    shared = [_shared.stand_in(self.inner, placeholder)] * len(_masks.shared(layout))
-    return CadenceState(jnp.int32(0), tuple(groups), tuple(shared))
+      expected, found = self._fields(group.every), state.groups[group.name].holds
+      if expected != found:
+        raise ValueError(
+          f"state of group {group.name!r}: expected the fields {_quoted(expected)}, found"
+          f" {_quoted(found)}; a state goes with the settings (accumulate, nonfinite) it was made"
+          " for"
+        )
 
-  def _layout_seen(self, what: str) -> _layout.Layout:
-    if self._seen is None:
-      raise ValueError(
-        f"{what} depends on the parameters: call tx.init(params) first (or"
-        " jax.eval_shape(tx.init, params), which allocates nothing)"
-      )
-    return self._seen
-
-
-def _dtypes(tree: Any) -> dict[int, Any]:
-  return dict(enumerate(map(jax.dtypes.result_type, jax.tree.leaves(tree))))
-
-
-def _holds(group: GroupState) -> tuple[bool, ...]:
-  """Which of accumulators, window, remaining, skipped and confidence are there."""
-  fields = group.accumulators, group.window, group.remaining, group.skipped, group.confidence
-  return tuple(field is not None for field in fields)
+  def _fields(self, every: Every) -> tuple[str, ...]:
+    """The optional fields that the state of a group with this cadence has."""
+    accumulates = self.accumulates(every)
+    needed = {
+      "accumulators": accumulates,
+      "window": accumulates,
+      "remaining": not every.always,
+      "skipped": self.skip,
+      "confidence": every.policy is not None,
+    }
+    return tuple(field for field, is_needed in needed.items() if is_needed)
 
 
-def _init_confidence(policy: Policy, tensors: list[jax.Array]) -> ConfidenceState:
-  n, remembered = len(tensors), jax.tree.map(jnp.asarray, policy.init())
-  return ConfidenceState(
-    squares=jnp.zeros(n, jnp.float32) if policy.reads_gradients else None,
-    estimate=_statistics.no_estimate(n) if policy.reads_gradients else None,
-    sample=_moves.nothing_seen(tensors) if policy.reads_updates else None,
-    policy=_control.cast_like(remembered, remembered),
-  )
+def _phase(phase: Any, layout: layouts.Layout) -> int | None:
+  return None if phase is None else phases.checked_phase(phase, layout.cycle)
+
+
+def _quoted(names: Any) -> str:
+  return ", ".join(map(repr, sorted(names))) or "none"
+
+
+def _dtypes(tree: Any) -> list[Any]:
+  return [jax.dtypes.result_type(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def _is_placeholder(tree: Any) -> bool:
@@ -407,3 +432,80 @@ def _check_float(name: str, dtype: Any) -> None:
 def _check_given(method: str, params: Any, needed: bool) -> None:
   if params is None and needed:
     raise ValueError(f"{method} needs the parameters: expected params, found None")
+
+
+def chain(*transforms: optax.GradientTransformation) -> CadenceTransformation:
+  """`optax.chain` that keeps `apply`, `flush` and `cycle` of the cadence that stands last.
+
+  Args:
+    *transforms: Gradient transformations, of which the last is a cadence.
+
+  Returns:
+    A `CadenceTransformation` whose state is the tuple of the states, as in Optax.
+
+  Raises:
+    ValueError: If the last transformation is not a cadence.
+
+  >>> import optax, optax_cadence as oc
+  >>> tx = oc.chain(optax.clip_by_global_norm(1.0), oc.cadence(optax.adam(1e-3), 8))
+  >>> tx.cycle
+  8
+  """
+  self = Chain(*transforms)
+  return CadenceTransformation(self.init, self.update)
+
+
+class Chain:
+  """The functions that make the transformation."""
+
+  def __init__(self, *transforms: optax.GradientTransformation) -> None:
+    last = transforms[-1] if transforms else None
+    if not isinstance(last, CadenceTransformation):
+      raise ValueError(f"chain expects a cadence as the last transformation, found {last!r}")
+    for tx in transforms:
+      check_transformation("each transformation in chain", tx)
+    self.before = [optax.with_extra_args_support(tx) for tx in transforms[:-1]]
+    self.last = last
+
+  @property
+  def cadence(self) -> Cadence:
+    """The cadence that stands last."""
+    return of(self.last)
+
+  def init(self, params: optax.Params) -> tuple[Any, ...]:
+    return tuple(tx.init(params) for tx in [*self.before, self.last])
+
+  def update(
+    self, grads: Any, state: Any, params: Any = None, **extra_args: Any
+  ) -> tuple[Any, tuple[Any, ...]]:
+    grads, done = self._through(grads, state, params, extra_args)
+    updates, last_state = self.last.update(grads, state[-1], params, **extra_args)
+    return updates, (*done, last_state)
+
+  def apply(
+    self, params: Any, state: Any, grads: Any, phase: int | None = None, **extra_args: Any
+  ) -> tuple[Any, tuple[Any, ...]]:
+    grads, done = self._through(grads, state, params, extra_args)
+    params, last_state = self.last.apply(params, state[-1], grads, phase, **extra_args)
+    return params, (*done, last_state)
+
+  def flush(self, state: Any, params: Any, **extra_args: Any) -> tuple[Any, tuple[Any, ...]]:
+    self._check(state)
+    updates, last_state = self.last.flush(state[-1], params, **extra_args)
+    return updates, (*state[:-1], last_state)
+
+  def _through(
+    self, grads: Any, states: Any, params: Any, extra_args: dict[str, Any]
+  ) -> tuple[Any, list[Any]]:
+    self._check(states)
+    done = []
+    for tx, state in zip(self.before, states, strict=False):
+      grads, state = tx.update(grads, state, params, **extra_args)
+      done.append(state)
+    return grads, done
+
+  def _check(self, states: Any) -> None:
+    n = len(self.before) + 1
+    if type(states) is not tuple or len(states) != n:
+      found = f"{len(states)} states" if type(states) is tuple else type(states).__name__
+      raise ValueError(f"state of chain: expected a tuple of {n} states, found {found}")

@@ -1,4 +1,4 @@
-"""Which clock a learning-rate schedule inside the inner optimizer reads.
+"""Lets the schedules inside an optimizer count the micro-steps of the run.
 
 Schedule states are recognised by their type; counters that belong to an optimizer
 itself, such as Adam's for bias correction, are left alone.
@@ -9,9 +9,16 @@ from typing import Any
 import jax
 import optax
 
-_WrappedScheduleState = type(optax.schedules.WrappedSchedule(lambda count: count).init())
 _INJECTED = (optax.InjectStatefulHyperparamsState, optax.InjectHyperparamsState)
-_COUNTING = (optax.ScaleByScheduleState, _WrappedScheduleState)
+
+
+def _counts(node: Any) -> bool:
+  """Whether this is the state of a schedule: it has a count and nothing besides."""
+  # By name: `WrappedScheduleState` has no public one, and making one would start the backend.
+  kind = type(node)
+  return isinstance(node, optax.ScaleByScheduleState) or (
+    kind.__name__ == "WrappedScheduleState" and kind.__module__.startswith("optax.")
+  )
 
 
 def set_schedules(state: optax.OptState, micro_steps: jax.Array) -> optax.OptState:
@@ -27,15 +34,11 @@ def set_schedules(state: optax.OptState, micro_steps: jax.Array) -> optax.OptSta
   """
 
   def visit(node: Any) -> Any:
-    if isinstance(node, _COUNTING):
-      return node._replace(count=_like(micro_steps, node.count))
+    if _counts(node):
+      return node._replace(count=micro_steps.astype(node.count.dtype))
     if isinstance(node, _INJECTED):
       fields = {name: set_schedules(value, micro_steps) for name, value in node._asdict().items()}
-      return type(node)(**fields | {"count": _like(micro_steps, node.count)})
+      return type(node)(**fields | {"count": micro_steps.astype(node.count.dtype)})
     return node
 
-  return jax.tree.map(visit, state, is_leaf=lambda x: isinstance(x, (*_COUNTING, *_INJECTED)))
-
-
-def _like(count: jax.Array, old: jax.Array) -> jax.Array:
-  return count.astype(old.dtype)
+  return jax.tree.map(visit, state, is_leaf=lambda x: _counts(x) or isinstance(x, _INJECTED))

@@ -8,12 +8,13 @@ predicate for each of its members, the loop runs if any is true and `keep` selec
 
 import collections
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
+
+from optax_cadence.programs import reading
 
 
 def maybe(when: bool | jax.Array, fn: Callable[[Any, Any], Any], carry: Any, consts: Any) -> Any:
@@ -44,7 +45,8 @@ def keep(when: Any, fn: Callable[[Any, Any], Any], carry: Any, consts: Any) -> A
   keep the old and the new value of every array alive, and so copy it.
 
   Args:
-    when: A boolean scalar; or a tree of them like `carry`, in which a leaf may be True.
+    when: A boolean scalar, or a tree prefix of `carry` with such scalars, of which some may be
+      True.
     fn: As in `maybe`.
     carry: Tree of arrays.
     consts: Tree of arrays that `fn` reads.
@@ -53,40 +55,32 @@ def keep(when: Any, fn: Callable[[Any, Any], Any], carry: Any, consts: Any) -> A
     A tree like `carry`.
   """
   old, treedef = jax.tree.flatten(jax.tree.map(_strong, carry))
-  flags = jax.tree.leaves(when)
-  flags = flags * len(old) if len(flags) == 1 else flags
+  flags = jax.tree.leaves(
+    jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), when, carry)
+  )
   closed = jax.make_jaxpr(lambda *args: cast_like(fn(*args), carry))(carry, consts)
-  jaxpr = closed.jaxpr
+  outputs = [(i, v) for i, v in enumerate(closed.jaxpr.outvars) if not reading.is_literal(v)]
   # A value that goes into the result several times is selected at the end, for each by itself.
-  uses = collections.Counter(v for v in jaxpr.outvars if not _is_literal(v))
-  computed = {v for eqn in jaxpr.eqns for v in eqn.outvars if uses[v] == 1}
-  place = {v: i for i, v in enumerate(jaxpr.outvars) if not _is_literal(v) and v in computed}
-  values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-  values |= zip(jaxpr.invars, jax.tree.leaves((carry, consts)), strict=True)
+  times = collections.Counter(v for _, v in outputs)
+  place = {v: i for i, v in outputs if times[v] == 1}
+  selected = set()
 
   def select(i: int, x: jax.Array) -> jax.Array:
     return x if flags[i] is True else jnp.where(flags[i], x, old[i])
 
-  for eqn in jaxpr.eqns:
-    found = evaluate(jaxpr, eqn, [None if _is_literal(v) else values[v] for v in eqn.invars])
-    for v, x in zip(eqn.outvars, found, strict=True):
-      values[v] = select(place[v], x) if v in place else x
-  found = [v.val if _is_literal(v) else values[v] for v in jaxpr.outvars]
-  early = set(place.values())
-  new = [x if i in early else select(i, x) for i, x in enumerate(found)]
-  return jax.tree.unflatten(treedef, new)
+  def operation(eqns: reading.Eqns, operands: list[Any]) -> list[Any]:
+    results = reading.bind(eqns[0], operands)
+    for j, v in enumerate(eqns[0].outvars):
+      if v in place:
+        selected.add(place[v])
+        results[j] = select(place[v], results[j])
+    return results
 
-
-def evaluate(jaxpr: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-  """The results of one operation of a jaxpr; operands that are literals are not read."""
-  pairs = zip(eqn.invars, operands, strict=True)
-  inputs = {v: x for v, x in pairs if not _is_literal(v)}
-  step = jaxpr.replace(constvars=[], invars=list(inputs), outvars=list(eqn.outvars), eqns=[eqn])
-  return jax.core.eval_jaxpr(step, (), *inputs.values())
-
-
-def _is_literal(v: Any) -> bool:
-  return isinstance(v, Literal)
+  inputs = jax.tree.leaves((carry, consts))
+  new = reading.walk([closed], inputs, operation, lambda numbers: numbers[0])
+  return jax.tree.unflatten(
+    treedef, [x if i in selected else select(i, x) for i, x in enumerate(new)]
+  )
 
 
 def apart(fn: Callable[[Any, Any], Any], carry: Any, consts: Any, count: jax.Array) -> Any:
@@ -114,11 +108,11 @@ def apart(fn: Callable[[Any, Any], Any], carry: Any, consts: Any, count: jax.Arr
   )
 
 
-def choose(when: bool | jax.Array, one: jax.Array, other: jax.Array) -> jax.Array:
-  """`one` if `when`, else `other`; a Python bool leaves no select in the program."""
+def choose(when: bool | jax.Array, then: jax.Array, otherwise: jax.Array) -> jax.Array:
+  """`then` if `when`; a Python bool leaves no select in the program."""
   if isinstance(when, bool):
-    return one if when else other
-  return jnp.where(when, one, other)
+    return then if when else otherwise
+  return jnp.where(when, then, otherwise)
 
 
 def cast_like(tree: Any, like: Any) -> Any:
@@ -140,6 +134,7 @@ def cast_like(tree: Any, like: Any) -> Any:
 
 
 def _strong(x: Any, dtype: Any = None) -> jax.Array:
+  """The array in a dtype, its own by default, that no promotion takes for a Python number's."""
   x = jnp.asarray(x)
   if jnp.issubdtype(x.dtype, jax.dtypes.extended):
     return x
@@ -192,11 +187,11 @@ def _batched(
     new = _zero_or_once(run, when, carry, args)
   else:
 
-    def one(when: jax.Array, carry: Any, args: Any) -> Any:
+    def member(when: jax.Array, carry: Any, args: Any) -> Any:
       return keep(when, lambda carry, args: fn(args[0], carry, args[1]), carry, args)
 
     def selected(_: Any, carry: Any, consts: Any) -> Any:
-      return jax.vmap(one, in_axes=(0, 0, axes))(consts[0], carry, consts[1])
+      return jax.vmap(member, in_axes=(0, 0, axes))(consts[0], carry, consts[1])
 
     new = _zero_or_once(selected, when.any(), carry, ((), (when, args)))
   return new, jax.tree.map(lambda _: True, carry)

@@ -1,7 +1,7 @@
-"""Calls the inner optimizer on the tensors of one group.
+"""The inner optimizer's state, matched to the tensors of one group.
 
-Here its state is matched to them: restored where a framework has rebuilt it, explained
-where it belongs to other parameters, and told apart where a window is empty.
+It is restored where a framework has rebuilt it, explained where it belongs to other parameters, and
+told what it may want to know of the window.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_cadence import _paths
+from optax_cadence.regions.layout import Group
+from optax_cadence.regions.layout import Layout
 
 
 def update(
@@ -39,19 +41,43 @@ def update(
     ) from error
 
 
+def told_window(state: optax.OptState, layout: Layout, group: Group, length: jax.Array) -> Any:
+  """The state, of which every part that has a method `with_window` is told the window's length.
+
+  So a transformation inside a cadence can know how many gradients its update is the mean of, as
+  `scale_by_cadence` does: `with_window` takes that number, an int32 scalar, or, where windows may
+  differ, a tree of one for each tensor; it returns the new state.
+
+  Args:
+    state: State of the inner optimizer.
+    layout: Groups of the tree.
+    group: The group.
+    length: Micro-steps in its window: int32 scalar, or one for each of its tensors.
+  """
+
+  def listens(node: Any) -> bool:
+    return hasattr(node, "with_window")
+
+  if not any(map(listens, jax.tree.leaves(state, is_leaf=listens))):
+    return state
+  lengths = layout.tree(group, list(length)) if length.ndim else length
+  return jax.tree.map(
+    lambda node: node.with_window(lengths) if listens(node) else node, state, is_leaf=listens
+  )
+
+
 def restored(inner: optax.GradientTransformation, state: Any, tensors: Any) -> optax.OptState:
   """The state in the containers that `init` makes.
 
   `nnx.Optimizer` turns a tuple below a parameter, as a leaf cut into several tensors is,
   into containers of its own.
   """
-  made = jax.tree.structure(jax.eval_shape(inner.init, tensors))
-  return jax.tree.unflatten(made, jax.tree.leaves(state))
+  return like(state, jax.eval_shape(inner.init, tensors))
 
 
-def like(state: optax.OptState, old: Any) -> Any:
-  """The state in the containers of `old`."""
-  return jax.tree.unflatten(jax.tree.structure(old), jax.tree.leaves(state))
+def like(state: optax.OptState, containers: Any) -> Any:
+  """The state in the containers of another."""
+  return jax.tree.unflatten(jax.tree.structure(containers), jax.tree.leaves(state))
 
 
 def filled(inner: optax.GradientTransformation, state: optax.OptState, tensors: Any) -> Any:

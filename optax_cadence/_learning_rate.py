@@ -1,9 +1,9 @@
 """Larger steps for larger batches: updates scaled by the length of their window.
 
-The cadence sets the lengths in the state, found by its type as schedules are in `_clocks`.
+The cadence sets the lengths, through the method `with_window` of the state: see
+`_inner.told_window`.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -22,6 +22,20 @@ class ScaleByCadenceState(NamedTuple):
   """
 
   lengths: Any
+
+  def with_window(self, lengths: Any) -> "ScaleByCadenceState":
+    """The state with the lengths of the windows: an int32 scalar, or a tree of them."""
+    paths = [path for path, _ in _paths.flatten_with_paths(self.lengths)]
+    known = dict(_paths.flatten_with_paths(lengths))
+    if () in known:
+      known = dict.fromkeys(paths, known[()])
+    if not known.keys() >= set(paths):
+      raise ValueError(
+        f"scale_by_cadence: expected tensors of the cadence, {_paths.listed(known)},"
+        f" found {_paths.listed(paths)}; put it where the tree is that of the parameters"
+      )
+    structure = jax.tree.structure(self.lengths)
+    return ScaleByCadenceState(jax.tree.unflatten(structure, [known[path] for path in paths]))
 
 
 def scale_by_cadence(
@@ -77,23 +91,3 @@ def scale_by_cadence(
     return jax.tree.map(scale, updates, state.lengths), state
 
   return optax.GradientTransformation(init, update)
-
-
-def set_lengths(state: optax.OptState, lengths: Callable[[], Any]) -> optax.OptState:
-  """Sets the lengths in every `ScaleByCadenceState`; `lengths()` is a tree like the tensors."""
-
-  def visit(node: Any) -> Any:
-    if not isinstance(node, ScaleByCadenceState):
-      return node
-    known = dict(_paths.flatten_with_paths(lengths()))
-    paths = [path for path, _ in _paths.flatten_with_paths(node.lengths)]
-    if not known.keys() >= set(paths):
-      raise ValueError(
-        f"scale_by_cadence: expected tensors of the cadence, {_paths.listed(known)},"
-        f" found {_paths.listed(paths)}; put it where the tree is that of the parameters"
-      )
-    return ScaleByCadenceState(
-      jax.tree.unflatten(jax.tree.structure(node.lengths), [known[path] for path in paths])
-    )
-
-  return jax.tree.map(visit, state, is_leaf=lambda x: isinstance(x, ScaleByCadenceState))

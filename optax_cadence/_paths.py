@@ -5,7 +5,8 @@ parameters give the same paths, so that cadences written for one fit the other.
 Nothing here looks at the values of the leaves.
 """
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
@@ -23,6 +24,12 @@ def listed(paths: Iterable[Path]) -> str:
   """The first few paths, for an error."""
   shown = [repr(join(path)) for path in paths]
   return ", ".join(shown[:8] + ["…"] * (len(shown) > 8)) or "nothing"
+
+
+def unused(name: str, names: Collection[str]) -> str:
+  """The name, with a number where it is taken."""
+  numbered = (f"{name}#{i}" for i in itertools.count(2))
+  return next(n for n in itertools.chain([name], numbered) if n not in names)
 
 
 def check_same(what: str, as_where: str, expected: Any, found: Any) -> None:

@@ -1,11 +1,14 @@
 """The state of a cadence: what a checkpoint holds."""
 
-from typing import Any, NamedTuple
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import jax
 import optax
 
-from optax_cadence import _statistics
+if TYPE_CHECKING:
+  from optax_cadence.confidence.statistics import Estimate
 
 
 class ConfidenceState(NamedTuple):
@@ -15,14 +18,14 @@ class ConfidenceState(NamedTuple):
     squares: Sum of the squared norms of the gradients in the window: float32 [R]; of no
       meaning while the window is empty. None where the policy does not read them.
     estimate: |G|² and tr Σ, smoothed over the windows until now; None likewise.
-    sample: Some entries of each region's parameters, as they were before the last update; None
-      where the policy does not read updates.
+    sample: Some entries of all regions' parameters, as they were before the last update: one
+      vector; None where the policy does not read updates.
     policy: What the policy remembers.
   """
 
   squares: jax.Array | None
-  estimate: _statistics.Estimate | None
-  sample: tuple[jax.Array, ...] | None
+  estimate: "Estimate | None"
+  sample: jax.Array | None
   policy: Any
 
 
@@ -42,8 +45,6 @@ class GroupState(NamedTuple):
       before the first: int32 scalar.
     updates: Updates applied so far: int32 scalar.
     skipped: Micro-batches left out so far, int32 [R]. None unless `nonfinite="skip"`.
-    regions: Which leaves the group has how many regions of: a tree that names them and has
-      no arrays.
     confidence: What a policy goes by; None unless one decides.
   """
 
@@ -54,22 +55,77 @@ class GroupState(NamedTuple):
   period: jax.Array
   updates: jax.Array
   skipped: jax.Array | None
-  regions: Any
   confidence: ConfidenceState | None = None
 
+  @property
+  def holds(self) -> tuple[str, ...]:
+    """The optional fields that this group has."""
+    optional = ("accumulators", "window", "remaining", "skipped", "confidence")
+    return tuple(name for name in optional if getattr(self, name) is not None)
 
-class SharedState(NamedTuple):
-  """What the groups of a leaf under a mask have together, in the shape of the leaf.
+
+class MaskState(NamedTuple):
+  """What the groups of leaves under masks have together, in the shape of the leaves.
 
   Attributes:
-    inner_state: A state of the inner optimizer for this leaf alone, of which only the arrays
+    inner_state: A state of the inner optimizer for these leaves alone, of which only the arrays
       are kept that have a number for each entry; the rest is in the state of each group.
-    accumulators: Sum of the gradients of each entry's window, in a tree that has this leaf alone;
-      of no meaning while that window is empty.
+    accumulators: Sum of the gradients of each entry's window, in a tree that has these leaves
+      alone; of no meaning while that window is empty.
   """
 
   inner_state: optax.OptState
   accumulators: Any
+
+
+class RegionNames(NamedTuple):
+  """The names of all regions, by group: a part of the state's structure, without arrays.
+
+  Attributes:
+    text: The names as JSON, from the name of a group to those of its regions; None where they
+      are not known, as in what `tx.init` makes of the stand-in of
+      `optax.tree_utils.tree_map_params`.
+  """
+
+  text: str | None
+
+  @classmethod
+  def of(cls, names: Mapping[str, Sequence[str]]) -> "RegionNames":
+    """From a dict."""
+    return cls(json.dumps(names))
+
+  def by_group(self) -> dict[str, list[str]]:
+    """As a dict."""
+    return {} if self.text is None else json.loads(self.text)
+
+
+class _NotYetKnown:
+  """Stands for names that are not known: equal to any, and from then on for those.
+
+  `tree_map_params` compares the structure of a state with that of one without parameters, and
+  gives back its own state in the structure of the latter.
+  """
+
+  text: str | None = None
+
+  def __eq__(self, other: object) -> bool:
+    if self.text is None and isinstance(other, str):
+      self.text = other
+    return True
+
+  def __hash__(self) -> int:
+    return 0
+
+
+def _names_from(text: Any, _: Any) -> RegionNames:
+  return RegionNames(text.text if isinstance(text, _NotYetKnown) else text)
+
+
+jax.tree_util.register_pytree_node(
+  RegionNames,
+  lambda names: ((), _NotYetKnown() if names.text is None else names.text),
+  _names_from,
+)
 
 
 class CadenceState(NamedTuple):
@@ -77,11 +133,14 @@ class CadenceState(NamedTuple):
 
   Attributes:
     micro_step: Micro-steps done: int32 scalar.
-    groups: State of each group, in order of first appearance in the tree.
-    shared: State of each leaf under a mask that the groups share, which they do where the inner
-      optimizer is elementwise; in the groups its tensors have no entries.
+    groups: State of each group, by name: "8" for period 8, "8 (offset 3)", or what a schedule
+      or policy is called.
+    regions: The names of each group's regions.
+    masks: State of the leaves under masks that their groups train together, which they do
+      where the inner optimizer is elementwise; None where no cadence is a mask.
   """
 
   micro_step: jax.Array
-  groups: tuple[GroupState, ...]
-  shared: tuple[SharedState, ...] = ()
+  groups: dict[str, GroupState]
+  regions: RegionNames
+  masks: MaskState | None = None

@@ -1,175 +1,315 @@
-"""One micro-step: every group accumulates, and fires if it is due.
+"""One micro-step, from top to bottom: cut, accumulate, due?, fire, close.
 
-Each group is on its own. It cuts its tensors out of the gradients and accumulates them;
-only when it is due are parameters and inner state reached, in `_firing`.
+Each group is on its own. It cuts its tensors out of the gradients and accumulates them; only when
+it is due are parameters and inner state reached, in `fire`. What few cadences use (policies, masks)
+has modules of its own, which are imported where a group needs them.
 """
 
+import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_cadence import _control
-from optax_cadence import _firing
-from optax_cadence import _layout
-from optax_cadence import _moves
-from optax_cadence import _paths
-from optax_cadence import _schedules
-from optax_cadence import _shared
-from optax_cadence import _statistics
-from optax_cadence import _windows
+from optax_cadence import _inner
+from optax_cadence import _window
 from optax_cadence._state import CadenceState
-from optax_cadence._state import ConfidenceState
 from optax_cadence._state import GroupState
+from optax_cadence.regions.cuts import Whole
+from optax_cadence.regions.layout import Group
+from optax_cadence.regions.layout import Layout
+from optax_cadence.regions.layout import Leaves
+from optax_cadence.regions.layout import Tensor
+from optax_cadence.schedules.every import Every
 
-# Of the estimates that a policy's group keeps for whoever looks at them, per window.
-_DECAY = 0.9
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """What one call of `update`, `apply` or `flush` is given.
+
+  A group that fires writes into *targets*: zeros that become the updates, or, where `in_place`, the
+  parameters themselves.
+
+  Attributes:
+    inner: The inner optimizer.
+    layout: Groups of the tree.
+    dtypes: Dtype of each leaf's gradient.
+    params: Parameters; None where there are none. Where `in_place` only their dtypes are read.
+    extra_args: Extra arguments for the inner optimizer.
+    in_place: Whether the targets are the parameters.
+    sums: Whether the optimizer gets the sum of a window and not its mean.
+    set_schedules: Sets the schedules in an inner state to a number of micro-steps; None where
+      they count updates.
+  """
+
+  inner: optax.GradientTransformationExtraArgs
+  layout: Layout
+  dtypes: Sequence[Any]
+  params: Leaves | None
+  extra_args: Mapping[str, Any]
+  in_place: bool
+  sums: bool
+  set_schedules: Callable[[Any, jax.Array], Any] | None
+
+  def inner_of(self, group: Group) -> optax.GradientTransformationExtraArgs:
+    """The inner optimizer as a group runs it."""
+    if not group.masked:
+      return self.inner
+    from optax_cadence.entrywise import masks
+
+    return masks.without_entries(self.inner, self.layout, group)
+
+  def state_of(
+    self, group: Group, state: Any, window: _window.Window, micro_step: jax.Array
+  ) -> Any:
+    """The inner state that an update of the group starts from."""
+    if group.in_pieces:
+      state = _inner.restored(self.inner_of(group), state, self.layout.tree(group, window.sums))
+    if self.set_schedules is not None:
+      state = self.set_schedules(state, micro_step)
+    return _inner.told_window(state, self.layout, group, window.length)
+
+
+class Turn(NamedTuple):
+  """A group at a micro-step, before it fires.
+
+  Attributes:
+    inner_state: State of its inner optimizer.
+    window: Its window, with this micro-step.
+    fires: Whether it fires.
+  """
+
+  inner_state: Any
+  window: _window.Window
+  fires: bool | jax.Array
 
 
 def advance(
-  firing: _firing.Firing,
-  grads: _firing.Leaves,
-  state: CadenceState,
-  targets: _firing.Leaves,
-  phase: int | None,
-) -> tuple[_firing.Leaves, CadenceState]:
+  call: Call, grads: Leaves, state: CadenceState, targets: Leaves, phase: int | None
+) -> tuple[Leaves, CadenceState]:
   """Adds the gradients to every window and fires the groups that are due."""
-  groups, turns = [], []
-  for group, old in zip(firing.layout.groups, state.groups, strict=True):
+  groups, turns = {}, {}
+  for group in call.layout.groups:
+    old, decision = state.groups[group.name], None
     tensors = group.take(grads)
-    window = _windows.add(_open(old, firing.layout.tree(group, tensors)), tensors)
-    due, found = _due(group.every, old, window, phase)
-    fires, found, old = _look(firing, group, old, window, due, found, targets)
-    turns.append(_shared.Turn(old.inner_state, window, fires))
-    targets, new = firing.fire(fires, group, old, window, targets, state.micro_step)
-    new = _close(group.every, new, window, due, state.micro_step)
-    groups.append(_learn(group.every, new, old, due, found))
-  targets, shared = _shared.advance(firing, state.shared, grads, turns, targets, state.micro_step)
-  return targets, CadenceState(optax.safe_increment(state.micro_step), tuple(groups), shared)
+    window = _window.accumulate(old, tensors, call.layout.tree(group, tensors))
+    due = fires = is_due(group.every, old, phase)
+    if group.every.policy is not None and tensors:
+      from optax_cadence.confidence import deciding
+
+      decision = deciding.decide(call, group, old, window, targets)
+      due, fires, old = decision.due, decision.fires, decision.state
+    turns[group.name] = Turn(old.inner_state, window, fires)
+    targets, new = fire(call, group, old, window, fires, targets, state.micro_step)
+    new = close(group.every, new, window, due, state.micro_step)
+    groups[group.name] = new if decision is None else decision.learned(new)
+  masks = state.masks
+  if call.layout.masked:
+    from optax_cadence.entrywise import masks as entries
+
+    assert masks is not None
+    targets, masks = entries.advance(call, masks, grads, turns, targets, state.micro_step)
+  micro_step = optax.safe_increment(state.micro_step)
+  return targets, CadenceState(micro_step, groups, state.regions, masks)
 
 
-def flush(
-  firing: _firing.Firing, state: CadenceState, targets: _firing.Leaves
-) -> tuple[_firing.Leaves, CadenceState]:
+def flush(call: Call, state: CadenceState, targets: Leaves) -> tuple[Leaves, CadenceState]:
   """Fires every window that is not empty; when groups are due next stays as it was."""
-  groups, turns, micro_step = [], [], state.micro_step - 1
-  for group, old in zip(firing.layout.groups, state.groups, strict=True):
-    window = _open(old, firing.layout.tree(group, group.take(targets)))
-    filled = False if old.window is None else window.length.max() > 0
-    turns.append(_shared.Turn(old.inner_state, window, filled))
+  groups, turns, micro_step = {}, {}, state.micro_step - 1
+  for group in call.layout.groups:
+    old = state.groups[group.name]
+    window = _window.so_far(old)
+    filled = False if old.window is None else window.length.max(initial=0) > 0
+    turns[group.name] = Turn(old.inner_state, window, filled)
     if old.window is not None:
-      targets, old = firing.fire(filled, group, old, window, targets, micro_step)
+      targets, old = fire(call, group, old, window, filled, targets, micro_step)
       old = old._replace(window=jnp.zeros_like(window.length))
-    groups.append(old)
-  targets, shared = _shared.advance(firing, state.shared, None, turns, targets, micro_step)
-  return targets, state._replace(groups=tuple(groups), shared=shared)
+    groups[group.name] = old
+  masks = state.masks
+  if call.layout.masked:
+    from optax_cadence.entrywise import masks as entries
+
+    assert masks is not None
+    targets, masks = entries.advance(call, masks, None, turns, targets, micro_step)
+  return targets, state._replace(groups=groups, masks=masks)
 
 
-def _open(state: GroupState, tensors: Any) -> _windows.Window:
-  """The window so far, which has to fit the tree of the group's tensors."""
-  if state.accumulators is not None:
-    _paths.check_same("gradient", "as in the state", state.accumulators, tensors)
-  length = jnp.int32(0) if state.window is None else state.window
-  squares = None if state.confidence is None else state.confidence.squares
-  return _windows.Window(jax.tree.leaves(state.accumulators), length, state.skipped, squares)
-
-
-def _due(
-  every: _schedules.Every, state: GroupState, window: _windows.Window, phase: int | None
-) -> tuple[bool | jax.Array, _statistics.Statistics | None]:
-  """Whether the group is due, and what a policy has found by then."""
+def is_due(every: Every, state: GroupState, phase: int | None) -> bool | jax.Array:
+  """Whether a group is due; a Python bool where that is known while tracing."""
   if every.always:
-    return True, None
-  if every.policy is None or state.confidence is None:
-    return state.remaining == 1 if phase is None else every.due(phase), None
-  policy, remembered = every.policy, state.confidence.policy
-  asked = _elapsed(every, state) >= policy.opens(remembered)
-  found = _found(asked, window)
-  return (state.remaining == 1) | (asked & policy.due(found, remembered)), found
+    return True
+  return state.remaining == 1 if phase is None else every.due(phase)
 
 
-def _found(asked: jax.Array, window: _windows.Window) -> _statistics.Statistics:
-  """Statistics of a window; its sum is read only where there is something to decide."""
-  unknown = jnp.full(len(window.sums), jnp.nan, jnp.float32)
-  if window.squares is None:
-    return _statistics.of(window.length, unknown, unknown)
-  square = _control.maybe(
-    asked, lambda _, sums: _statistics.squared_norms(sums), jnp.zeros_like(unknown), window.sums
-  )
-  return _statistics.of(window.length, window.squares, square)
-
-
-def _elapsed(every: _schedules.Every, state: GroupState) -> Any:
-  """Micro-steps of a policy's window, this one included."""
-  return every.period.max_period - state.remaining + 1
-
-
-def _look(
-  firing: _firing.Firing,
-  group: _layout.Group,
+def fire(
+  call: Call,
+  group: Group,
   state: GroupState,
-  window: _windows.Window,
-  due: bool | jax.Array,
-  found: _statistics.Statistics | None,
-  targets: _firing.Leaves,
-) -> tuple[bool | jax.Array, _statistics.Statistics | None, GroupState]:
-  """How far the parameters have moved, if a policy asks and the group is about to fire.
+  window: _window.Window,
+  when: bool | jax.Array,
+  targets: Leaves,
+  micro_step: jax.Array,
+) -> tuple[Leaves, GroupState]:
+  """Runs the inner optimizer on the window, if it is due and not empty.
 
-  Returns whether it fires: the same as `due`, but known only after the look, or XLA would keep
-  the parameters for it in a copy.
+  Some results are written into the leaf as soon as they are computed; others replace the sum in
+  their accumulator, which nobody needs any more, and are moved from there: see `writes_directly`.
   """
-  if found is None or state.confidence is None or state.confidence.sample is None:
-    return due, found, state
-  params = targets if firing.in_place else firing.params
-  if params is None:
-    raise ValueError(f"{group.every}: a policy that reads updates needs params, found None")
+  if not (group.tensors or group.masked):
+    return targets, state
+  fired = when
+  if window.skipped is not None:
+    fired = when & (window.length > 0).any()
+    when = when if isinstance(when, bool) else fired
+  direct = [
+    writes_directly(call, state, tensor, total, when, targets)
+    for tensor, total in _pairs(group, window.sums)
+  ]
+  leaves = {t.leaf: targets[t.leaf] for t, d in _pairs(group, direct) if d}
+  params = targets if call.in_place else call.params
+  if params is not None:
+    written = leaves if call.in_place else {}
+    params = {t.leaf: params[t.leaf] for t in group.tensors if t.leaf not in written}
 
-  def look(carry: Any, params: _firing.Leaves) -> Any:
-    return *_moves.distances(carry[0], group.take(params)), jnp.array(True)
+  def compute(carry: Any, consts: Any) -> Any:
+    leaves, sums, inner_state = carry
+    length, params, micro_step = consts
+    read = leaves | params if call.in_place else params
+    before = None if read is None else group.take(read)
+    totals = window._replace(sums=sums, length=length)
+    results, inner_state = run_inner(call, group, totals, inner_state, before, micro_step)
+    if call.in_place:
+      results = optax.apply_updates(before, results)
+    if window.skipped is not None:
+      unchanged = before if call.in_place and before else [jnp.zeros_like(x) for x in results]
+      for i, (x, old) in enumerate(zip(results, unchanged, strict=True)):
+        results[i] = jnp.where(length[i] > 0, x, old)
+    through = [(t, x) for (t, x), d in zip(_pairs(group, results), direct, strict=True) if d]
+    if state.accumulators is not None:
+      rows = zip(sums, results, direct, strict=True)
+      sums = [old if d else x.astype(old.dtype) for old, x, d in rows]
+    return write(True, dict(leaves), through, micro_step), sums, inner_state
 
-  carry = state.confidence.sample, jnp.stack([found.update, found.params]), jnp.array(False)
-  consts = {i: params[i] for i in group.leaves}
-  fires = due & (window.length > 0).any()
-  sample, (update, norm), fires = _control.maybe(fires, look, carry, consts)
-  state = state._replace(confidence=state.confidence._replace(sample=sample))
-  return fires, found._replace(update=update, params=norm), state
+  def compute_where_filled(carry: Any, consts: Any) -> Any:
+    filled = call.layout.tree(group, list(window.length > 0))
+    inner_state = _inner.restored(call.inner, carry[2], filled) if group.in_pieces else carry[2]
+    flags = _inner.filled(call.inner, inner_state, filled)
+    flags = jax.tree.unflatten(jax.tree.structure(carry[2]), jax.tree.leaves(flags))
+    return _control.keep((True, True, flags), compute, carry, consts)
+
+  carry, consts = (leaves, window.sums, state.inner_state), (window.length, params, micro_step)
+  waiting = [t for t, d in _pairs(group, direct) if not d]
+  run = runner(when, waiting, micro_step)
+  body = compute if window.skipped is None else compute_where_filled
+  leaves, sums, inner_state = run(body, carry, consts)
+  moved = [(t, x) for (t, x), d in zip(_pairs(group, sums), direct, strict=True) if not d]
+  targets = write(when, targets | leaves, moved, micro_step)
+  state = state._replace(inner_state=inner_state, updates=state.updates + jnp.int32(fired))
+  if state.accumulators is not None:
+    sums = jax.tree.unflatten(jax.tree.structure(state.accumulators), sums)
+    state = state._replace(accumulators=sums)
+  return targets, state
 
 
-def _learn(
-  every: _schedules.Every,
-  new: GroupState,
-  old: GroupState,
-  due: bool | jax.Array,
-  found: _statistics.Statistics | None,
-) -> GroupState:
-  """The group's state with what its policy learns of a window that has fired."""
-  if found is None or new.confidence is None:
-    return new
-  policy, (squares, estimate, sample, remembered) = every.period, new.confidence
-  before = old.period, estimate, remembered
-  if estimate is not None:
-    estimate = _statistics.smooth(estimate, found, _DECAY)
-  remembered = _control.cast_like(policy.fired(found, remembered), remembered)
-  after = _elapsed(every, old), estimate, remembered
-  choose = functools.partial(jnp.where, due)
-  period, estimate, remembered = jax.tree.map(choose, after, before)
-  confidence = ConfidenceState(squares, estimate, sample, remembered)
-  return new._replace(period=period, confidence=confidence)
-
-
-def _close(
-  every: _schedules.Every,
+def writes_directly(
+  call: Call,
   state: GroupState,
-  window: _windows.Window,
+  tensor: Tensor,
+  total: jax.Array,
+  when: bool | jax.Array,
+  targets: Leaves,
+) -> bool:
+  """Whether a tensor's result is written into its leaf where it is computed.
+
+  So is what is contiguous in a leaf that is written in place. The rest waits in its accumulator and
+  is moved by an operation of its own: XLA runs one that computes and writes scattered parts of an
+  array on a single CPU core. For `update` it saves an array of zeros that would be carried around
+  the branch, if there is one. Without an accumulator that can hold the result there is no choice.
+  """
+  straight = tensor.cut.contiguous and (call.in_place or when is True)
+  return straight or state.accumulators is None or not _window.holds(total, targets[tensor.leaf])
+
+
+def write(
+  when: bool | jax.Array,
+  leaves: Leaves,
+  results: Sequence[tuple[Tensor, jax.Array]],
+  micro_step: jax.Array,
+) -> Leaves:
+  """The leaves, with results written into them if `when`; parts by an operation of their own."""
+  parts = []
+  for tensor, x in results:
+    leaf = leaves[tensor.leaf]
+    if isinstance(tensor.cut, Whole):
+      leaves = leaves | {tensor.leaf: _control.choose(when, x.astype(leaf.dtype), leaf)}
+    else:
+      parts.append((tensor, x.astype(leaf.dtype)))
+  if not parts:
+    return leaves
+
+  def move(views: Leaves, values: list[jax.Array]) -> Leaves:
+    views = dict(views)
+    for (tensor, _), x in zip(parts, values, strict=True):
+      views[tensor.leaf] = tensor.cut.put(views[tensor.leaf], x)
+    return views
+
+  views = {t.leaf: t.cut.view(leaves[t.leaf]) for t, _ in parts}
+  run = runner(when, [t for t, _ in parts], micro_step)
+  views = run(move, views, [x for _, x in parts])
+  return leaves | {i: view.reshape(leaves[i].shape) for i, view in views.items()}
+
+
+def runner(
+  when: bool | jax.Array, tensors: Sequence[Tensor], micro_step: jax.Array
+) -> Callable[..., Any]:
+  """`maybe`; but `apart` where a scattered tensor is known to be due.
+
+  Fused with what comes before, its gradient would be read by index once for every result.
+  """
+  if when is True and not all(t.cut.contiguous for t in tensors):
+    return functools.partial(_control.apart, count=micro_step)
+  return functools.partial(_control.maybe, when)
+
+
+def run_inner(
+  call: Call,
+  group: Group,
+  window: _window.Window,
+  state: Any,
+  params: list[jax.Array] | None,
+  micro_step: jax.Array,
+) -> tuple[list[jax.Array], Any]:
+  """Updates of the group's tensors, in the gradients' dtype, and the new inner state."""
+  total = _window.total(window) if call.sums else _window.mean(window)
+  grads = [x.astype(call.dtypes[t.leaf]) for t, x in _pairs(group, total)]
+  tree = functools.partial(call.layout.tree, group)
+  old = call.state_of(group, state, window, micro_step)
+  values = None if params is None else tree(params)
+  updates, new = _inner.update(call.inner_of(group), tree(grads), old, values, call.extra_args)
+  results = []
+  for tensor, update, grad in zip(group.tensors, jax.tree.leaves(updates), grads, strict=True):
+    if jnp.shape(update) != grad.shape:
+      raise ValueError(
+        f"update of {call.layout.name(tensor.leaf)!r}: expected shape {grad.shape} from the"
+        f" inner optimizer, found {jnp.shape(update)}"
+      )
+    results.append(update.astype(grad.dtype))
+  return results, _inner.like(new, state) if group.in_pieces else new
+
+
+def close(
+  every: Every,
+  state: GroupState,
+  window: _window.Window,
   due: bool | jax.Array,
   micro_step: jax.Array,
 ) -> GroupState:
   """The group's state after this micro-step: a new window where it was due."""
   new = state._replace(skipped=window.skipped)
-  if state.confidence is not None:
-    new = new._replace(confidence=state.confidence._replace(squares=window.squares))
   if state.remaining is not None:
     ahead = every.window(optax.safe_increment(micro_step))
     new = new._replace(remaining=_control.choose(due, ahead, state.remaining - 1))
@@ -178,3 +318,8 @@ def _close(
   if state.window is not None:
     new = new._replace(window=_control.choose(due, jnp.zeros_like(window.length), window.length))
   return new
+
+
+def _pairs(group: Group, values: Sequence[Any]) -> list[tuple[Tensor, Any]]:
+  """Each of a group's tensors with its value."""
+  return list(zip(group.tensors, values, strict=True))

@@ -5,8 +5,9 @@ What an operation does to the axes of its operands is in `primitives`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.extend import core as jex_core
 
@@ -18,8 +19,20 @@ class DifferentProgramsError(ValueError):
   """Raised where programs that are walked side by side do not have the same operations."""
 
 
+class Part(NamedTuple):
+  """A part of a program, in the fields of a jaxpr: see `part`."""
+
+  constvars: list[Any]
+  invars: list[Any]
+  eqns: list[Any]
+  outvars: list[Any]
+  consts: list[Any]
+
+
 def opened(program: Any) -> tuple[Any, list[Any]]:
   """The jaxpr of a program, and the arrays of its constants; a plain jaxpr has none."""
+  if isinstance(program, Part):
+    return program, program.consts
   if isinstance(program, jex_core.ClosedJaxpr):
     return program.jaxpr, list(program.consts)
   return program, []
@@ -99,6 +112,7 @@ def walk(
   inputs: Sequence[Any],
   operation: Callable[[Eqns, list[Any]], Sequence[Any]],
   constant: Callable[[tuple[Any, ...]], Any],
+  unknown: Any = None,
 ) -> list[Any]:
   """Walks programs with the same operations side by side, on values of any kind.
 
@@ -109,6 +123,7 @@ def walk(
       which `eqns` has of each program. It is told of calls and loops as of any other operation.
     constant: `constant(numbers) -> value`: from a constant or literal, which each program has one
       of, its value.
+    unknown: The value of arguments that a part of a program leaves out; None if there are none.
 
   Returns:
     The values of the results.
@@ -128,9 +143,11 @@ def walk(
   def read(atoms: tuple[Any, ...]) -> Any:
     if all(map(is_literal, atoms)):
       return constant(tuple(map(literal, atoms)))
-    if atoms not in values:
+    if atoms in values:
+      return values[atoms]
+    if unknown is None:
       raise DifferentProgramsError("an operand that differs")
-    return values[atoms]
+    return unknown
 
   for eqns in _columns(jaxprs, "eqns"):
     operands = [read(atoms) for atoms in _columns(eqns, "invars")]
@@ -154,10 +171,43 @@ def _columns(items: Sequence[Any], field: str) -> list[tuple[Any, ...]]:
 
 
 def evaluate(program: Any, inputs: Sequence[Any]) -> list[Any]:
-  """Runs a program, in which calls are opened."""
+  """Runs a program, in which calls are opened, but for those with a derivative of their own."""
 
   def operation(eqns: Eqns, operands: list[Any]) -> list[Any]:
-    inner = called(eqns[0])
-    return bind(eqns[0], operands) if inner is None else evaluate(inner, operands)
+    (eqn,) = eqns
+    inner = None if eqn.primitive.name.startswith("custom_") else called(eqn)
+    return bind(eqn, operands) if inner is None else evaluate(inner, operands)
 
   return walk([program], inputs, operation, lambda numbers: numbers[0])
+
+
+def traced(fn: Callable[..., Any], *args: Any) -> Any:
+  """The program of a function of trees of arrays, without calls."""
+  program = jax.make_jaxpr(fn)(*args)
+  return jax.make_jaxpr(lambda *flat: evaluate(program, flat))(*program.in_avals)
+
+
+def part(program: Any, arguments: Sequence[int], results: Sequence[int]) -> Part:
+  """The part of a program that some of its results need, as a program of some of its arguments.
+
+  Args:
+    program: The program.
+    arguments: Positions of the arguments that the part takes, in their new order. What it needs of
+      the others is unknown to it: see `walk`.
+    results: Positions of its results.
+  """
+  jaxpr, consts = opened(program)
+  outvars = [jaxpr.outvars[i] for i in results]
+  needed, eqns = {v for v in outvars if not is_literal(v)}, []
+  for eqn in reversed(jaxpr.eqns):
+    if needed.intersection(eqn.outvars):
+      needed.update(v for v in eqn.invars if not is_literal(v))
+      eqns.append(eqn)
+  kept = [(v, x) for v, x in zip(jaxpr.constvars, consts, strict=True) if v in needed]
+  return Part(
+    [v for v, _ in kept],
+    [jaxpr.invars[i] for i in arguments],
+    eqns[::-1],
+    outvars,
+    [x for _, x in kept],
+  )

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_cadence import _paths
-from optax_cadence._builders import ByPath
 from optax_cadence.pruning import allocation as allocations
 from optax_cadence.pruning.structure import Structure
+from optax_cadence.schedules.by_path import ByPath
 
 # A number, a traced scalar or a schedule, by path of a leaf.
 Sparsities = dict[str, Any]

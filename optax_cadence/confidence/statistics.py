@@ -3,7 +3,7 @@
 From n gradients g_i with mean G and covariance Σ, s1 = Σ‖g_i‖² and s2 = ‖Σ g_i‖²:
 (s2 - s1) / (n (n - 1)) estimates |G|² and (s1 - s2/n) / (n - 1) estimates tr Σ, both
 without bias (McCandlish et al. 2018, arXiv:1812.06162). What is decided from them is in
-`_policies`.
+`policies`.
 """
 
 from collections.abc import Sequence

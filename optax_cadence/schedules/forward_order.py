@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend import core as jex_core
+import numpy as np
 
 from optax_cadence import _paths
+from optax_cadence.programs import primitives
+from optax_cadence.programs import reading
 
 
 def forward_order(fn: Callable[..., Any], params: Any, *args: Any) -> Any:
@@ -94,17 +96,6 @@ class _Value(NamedTuple):
 
 
 _NEUTRAL = _Value(None, frozenset())
-_CONTRACTIONS = frozenset(
-  {
-    "conv_general_dilated",
-    "dot_general",
-    "gather",
-    "ragged_dot",
-    "ragged_dot_general",
-    "scaled_dot",
-    "scaled_matmul",
-  }
-)
 _LOOP_PASSES = 3
 
 
@@ -115,25 +106,16 @@ class _Walk:
     self.levels: dict[int, int] = {}
 
   def run(self, program: Any, inputs: list[_Value]) -> list[_Value]:
-    jaxpr = _open(program)
-    values = {var: _constant(var) for var in jaxpr.constvars}
-    values.update(zip(jaxpr.invars, inputs, strict=True))
+    return reading.walk([program], inputs, self._operation, _constant)
 
-    def read(var: Any) -> _Value:
-      return _constant(var) if isinstance(var, jex_core.Literal) else values[var]
-
-    for eqn in jaxpr.eqns:
-      outputs = self._apply(eqn, [read(var) for var in eqn.invars])
-      values.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(var) for var in jaxpr.outvars]
-
-  def _apply(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
+  def _operation(self, eqns: reading.Eqns, inputs: list[_Value]) -> list[_Value]:
+    (eqn,) = eqns
     special = {"cond": self._cond, "scan": self._scan, "while": self._while}
     if eqn.primitive.name in special:
       return special[eqn.primitive.name](eqn, inputs)
-    bodies = _bodies(eqn)
-    if len(bodies) == 1 and _lines_up(bodies[0], eqn):
-      return self.run(bodies[0], inputs)
+    inner = reading.called(eqn)
+    if inner is not None:
+      return self.run(inner, inputs)
     return [self._combine(inputs, _contracts(eqn))] * len(eqn.outvars)
 
   def _combine(self, inputs: list[_Value], contraction: bool) -> _Value:
@@ -151,21 +133,20 @@ class _Walk:
     return [_join(values) for values in zip(*results, strict=True)]
 
   def _scan(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
-    # From the shapes, as the parameters that hold these numbers differ between JAX versions.
-    body = _open(eqn.params["jaxpr"])
-    end = len(inputs) - _count_stacked(eqn.invars, body.invars)
-    start = end - len(eqn.outvars) + _count_stacked(eqn.outvars, body.outvars)
+    consts, carried = reading.scan_counts(eqn)
+    before, after = inputs[:consts], inputs[consts + carried :]
     return self._loop(
-      lambda carry: self.run(body, inputs[:start] + carry + inputs[end:]), inputs[start:end]
+      lambda carry: self.run(eqn.params["jaxpr"], before + carry + after),
+      inputs[consts : consts + carried],
     )
 
   def _while(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
-    start = eqn.params["cond_nconsts"]
-    end = start + eqn.params["body_nconsts"]
+    of_condition, of_body = reading.while_counts(eqn)
+    end = of_condition + of_body
 
     def step(carry: list[_Value]) -> list[_Value]:
-      self.run(eqn.params["cond_jaxpr"], inputs[:start] + carry)
-      return self.run(eqn.params["body_jaxpr"], inputs[start:end] + carry)
+      self.run(eqn.params["cond_jaxpr"], inputs[:of_condition] + carry)
+      return self.run(eqn.params["body_jaxpr"], inputs[of_condition:end] + carry)
 
     return self._loop(step, inputs[end:])
 
@@ -180,8 +161,8 @@ class _Walk:
     return outputs
 
 
-def _constant(var: Any) -> _Value:
-  return _Value(0, frozenset()) if getattr(var.aval, "ndim", 0) else _NEUTRAL
+def _constant(numbers: tuple[Any, ...]) -> _Value:
+  return _Value(0, frozenset()) if np.ndim(numbers[0]) else _NEUTRAL
 
 
 def _join(values: Iterable[_Value]) -> _Value:
@@ -190,27 +171,8 @@ def _join(values: Iterable[_Value]) -> _Value:
   return _Value(max(levels, default=None), pending)
 
 
-def _open(program: Any) -> Any:
-  return getattr(program, "jaxpr", program)
-
-
-def _bodies(eqn: Any) -> list[Any]:
-  """The programs inside an operation, whatever its parameters are called."""
-  found = []
-  for value in eqn.params.values():
-    items = value if isinstance(value, (tuple, list)) else [value]
-    found += [v for v in items if isinstance(v, (jex_core.ClosedJaxpr, jex_core.Jaxpr))]
-  return [_open(body) for body in found]
-
-
-def _lines_up(body: Any, eqn: Any) -> bool:
-  return len(body.invars) == len(eqn.invars) and len(body.outvars) == len(eqn.outvars)
-
-
-def _count_stacked(outside: list[Any], inside: list[Any]) -> int:
-  return sum(o.aval.ndim != i.aval.ndim for o, i in zip(outside, inside, strict=True))
-
-
 def _contracts(eqn: Any) -> bool:
-  nested = (inner for body in _bodies(eqn) for inner in body.eqns)
-  return eqn.primitive.name in _CONTRACTIONS or any(map(_contracts, nested))
+  """Whether an operation, or one inside it, takes data through a table of weights."""
+  if eqn.primitive.name in primitives.CONTRACTIONS:
+    return True
+  return any(_contracts(e) for body in reading.bodies(eqn) for e in reading.opened(body)[0].eqns)

@@ -1,8 +1,8 @@
 """What a group accumulates between two updates: sums, counts, and their mean.
 
-A window does not know when it ends, nor what is done with its mean. The first
-micro-step overwrites the accumulators, so that nothing needs clearing and a NaN does
-not outlive its window.
+A window does not know when it ends, nor what is done with its mean. Its first micro-step
+overwrites the accumulators, so that nothing needs clearing and a NaN does not outlive its
+window.
 """
 
 import functools
@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_cadence import _statistics
+from optax_cadence import _paths
+from optax_cadence._state import GroupState
 
 _SLABS = 8
 
@@ -22,14 +23,13 @@ class Window(NamedTuple):
   """The gradients of a window.
 
   Attributes:
-    sums: One array for each of the R tensors of the group, or None where it is elsewhere;
-      empty where no accumulators are kept and a window is one micro-step.
+    sums: One array for each of the R tensors of the group.
     length: Micro-steps in the sums: int32 scalar, or int32 [R].
     skipped: Micro-batches left out so far, int32 [R]; None where none ever is.
     squares: Sum of the squared norms of its gradients: float32 [R]; None where nobody asks.
   """
 
-  sums: list[Any]
+  sums: list[jax.Array]
   length: jax.Array
   skipped: jax.Array | None
   squares: jax.Array | None = None
@@ -56,32 +56,62 @@ def holds(accumulator: jax.Array, x: jax.Array) -> bool:
     return bool(jnp.promote_types(accumulator.dtype, x.dtype) == accumulator.dtype)
 
 
-def add(window: Window, grads: Sequence[jax.Array]) -> Window:
-  """The window with one more micro-batch, a gradient per tensor."""
-  finite, one, skipped = None, jnp.int32(1), window.skipped
+def accumulate(state: GroupState, tensors: Sequence[jax.Array], tree: Any) -> Window:
+  """The window of a group with one more micro-batch.
+
+  Args:
+    state: State of the group.
+    tensors: The gradient of each of its tensors.
+    tree: The same, as the inner optimizer sees them.
+
+  Returns:
+    The window. Without accumulators it is this micro-batch alone.
+
+  Raises:
+    ValueError: If the state is of other tensors.
+  """
+  new, finite, skipped = jnp.int32(1), None, state.skipped
   if skipped is not None:
-    finite = [_all_finite(grad) for grad in grads]
-    one = jnp.stack(finite).astype(jnp.int32)
-    skipped = skipped + 1 - one
-  if not window.sums:
-    return Window(list(grads), one, skipped)
+    finite = [_all_finite(x) for x in tensors]
+    new = jnp.stack(finite).astype(jnp.int32) if finite else jnp.zeros(0, jnp.int32)
+    skipped = skipped + 1 - new
+  if state.accumulators is None or state.window is None:
+    return Window(list(tensors), new, skipped)
+  _paths.check_same("gradient", "as in the state", state.accumulators, tree)
   sums = []
-  for i, (old, grad) in enumerate(zip(window.sums, grads, strict=True)):
-    grad = grad.astype(old.dtype)
-    new = jnp.where(item(window.length, i) == 0, grad, old + grad)
-    sums.append(new if finite is None else jnp.where(finite[i], new, old))
-  squares = _add_squares(window, grads, finite)
-  return Window(sums, window.length + one, skipped, squares)
+  for i, (old, x) in enumerate(zip(jax.tree.leaves(state.accumulators), tensors, strict=True)):
+    total = added(old, x, item(state.window, i))
+    sums.append(total if finite is None else jnp.where(finite[i], total, old))
+  squares = None if state.confidence is None else state.confidence.squares
+  if squares is not None:
+    squares = add_squares(squares, state.window, tensors, finite)
+  return Window(sums, state.window + new, skipped, squares)
 
 
-def _add_squares(
-  window: Window, grads: Sequence[jax.Array], finite: list[jax.Array] | None
-) -> jax.Array | None:
-  if window.squares is None:
-    return None
-  found = _statistics.squared_norms(grads)
-  new = jnp.where(window.length == 0, found, window.squares + found)
-  return new if finite is None else jnp.where(jnp.stack(finite), new, window.squares)
+def added(total: jax.Array, x: jax.Array, length: jax.Array) -> jax.Array:
+  """The sum with one more gradient; the first of a window replaces what is there."""
+  x = x.astype(total.dtype)
+  return jnp.where(length == 0, x, total + x)
+
+
+def so_far(state: GroupState) -> Window:
+  """The window of a group as it is, without another micro-batch."""
+  length = jnp.int32(0) if state.window is None else state.window
+  return Window(jax.tree.leaves(state.accumulators), length, state.skipped)
+
+
+def add_squares(
+  squares: jax.Array,
+  length: jax.Array,
+  tensors: Sequence[jax.Array],
+  finite: Sequence[jax.Array] | None = None,
+) -> jax.Array:
+  """The sum of squared norms with those of one more micro-batch: float32 [R]."""
+  from optax_cadence.confidence import statistics
+
+  more = statistics.squared_norms(tensors)
+  total = jnp.where(length == 0, more, squares + more)
+  return total if finite is None else jnp.where(jnp.stack(finite), total, squares)
 
 
 def total(window: Window) -> list[jax.Array]:

@@ -1,14 +1,11 @@
-"""Builders: from names or depths to a cadence for every parameter.
+"""`by_path`: from the names of parameters to a value for each of them.
 
-Nothing here knows what a cadence is: `by_path` hands on whatever it was given,
-`by_depth` returns plain integers. What the periods mean is decided elsewhere.
+It hands on whatever it was given: cadences here, sparsities in `pruning`.
 """
 
 import dataclasses
 import fnmatch
-import math
-import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -54,8 +51,18 @@ def by_path(cadences: Mapping[str, Any], default: Any = None) -> "ByPath":
 class ByPath:
   """What `by_path` returns: call it with parameters for a tree of cadences."""
 
-  cadences: Mapping[str, Any]
+  patterns: Mapping[str, Any]
   default: Any = None
+
+  @property
+  def cadences(self) -> list[tuple[str, Any]]:
+    """Every cadence that a parameter may get, each with its pattern."""
+    return [*self.patterns.items(), *([] if self.default is None else [("", self.default)])]
+
+  def map(self, fn: Callable[[Any], Any]) -> "ByPath":
+    """The same patterns with another cadence for each."""
+    default = None if self.default is None else fn(self.default)
+    return ByPath({pattern: fn(c) for pattern, c in self.patterns.items()}, default)
 
   def __call__(self, params: Any) -> Any:
     paths = [path for path, _ in _paths.flatten_with_paths(params)]
@@ -64,18 +71,18 @@ class ByPath:
     return jax.tree.unflatten(jax.tree.structure(params), map(self._cadence_of, paths))
 
   def _cadence_of(self, path: _paths.Path) -> Any:
-    for pattern, cadence in self.cadences.items():
+    for pattern, cadence in self.patterns.items():
       if _matches(pattern, path):
         return cadence
     if self.default is None:
       raise ValueError(
         f"by_path: no pattern matches the parameter {_paths.join(path)!r} and there is no default; "
-        f"expected a match by one of {list(self.cadences)}"
+        f"expected a match by one of {list(self.patterns)}"
       )
     return self.default
 
   def _check_every_pattern_matches(self, paths: list[_paths.Path]) -> None:
-    for pattern in self.cadences:
+    for pattern in self.patterns:
       if not any(_matches(pattern, path) for path in paths):
         raise ValueError(
           f"by_path: the pattern '{pattern}' matches no parameter; expected it to match "
@@ -93,68 +100,3 @@ def _has_masked_parts(params: Any) -> bool:
     return node is None or isinstance(node, optax.MaskedNode)
 
   return any(masked(leaf) for leaf in jax.tree_util.tree_leaves(params, is_leaf=masked))
-
-
-def by_depth(
-  depth: Any, output: int = 1, input: int = 16, *, rounding: str = "power_of_two"
-) -> Any:
-  """Periods that change geometrically from the input of a network to its output.
-
-  Args:
-    depth: tree of whole numbers, smallest nearest the input (see `forward_order`).
-    output: period at the greatest depth, and everywhere if there is only one depth.
-    input: period at the smallest depth; may be below `output`.
-    rounding: `"power_of_two"` takes the power of two that is nearest on a
-      logarithmic scale, so that the cycle is no longer than the longest period.
-      This holds for the two ends as well: 12 becomes 16. `"integer"` takes the
-      nearest whole number and keeps the ends; cycles get long.
-
-  Returns:
-    Tree like `depth` with an int at each leaf.
-
-  Raises:
-    ValueError: for a period that is not a whole number from 1 up, for an unknown
-      rounding, and for a depth that is not a whole number.
-
-  >>> import optax_cadence as oc
-  >>> oc.by_depth({"stem": 0, "block": [1, 2, 3], "head": 4})
-  {'block': [8, 4, 2], 'head': 1, 'stem': 16}
-  >>> oc.by_depth([0, 1, 2], output=9, input=1, rounding="integer")
-  [1, 3, 9]
-  """
-  if rounding not in ("power_of_two", "integer"):
-    raise ValueError(
-      f"by_depth: expected rounding to be 'power_of_two' or 'integer', found {rounding!r}"
-    )
-  last, first = _log2_period("output", output), _log2_period("input", input)
-  depths = [
-    _whole_number(leaf, f"a whole number as the depth of '{_paths.join(path)}'")
-    for path, leaf in _paths.flatten_with_paths(depth)
-  ]
-  low, high = min(depths, default=0), max(depths, default=0)
-
-  def period(d: int) -> int:
-    share = (d - low) / (high - low) if high > low else 1.0
-    exponent = first + (last - first) * share
-    if rounding == "power_of_two":
-      return 2 ** math.floor(exponent + 0.5)
-    return max(1, math.floor(2**exponent + 0.5))
-
-  return jax.tree.unflatten(jax.tree.structure(depth), map(period, depths))
-
-
-def _log2_period(name: str, period: Any) -> float:
-  expected = f"a whole number from 1 up as the {name} period"
-  value = _whole_number(period, expected)
-  if value < 1:
-    raise ValueError(f"by_depth: expected {expected}, found {value}")
-  return math.log2(value)
-
-
-def _whole_number(value: Any, expected: str) -> int:
-  try:
-    if isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", "") == "b":
-      raise TypeError("a truth value counts nothing")
-    return operator.index(value)
-  except TypeError:
-    raise ValueError(f"by_depth: expected {expected}, found {value!r}") from None

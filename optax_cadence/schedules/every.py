@@ -1,20 +1,20 @@
-"""When a region is due: periods, offsets, schedules, and the counters that run them.
+"""When a region is due: periods, offsets and schedules.
 
 A cadence without its geometry is an `Every`. Static ones (integers) are known while
-tracing; dynamic ones (schedules, traced integers) are read at the start of a window.
+tracing; dynamic ones (schedules, traced integers) are read at the start of a window; a
+policy decides while the window is open.
 """
 
 import dataclasses
-import math
 import operator
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_cadence._policy import Policy
+from optax_cadence.schedules.policy import Policy
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,10 +47,10 @@ class Every:
       if not isinstance(self.period, jax.core.Tracer) and self.period < 1:
         raise ValueError(f"a period must be at least 1, found {self.period}")
     elif not callable(self.period) and self.policy is None:
-      object.__setattr__(self, "period", _integer("a period", self.period))
+      object.__setattr__(self, "period", integer("a period", self.period))
       if self.period < 1:
         raise ValueError(f"a period must be at least 1, found {self.period}")
-    object.__setattr__(self, "offset", _integer("an offset", self.offset))
+    object.__setattr__(self, "offset", integer("an offset", self.offset))
     if self.static and not 0 <= self.offset < self.period:
       raise ValueError(
         f"an offset must be at least 0 and below the period {self.period}, found {self.offset}"
@@ -80,6 +80,12 @@ class Every:
   def key(self) -> Hashable:
     """What two regions have in common when they share a group."""
     return (self.period, self.offset) if self.static else id(self.period)
+
+  @property
+  def name(self) -> str:
+    """How the state calls the group of this cadence."""
+    place = "" if self.policy is None else self.policy.place
+    return f"{self} of {place}" if place else str(self)
 
   def due(self, t: int) -> bool:
     """Whether micro-step t (1, 2, …, or its phase) is due; for static periods."""
@@ -141,41 +147,12 @@ def as_every(cadence: Any) -> Every:
   return cadence if isinstance(cadence, Every) else Every(cadence)
 
 
-def cycle(everys: Iterable[Every]) -> int | None:
-  """Least common multiple of the periods; None when one of them is dynamic."""
-  periods = []
-  for every in everys:
-    if not every.static:
-      return None
-    periods.append(every.period)
-  return math.lcm(*periods)
-
-
-def checked_phase(phase: Any, length: int | None) -> int:
-  """A phase as a Python int.
+def integer(name: str, value: Any) -> int:
+  """The value as an int.
 
   Raises:
-    ValueError: If it is traced, outside the cycle, or there is no cycle.
+    ValueError: If it is no integer; truth values are none.
   """
-  if length is None:
-    raise ValueError(
-      f"phase={phase} needs a static cycle, but a period is a schedule, traced or a policy's;"
-      " leave phase out"
-    )
-  if isinstance(phase, jax.core.Tracer):
-    raise ValueError(
-      "phase must be a Python int that is known while tracing, found a traced value;"
-      ' mark it static with jax.jit(..., static_argnames="phase")'
-    )
-  phase = _integer("phase", phase)
-  if not 0 <= phase < length:
-    raise ValueError(
-      f"phase must be t modulo the cycle, at least 0 and below {length}, found {phase}"
-    )
-  return phase
-
-
-def _integer(name: str, value: Any) -> int:
   if not isinstance(value, bool | np.bool_ | str):
     try:
       return operator.index(value)

@@ -1,6 +1,6 @@
 """The gradient noise scale as a transformation that passes gradients through.
 
-The formulas are in `_statistics`; policies keep the same estimates by themselves.
+The formulas are in `statistics`; policies keep the same estimates by themselves.
 """
 
 from typing import Any, NamedTuple
@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import optax
 
 from optax_cadence import _control
-from optax_cadence import _layout
-from optax_cadence import _policies
-from optax_cadence import _schedules
-from optax_cadence import _statistics
-from optax_cadence import _windows
+from optax_cadence import _window
+from optax_cadence._state import RegionNames
+from optax_cadence.confidence import policies
+from optax_cadence.confidence import statistics
+from optax_cadence.regions import layout as layouts
+from optax_cadence.schedules.every import Every
 
 
 class MeasuredGroup(NamedTuple):
@@ -26,15 +27,13 @@ class MeasuredGroup(NamedTuple):
     remaining: Micro-steps until the window ends: int32 scalar.
     squares: Sum of the squared norms of its gradients: float32 [R].
     estimate: |G|² and tr Σ, smoothed over windows.
-    regions: As in a cadence's `GroupState`.
   """
 
   sums: Any
   length: jax.Array
   remaining: jax.Array
   squares: jax.Array
-  estimate: _statistics.Estimate
-  regions: Any
+  estimate: statistics.Estimate
 
 
 class NoiseScaleState(NamedTuple):
@@ -42,11 +41,13 @@ class NoiseScaleState(NamedTuple):
 
   Attributes:
     micro_step: Micro-steps done: int32 scalar.
-    groups: The regions, by the window that they share.
+    groups: The regions that share a window, by its length, as in a `CadenceState`.
+    regions: The names of each group's regions.
   """
 
   micro_step: jax.Array
-  groups: tuple[MeasuredGroup, ...]
+  groups: dict[str, MeasuredGroup]
+  regions: RegionNames
 
 
 def noise_scale(every: Any = 8, *, decay: float = 0.9) -> optax.GradientTransformation:
@@ -79,74 +80,76 @@ def noise_scale(every: Any = 8, *, decay: float = 0.9) -> optax.GradientTransfor
   >>> print(state.groups[0].estimate.signals(), state.groups[0].estimate.noises())
   [3.] [2.]
   """
-  decay = _policies.fraction("decay", decay)
+  decay = policies.fraction("decay", decay)
 
-  def layout_of(tree: Any) -> _layout.Layout:
-    layout = _layout.layout(every, tree)
+  def layout_of(tree: Any) -> layouts.Layout:
+    layout = layouts.layout(every, tree)
     for group in layout.groups:
-      path = layout.paths[group.leaves[0]]
-      _layout.named(path, _check_window, group.every)
+      with layouts.naming(layout.paths[group.leaves[0]] if group.leaves else ()):
+        _check_window(group.every)
     return layout
 
   def init(params: optax.Params) -> NoiseScaleState:
-    layout, groups = layout_of(params), []
+    layout, groups = layout_of(params), {}
     for group in layout.groups:
-      tensors = group.take(_layout.leaves(params))
-      sums = [jnp.zeros(x.shape, _windows.accumulator_dtype(x.dtype, None)) for x in tensors]
-      groups.append(
-        MeasuredGroup(
-          layout.tree(group, sums),
-          jnp.int32(0),
-          group.every.first_window(),
-          jnp.zeros(len(sums), jnp.float32),
-          _statistics.no_estimate(len(sums)),
-          layout.regions(group),
-        )
+      tensors = group.take(layouts.leaves_of(params))
+      sums = [jnp.zeros(x.shape, _window.accumulator_dtype(x.dtype, None)) for x in tensors]
+      groups[group.name] = MeasuredGroup(
+        layout.tree(group, sums),
+        jnp.int32(0),
+        group.every.first_window(),
+        jnp.zeros(len(sums), jnp.float32),
+        statistics.no_estimate(len(sums)),
       )
-    return NoiseScaleState(jnp.int32(0), tuple(groups))
+    return NoiseScaleState(jnp.int32(0), groups, RegionNames.of(layout.region_names()))
 
   def update(
     updates: optax.Updates, state: NoiseScaleState, params: Any = None
   ) -> tuple[optax.Updates, NoiseScaleState]:
     del params
-    layout, leaves = layout_of(updates), _layout.leaves(updates)
-    micro_step = optax.safe_increment(state.micro_step)
-    pairs = zip(layout.groups, state.groups, strict=True)
-    groups = [_measure(g.every, old, g.take(leaves), micro_step, decay) for g, old in pairs]
-    return updates, NoiseScaleState(micro_step, tuple(groups))
+    layout, leaves = layout_of(updates), layouts.leaves_of(updates)
+    micro_step, groups = optax.safe_increment(state.micro_step), {}
+    for group in layout.groups:
+      old, tensors = state.groups[group.name], group.take(leaves)
+      groups[group.name] = (
+        _measure(group.every, old, tensors, micro_step, decay) if tensors else old
+      )
+    return updates, NoiseScaleState(micro_step, groups, state.regions)
 
   return optax.GradientTransformation(init, update)
 
 
 def _measure(
-  every: _schedules.Every,
+  every: Every,
   old: MeasuredGroup,
   grads: list[jax.Array],
   micro_step: jax.Array,
   decay: Any,
 ) -> MeasuredGroup:
-  treedef = jax.tree.structure(old.sums)
-  window = _windows.Window(jax.tree.leaves(old.sums), old.length, None, old.squares)
-  window, due = _windows.add(window, grads), old.remaining == 1
-  squares = jnp.asarray(window.squares)
+  """The state of a group after one more gradient of each of its tensors."""
+  sums = [
+    _window.added(total, x, old.length)
+    for total, x in zip(jax.tree.leaves(old.sums), grads, strict=True)
+  ]
+  squares = _window.add_squares(old.squares, old.length, grads)
+  length, due = old.length + 1, old.remaining == 1
 
-  def estimated(estimate: _statistics.Estimate, window: Any) -> _statistics.Estimate:
+  def estimated(estimate: statistics.Estimate, window: Any) -> statistics.Estimate:
     sums, length, squares = window
-    found = _statistics.of(length, squares, _statistics.squared_norms(sums))
-    return _statistics.smooth(estimate, found, decay)
+    numbers = statistics.of(length, squares, statistics.squared_norms(sums))
+    return statistics.smooth(estimate, numbers, decay)
 
-  consts = (window.sums, window.length, squares)
   return MeasuredGroup(
-    jax.tree.unflatten(treedef, window.sums),
-    jnp.where(due, 0, window.length),
+    jax.tree.unflatten(jax.tree.structure(old.sums), sums),
+    jnp.where(due, 0, length),
     jnp.where(due, every.window(micro_step), old.remaining - 1),
     squares,
-    _control.maybe(due, estimated, old.estimate, consts),
-    old.regions,
+    _control.maybe(due, estimated, old.estimate, (sums, length, squares)),
   )
 
 
-def _check_window(every: _schedules.Every) -> None:
+def _check_window(every: Every) -> None:
+  """Raises `ValueError` unless windows are long enough to tell noise from."""
   if every.policy is not None:
     raise ValueError(f"noise_scale expects windows of known length, found {every}")
   if every.static and every.period < 2:

@@ -1,12 +1,11 @@
 """Cuts parameters out of the backward pass where their gradient would go unused."""
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from optax_cadence import _cadence
-from optax_cadence import _layout
-from optax_cadence import _schedules
+from optax_cadence.regions import layout as layouts
+from optax_cadence.schedules import phases
 
 
 def trainable(params: optax.Params, tx: _cadence.CadenceTransformation, phase: int) -> optax.Params:
@@ -37,15 +36,15 @@ def trainable(params: optax.Params, tx: _cadence.CadenceTransformation, phase: i
   """
   cadence = _cadence.of(tx)
   layout = cadence.layout(params)
-  static_phase = _schedules.checked_phase(phase, cadence.cycle)
+  static_phase = phases.checked_phase(phase, layout.cycle)
   if cadence.accumulate != "latest":
     return params
-  leaves = dict(enumerate(map(jnp.asarray, jax.tree.leaves(params))))
+  leaves = layouts.leaves_of(params)
   for group in layout.groups:
-    if not group.every.due(static_phase):
-      leaves = _stop(group, leaves)
+    if group.every.due(static_phase):
+      continue
+    for t in group.tensors:
+      leaf = leaves[t.leaf]
+      stopped = t.cut.put(t.cut.view(leaf), jax.lax.stop_gradient(t.cut.take(leaf)))
+      leaves[t.leaf] = stopped.reshape(leaf.shape)
   return layout.treedef.unflatten(leaves.values())
-
-
-def _stop(group: _layout.Group, leaves: dict[int, jax.Array]) -> dict[int, jax.Array]:
-  return group.put(leaves, [jax.lax.stop_gradient(x) for x in group.take(leaves)])

@@ -1,14 +1,16 @@
 """What a policy is: a cadence that decides from the gradients when its regions are due.
 
-The policies themselves are in `_policies`, where they are asked is in `_step`.
+The policies of this package are in `confidence.policies`; when they are asked, and what they are
+told, is in `confidence.deciding`. To add one, write a subclass: see the example of `Policy`.
 """
 
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-from optax_cadence._statistics import Statistics
+if TYPE_CHECKING:
+  from optax_cadence.confidence.statistics import Statistics
 
 
 class Policy:
@@ -22,6 +24,7 @@ class Policy:
     max_period: Micro-steps that a window has at most.
     reads_gradients: Whether it reads `squares` and `square` of the window, which costs one
       more reading of the gradients at every micro-step.
+    place: Which layer it decides for, if it is the copy of `each_layer`; names its group.
     reads_updates: Whether `fired` reads `update` and `params`, for which a few thousand
       entries of each region are read and kept, once a window.
 
@@ -41,6 +44,7 @@ class Policy:
 
   reads_gradients = True
   reads_updates = False
+  place = ""
 
   def __init__(self, min_period: int, max_period: int) -> None:
     for name, value in (("min_period", min_period), ("max_period", max_period)):
@@ -61,11 +65,11 @@ class Policy:
     del state
     return self.min_period
 
-  def due(self, window: Statistics, state: Any) -> bool | jax.Array:
+  def due(self, window: "Statistics", state: Any) -> bool | jax.Array:
     """Whether the window is enough: boolean scalar."""
     raise NotImplementedError
 
-  def fired(self, window: Statistics, state: Any) -> Any:
+  def fired(self, window: "Statistics", state: Any) -> Any:
     """What the policy remembers after this window, in the structure and dtypes of `state`."""
     del window
     return state

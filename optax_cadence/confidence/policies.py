@@ -1,19 +1,19 @@
 """The policies: until certain, and as settled.
 
-Both read the estimates of `_statistics`; the protocol is in `_policy`.
+Both read the numbers of `statistics`; what a policy is, is in `schedules.policy`.
 """
 
 import copy
-from collections.abc import Callable
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optax_cadence import _paths
-from optax_cadence import _statistics
-from optax_cadence._policy import Policy
-from optax_cadence._statistics import Statistics
+from optax_cadence.confidence import statistics
+from optax_cadence.confidence.statistics import Statistics
+from optax_cadence.schedules.policy import Policy
 
 
 class UntilCertain(Policy):
@@ -101,7 +101,7 @@ class AsSettled(Policy):
     found = window.relative_update()
     usable = jnp.isfinite(found) & (window.length > 0).any()
     old, new = (state.size, state.weight), (found, jnp.float32(1))
-    size, weight = _statistics.decayed(old, new, usable, self.decay)
+    size, weight = statistics.decayed(old, new, usable, self.decay)
     mean = size / jnp.where(weight > 0, weight, 1)
     peak = jnp.maximum(state.peak, mean)
     left = jnp.where(peak > 0, mean / jnp.where(peak > 0, peak, 1), 1)
@@ -141,7 +141,7 @@ def as_settled(min_period: int, max_period: int, *, decay: float = 0.8) -> AsSet
   return AsSettled(min_period, max_period, decay)
 
 
-def each_layer(policy: Policy) -> Callable[[Any], Any]:
+def each_layer(policy: Policy) -> "EachLayer":
   """A copy of a policy for every layer, so that each decides on its own.
 
   A layer is what stands at one place of the tree: a kernel and its bias share a copy.
@@ -164,13 +164,26 @@ def each_layer(policy: Policy) -> Callable[[Any], Any]:
   if not isinstance(policy, Policy):
     raise ValueError(f"each_layer expects a policy, found {policy!r}")
 
-  def every(params: Any) -> Any:
-    copies: dict[_paths.Path, Policy] = {}
-    paths = [path for path, _ in _paths.flatten_with_paths(params)]
-    found = [copies.setdefault(path[:-1], copy.copy(policy)) for path in paths]
-    return jax.tree.unflatten(jax.tree.structure(params), found)
+  return EachLayer(policy)
 
-  return every
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EachLayer:
+  """What `each_layer` returns: call it with parameters for a tree of policies."""
+
+  policy: Policy
+  cycle = None  # as for every cadence that decides while training
+
+  def __call__(self, params: Any) -> Any:
+    copies: dict[_paths.Path, Policy] = {}
+    rows = []
+    for path, _ in _paths.flatten_with_paths(params):
+      layer = path[:-1]
+      if layer not in copies:
+        copies[layer] = copy.copy(self.policy)
+        copies[layer].place = _paths.join(layer)
+      rows.append(copies[layer])
+    return jax.tree.unflatten(jax.tree.structure(params), rows)
 
 
 def _positive(name: str, value: Any) -> Any:

@@ -1,16 +1,17 @@
-"""What a person wants to see before a run: a table of the groups, a picture of the score."""
+"""What a person wants to see before a run: a table of the groups."""
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 from optax_cadence import _cadence
-from optax_cadence import _layout
-from optax_cadence import _regions
 from optax_cadence import _tables
+from optax_cadence.regions.cuts import Entries
+from optax_cadence.regions.layout import Group
+from optax_cadence.regions.layout import Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +40,15 @@ class Description:
   """The groups of a cadence; prints as a table.
 
   Attributes:
-    groups: One summary per group, in the order of the state.
+    groups: One summary per group that has parameters, in order of first appearance.
     cycle: Micro-steps after which the schedule repeats, or None.
+    masks: For the path of each leaf whose mask no grid expresses, why its entries are not
+      trained by one pass for all periods, which is faster; None where they are.
   """
 
   groups: tuple[GroupSummary, ...]
   cycle: int | None
+  masks: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
 
   def __str__(self) -> str:
     header = ("period", "leaves", "parameters", "effective batch", "accumulators", "updates/step")
@@ -58,7 +62,13 @@ class Description:
       "",
     )
     cycle = "dynamic" if self.cycle is None else f"{self.cycle} micro-steps"
-    return "\n".join([*_tables.lines((header, *rows, total), left=2), f"cycle: {cycle}"])
+    masks = [
+      f"mask of {name}: one pass for all periods, as the optimizer treats entries one by one"
+      if reason is None
+      else f"mask of {name}: a vector for each period, because of {reason}"
+      for name, reason in self.masks.items()
+    ]
+    return "\n".join([*_tables.lines((header, *rows, total), left=2), f"cycle: {cycle}", *masks])
 
 
 def describe(
@@ -85,73 +95,47 @@ def describe(
   cycle: 8 micro-steps
   """
   cadence = _cadence.of(tx)
-  layout = cadence.layout(params)
+  layout = cadence.groups_of(params)
   dtypes = [jax.dtypes.result_type(leaf) for leaf in jax.tree.leaves(params)]
-  groups = tuple(_summary(cadence, layout, g, dtypes, microbatch) for g in layout.groups)
-  return Description(groups, tx.cycle)
+  reasons: dict[int, str | None] = {}
+  if layout.scattered and cadence.accumulate != "latest":
+    from optax_cadence.entrywise import choice
 
-
-def plot_score(
-  tx: _cadence.CadenceTransformation, params: optax.Params, steps: int, *, ax: Any = None
-) -> Any:
-  """Draws the score: regions down, micro-steps across, a mark where one is due.
-
-  Args:
-    tx: A cadence, or an `oc.chain` that ends in one.
-    params: Parameters, or their `jax.ShapeDtypeStruct`s.
-    steps: Number of micro-steps to draw.
-    ax: Matplotlib axes to draw on; new ones by default.
-
-  Returns:
-    The axes.
-
-  Raises:
-    ImportError: If Matplotlib is not installed (`pip install optax_cadence[plot]`).
-  """
-  import matplotlib as mpl
-
-  rows = _score(_cadence.of(tx).layout(params), steps)
-  if ax is None:
-    import matplotlib.pyplot as plt
-
-    size = (min(4 + 0.12 * steps, 16), min(1.2 + 0.24 * len(rows), 24))
-    ax = plt.subplots(figsize=size, layout="constrained")[1]
-  for y, (_, due) in enumerate(rows):
-    # The same shade for the same rhythm in every picture: dark for 1, pale from 64 on.
-    slowness = min(np.log2(1 / max(due.mean(), 1e-9)), 6) / 6
-    marks = [(t + 0.6, 0.8) for t in np.flatnonzero(due)]
-    color = mpl.colormaps["viridis"](0.1 + 0.8 * slowness)
-    ax.broken_barh(marks, (y - 0.36, 0.72), facecolors=[color], linewidth=0)
-  ax.set_yticks(range(len(rows)), [label for label, _ in rows])
-  ax.set(xlim=(0.4, steps + 0.6), ylim=(len(rows) - 0.4, -0.6), xlabel="micro-step")
-  ax.xaxis.get_major_locator().set_params(integer=True)
-  ax.tick_params(axis="y", length=0)
-  ax.spines[["top", "right", "left"]].set_visible(False)
-  return ax
+    reasons = choice.choose(cadence.inner, layout, dtypes, with_masks=not cadence.skip)[1]
+  elif layout.scattered:
+    cuts = [t for group in layout.groups for t in group.tensors]
+    reasons = {t.leaf: 'accumulate="latest"' for t in cuts if isinstance(t.cut, Entries)}
+  one_pass = {leaf for leaf, reason in reasons.items() if reason is None}
+  groups = tuple(
+    _summary(cadence, layout, group, dtypes, one_pass, microbatch)
+    for group in layout.groups
+    if group.tensors
+  )
+  return Description(groups, layout.cycle, {layout.name(i): x for i, x in reasons.items()})
 
 
 def _summary(
   cadence: _cadence.Cadence,
-  layout: _layout.Layout,
-  group: _layout.Group,
+  layout: Layout,
+  group: Group,
   dtypes: list[Any],
+  one_pass: Collection[int],
   microbatch: int,
 ) -> GroupSummary:
-  sizes = [t.cut.size(layout.shapes[t.leaf]) for t in group.tensors]
-  widths = [
-    cadence.sum_dtype(dtypes[t.leaf]).itemsize
-    if cadence.accumulates(group.every) or isinstance(t.cut, _regions.SharedEntries)
-    else 0
-    for t in group.tensors
-  ]
+  sizes, accumulators = 0, 0
+  for t in group.tensors:
+    size = t.cut.size(layout.shapes[t.leaf])
+    sizes += size
+    if cadence.accumulates(group.every) or t.leaf in one_pass:
+      accumulators += size * cadence.sum_dtype(dtypes[t.leaf]).itemsize
   period = group.every.period if group.every.static else None
   batches = period if cadence.accumulate != "latest" else 1
   return GroupSummary(
     period=str(group.every),
     leaves=tuple(layout.name(i) for i in group.leaves),
-    parameters=sum(sizes),
+    parameters=sizes,
     effective_batch=None if batches is None else batches * microbatch,
-    accumulator_bytes=int(np.dot(sizes, widths)),
+    accumulator_bytes=accumulators,
     share=None if period is None else 1 / period,
   )
 
@@ -176,12 +160,3 @@ def _bytes(n: float) -> str:
       return f"{n:.1f} {unit}" if unit != "B" else f"{n} B"
     n /= 1000
   return f"{n:.1f} TB"
-
-
-def _score(layout: _layout.Layout, steps: int) -> list[tuple[str, np.ndarray]]:
-  """A label and the micro-steps that are due (bool [steps]) for every region."""
-  rows = []
-  for group in layout.groups:
-    due = group.every.score(steps)
-    rows += [(t.leaf, t.cut.start, f"{layout.name(t.leaf)}{t.cut}", due) for t in group.tensors]
-  return [(label, due) for _, _, label, due in sorted(rows, key=lambda row: row[:2])]

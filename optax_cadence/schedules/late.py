@@ -1,5 +1,6 @@
 """Periods that take hold late in training, as schedules for a whole tree of them."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_cadence import _regions
-from optax_cadence import _schedules
+from optax_cadence import _paths
+from optax_cadence.regions.grids import Grid
+from optax_cadence.schedules.every import as_every
+from optax_cadence.schedules.every import Every
 
 
-def late(begin: int, every: Any, *, before: int = 1) -> Callable[[Any], Any]:
+def late(begin: int, every: Any, *, before: int = 1) -> "Scheduled":
   """One period for everything until micro-step `begin`, and `every` from then on.
 
   A window that is open then is finished first: no gradient is lost or counted twice.
@@ -34,7 +37,7 @@ def late(begin: int, every: Any, *, before: int = 1) -> Callable[[Any], Any]:
   """
   _check("begin", begin, 0)
   _check("before", before, 1)
-  return _scheduled(
+  return Scheduled(
     every,
     lambda period: optax.join_schedules(
       [optax.constant_schedule(before), optax.constant_schedule(period)], [begin]
@@ -42,7 +45,7 @@ def late(begin: int, every: Any, *, before: int = 1) -> Callable[[Any], Any]:
   )
 
 
-def ramp(begin: int, end: int, every: Any, *, before: int = 1) -> Callable[[Any], Any]:
+def ramp(begin: int, end: int, every: Any, *, before: int = 1) -> "Scheduled":
   """Every period grows, or falls, from `before` to its own: by equal factors in equal times.
 
   Args:
@@ -70,33 +73,53 @@ def ramp(begin: int, end: int, every: Any, *, before: int = 1) -> Callable[[Any]
     )
     return lambda micro_steps: jnp.exp2(exponent(micro_steps))
 
-  return _scheduled(every, schedule)
+  return Scheduled(every, schedule)
 
 
-def _scheduled(every: Any, schedule: Callable[[int], Any]) -> Callable[[Any], Any]:
-  """`every` with a schedule for each period; equal periods share one."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scheduled:
+  """What `late` and `ramp` return: call it with parameters for a tree of schedules.
 
-  def of_params(params: Any) -> Any:
-    made: dict[int, _schedules.Every] = {}
+  Attributes:
+    every: The periods in the end, as `late` takes them.
+    begins: From a period to the schedule that ends in it.
+    made: The cadences so far; equal periods share one.
+  """
 
-    def one(period: Any) -> _schedules.Every:
-      found = _schedules.as_every(period)
-      if not found.static or found.offset:
-        raise ValueError(f"late and ramp expect integer periods, found {found}")
-      if found.period not in made:
-        made[found.period] = _schedules.Every(schedule(found.period))
-      return made[found.period]
+  every: Any
+  begins: Callable[[int], Any]
+  made: dict[int, Every] = dataclasses.field(default_factory=dict)
 
-    def leaf(cadence: Any) -> Any:
-      if isinstance(cadence, _regions.Grid):
-        cells = np.empty(cadence.periods.shape, object)
-        cells.flat[:] = [one(cell) for cell in cadence.periods.flat]
-        return _regions.Grid(cells.tolist(), cadence.axes, cadence.one_each)
-      return one(cadence)
+  def __call__(self, params: Any) -> Any:
+    return jax.tree.map(self._cadence, self.every(params) if callable(self.every) else self.every)
 
-    return jax.tree.map(leaf, every(params) if callable(every) else every)
+  @property
+  def cadences(self) -> list[tuple[str, Any]] | None:
+    """Every cadence that a parameter may get, with its place; None if `every` does not say."""
+    if callable(self.every):
+      given = getattr(self.every, "cadences", None)
+    else:
+      rows = _paths.flatten_with_paths(self.every)
+      given = [(_paths.join(path), cadence) for path, cadence in rows]
+    return given and [(place, self._cadence(cadence)) for place, cadence in given]
 
-  return of_params
+  def _cadence(self, cadence: Any) -> Any:
+    """The cadence of a leaf, with a schedule for each period."""
+    if not isinstance(cadence, Grid):
+      return self._every(cadence)
+    cells = np.empty(cadence.periods.shape, object)
+    cells.flat[:] = [self._every(cell) for cell in cadence.periods.flat]
+    return Grid(cells.tolist(), cadence.axes, cadence.one_each)
+
+  def _every(self, period: Any) -> Every:
+    wanted = as_every(period)
+    if not wanted.static or wanted.offset:
+      raise ValueError(f"late and ramp expect integer periods, found {wanted}")
+    if wanted.period not in self.made:
+      schedule = self.begins(wanted.period)
+      schedule.__name__ = f"schedule to {wanted.period}"
+      self.made[wanted.period] = Every(schedule)
+    return self.made[wanted.period]
 
 
 def _check(name: str, value: Any, least: int) -> None:

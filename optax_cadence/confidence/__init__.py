@@ -1,0 +1,1 @@
+"""Cadences that follow the gradients: their statistics, and the policies that read them."""

@@ -1,0 +1,310 @@
+"""Whether an optimizer treats the entries of a tensor one by one, read off its traced program.
+
+The answer is None, or the reason why not. The program is that of one update of a group, in which
+the entries of a leaf under a mask are a vector; it also says what of the optimizer's state belongs
+to them.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_cadence.entrywise import lanes
+from optax_cadence.programs import reading
+from optax_cadence.regions.cuts import Entries
+from optax_cadence.regions.layout import Group
+from optax_cadence.regions.layout import Layout
+
+# What an optimizer may raise that wants other arguments than gradients, state and parameters.
+REFUSALS = (TypeError, ValueError, KeyError, AttributeError, AssertionError, NotImplementedError)
+
+
+class Program(NamedTuple):
+  """An update of the inner optimizer.
+
+  Attributes:
+    program: Takes gradients, state and parameters, gives updates and the new state.
+    leaves: The leaf of each gradient, in order.
+    state: Position of every array of the state, among arguments as among results, by key path.
+    params: Position of the first parameter among the arguments; None where there are none.
+  """
+
+  program: Any
+  leaves: tuple[int, ...]
+  state: dict[Any, int]
+  params: int | None
+
+  def tensor(self, leaf: int) -> int:
+    """Position of the gradient and the update of a leaf that the group has one tensor of."""
+    return self.leaves.index(leaf)
+
+  def own(self, leaf: int, moments: Iterable[Any]) -> list[int]:
+    """Positions of the update and of the moments of a leaf, among results as among arguments."""
+    return [self.tensor(leaf), *(self.state[path] for path in moments)]
+
+  def param(self, leaf: int) -> list[int]:
+    """Position of its parameter; none where there are none."""
+    return [] if self.params is None else [self.params + self.tensor(leaf)]
+
+
+def shapes_of(group: Group, layout: Layout, dtypes: Sequence[Any]) -> dict[int, list[Any]]:
+  """Shape and dtype of the tensors that a group has of each leaf, those under masks included."""
+  found: dict[int, list[Any]] = {}
+  for t in (*group.tensors, *group.masked):
+    if isinstance(t.cut, Entries):
+      tensor = jax.ShapeDtypeStruct((t.cut.indices.size,), dtypes[t.leaf])
+    else:
+      leaf = jax.ShapeDtypeStruct(layout.shapes[t.leaf], dtypes[t.leaf])
+      tensor = jax.eval_shape(t.cut.take, leaf)
+    found.setdefault(t.leaf, []).append(tensor)
+  return found
+
+
+def tree_of(layout: Layout, tensors: Mapping[int, Any]) -> Any:
+  """The tree with these leaves; a list of several tensors becomes a tuple."""
+  slots: list[Any] = [optax.MaskedNode()] * len(layout.paths)
+  for leaf, x in tensors.items():
+    slots[leaf] = (x[0] if len(x) == 1 else tuple(x)) if isinstance(x, list) else x
+  return layout.treedef.unflatten(slots)
+
+
+def trace(
+  inner: optax.GradientTransformationExtraArgs,
+  layout: Layout,
+  group: Group,
+  dtypes: Sequence[Any],
+  param_dtypes: Sequence[Any] | None,
+  state: Mapping[Any, jax.Array] | None = None,
+  extra_args: Mapping[str, Any] | None = None,
+) -> Program:
+  """Traces an update.
+
+  Args:
+    inner: The inner optimizer.
+    layout: Groups of the tree.
+    group: The group.
+    dtypes: Dtypes of the gradients of all leaves.
+    param_dtypes: The same of the parameters, if there are any.
+    state: Arrays that tell the dtypes of the group's state, by key path; by default, and where one
+      is missing, they are as `init` makes them.
+    extra_args: Extra arguments for the inner optimizer.
+
+  Returns:
+    The program.
+  """
+  tensors = shapes_of(group, layout, dtypes)
+  grads = tree_of(layout, tensors)
+  params = None
+  if param_dtypes is not None:
+    params = tree_of(layout, shapes_of(group, layout, param_dtypes))
+  initial = jax.eval_shape(inner.init, grads if params is None else params)
+  flat, structure = jax.tree_util.tree_flatten_with_path(initial)
+  known = state or {}
+  avals = [
+    jax.ShapeDtypeStruct(x.shape, known[path].dtype if path in known else x.dtype)
+    for path, x in flat
+  ]
+
+  def update(grads: Any, state: Any, params: Any) -> Any:
+    return inner.update(grads, state, params, **extra_args or {})
+
+  leaves = tuple(leaf for leaf, parts in sorted(tensors.items()) for _ in parts)
+  return Program(
+    reading.traced(update, grads, jax.tree.unflatten(structure, avals), params),
+    leaves,
+    {path: len(leaves) + i for i, (path, _) in enumerate(flat)},
+    None if params is None else len(leaves) + len(flat),
+  )
+
+
+def moments(inner: Any, layout: Layout, leaf: int, entries: Any) -> dict[Any, int] | str:
+  """Where the state keeps an array for the entries of a tensor.
+
+  Args:
+    inner: The inner optimizer.
+    layout: Groups of the tree.
+    leaf: Position of the leaf.
+    entries: Shape and dtype of the tensor.
+
+  Returns:
+    For the key path of each such array its place among the leaves of the state; or the reason why
+    they do not start out entry by entry.
+  """
+  tree = tree_of(layout, {leaf: entries})
+  program = reading.traced(inner.init, tree)
+  flat = jax.tree_util.tree_flatten_with_path(jax.eval_shape(inner.init, tree))[0]
+  found: dict[Any, int] = {}
+  coupled: list[str] = []
+
+  def look(x: jax.Array) -> None:
+    values = lanes.run([program], [x], _spread(x))
+    for i, ((path, y), value) in enumerate(zip(flat, values, strict=True)):
+      if isinstance(value, lanes.Coupled):
+        coupled.append(value.by)
+      elif not isinstance(value, lanes.Lanes) or (value.spread and y.shape == entries.shape):
+        found[path] = i
+
+  jax.eval_shape(look, entries)
+  return coupled[0] if coupled else found
+
+
+def coupled_in(program: Program, leaf: int, moments: Mapping[int, Mapping[Any, int]]) -> str | None:
+  """Why the entries of a leaf are not treated one by one in the update of one group.
+
+  Args:
+    program: The update.
+    leaf: The leaf.
+    moments: Where the state keeps arrays for the entries of each leaf that is asked about.
+
+  Returns:
+    What is in the way: an entry that goes into another, or into another tensor. None if nothing.
+  """
+  arguments, results = program.program.in_avals, program.program.out_avals
+  if len(results) != len(program.leaves) + len(program.state):
+    return "a state that changes its structure"
+  own = program.own(leaf, moments[leaf])
+  entries = {*own, *program.param(leaf)}
+  held = {program.state.get(path) for paths in moments.values() for path in paths}
+  numbers = set(program.state.values()) - held
+  reasons: list[str] = []
+
+  def look(x: jax.Array) -> None:
+    inputs: list[lanes.Value] = []
+    for i, aval in enumerate(arguments):
+      if i in numbers:
+        inputs.append(lanes.Lanes((jnp.zeros(aval.shape, aval.dtype),)))
+      else:
+        inputs.append(jnp.zeros_like(x, aval.dtype) if i in entries else lanes.Elsewhere())
+    for i, result in enumerate(lanes.run([program.program], inputs, _spread(x))):
+      value = lanes.as_array(result, _spread(x)) if i in own else result
+      if isinstance(value, lanes.Coupled):
+        reasons.append(value.by)
+      elif i in own and results[i].shape != x.shape:
+        reasons.append("a result of another shape")
+      elif i not in own and isinstance(result, jax.Array):
+        reasons.append("a result that goes into another tensor")
+
+  jax.eval_shape(look, arguments[own[0]])
+  return reasons[0] if reasons else None
+
+
+def coupled(
+  programs: Sequence[Program], leaf: int, moments: Mapping[int, Mapping[Any, int]]
+) -> str | None:
+  """The same in the updates of all groups that have entries of a leaf, which run as one."""
+  for program in programs:
+    reason = coupled_in(program, leaf, moments)
+    if reason is not None:
+      return reason
+  reasons: list[str] = []
+
+  def look(x: jax.Array) -> None:
+    states = []
+    for program in programs:
+      avals = program.program.in_avals
+      states.append(
+        {p: jnp.zeros(avals[i].shape, avals[i].dtype) for p, i in program.state.items()}
+      )
+    params = None if programs[0].params is None else x
+    result = run(programs, leaf, dict.fromkeys(moments[leaf], x), states, x, params, _spread(x))
+    reasons.extend([result] if isinstance(result, str) else [])
+
+  jax.eval_shape(look, programs[0].program.in_avals[programs[0].tensor(leaf)])
+  return reasons[0] if reasons else None
+
+
+def run(
+  programs: Sequence[Program],
+  leaf: int,
+  moments: Mapping[Any, jax.Array],
+  states: Sequence[Mapping[Any, jax.Array]],
+  grad: jax.Array,
+  param: jax.Array | None,
+  look_up: lanes.LookUp,
+) -> list[jax.Array] | str:
+  """Runs the updates of several groups at once, on a leaf that has entries of each.
+
+  Args:
+    programs: The updates.
+    leaf: Which leaf it is.
+    moments: Its moments, by where a state keeps them.
+    states: The arrays of each group's state, by where it keeps them. What has another shape there
+      than in the program belongs to other tensors.
+    grad: Gradient of the leaf.
+    param: The parameter, where there are any.
+    look_up: As in `lanes.run`.
+
+  Returns:
+    The update of the leaf, and its new moments; or why its entries are not updated one by one.
+  """
+  numbers = [
+    path
+    for path in programs[0].state
+    if path not in moments and all(map(_has, programs, states, [path] * len(programs)))
+  ]
+  inputs: list[lanes.Value] = [
+    lanes.Lanes(tuple(state[path] for state in states)) for path in numbers
+  ]
+  inputs += [grad, *moments.values(), *([] if param is None else [param])]
+  parts = []
+  for program in programs:
+    own = program.own(leaf, moments)
+    arguments = [*(program.state[path] for path in numbers), *own, *program.param(leaf)]
+    parts.append(reading.part(program.program, arguments, own))
+  try:
+    results = lanes.run(parts, inputs, look_up)
+  except reading.DifferentProgramsError:
+    return "an operation that differs from group to group"
+  arrays = []
+  for result in results:
+    array = lanes.as_array(result, look_up)
+    if isinstance(array, lanes.Coupled):
+      return array.by
+    arrays.append(array)
+  return arrays
+
+
+def _has(program: Program, state: Mapping[Any, jax.Array], path: Any) -> bool:
+  """Whether a group's state has an array at this place, of the shape that its program expects."""
+  if path not in state or path not in program.state:
+    return False
+  return state[path].shape == program.program.in_avals[program.state[path]].shape
+
+
+def alike(program: Any, other: Any) -> bool:
+  """Whether two programs are the same but for the shapes of arrays."""
+  pairs = dict(zip(program.jaxpr.invars, other.jaxpr.invars, strict=True))
+  consts = zip(
+    program.jaxpr.constvars, other.jaxpr.constvars, program.consts, other.consts, strict=False
+  )
+  pairs |= {v: w for v, w, x, y in consts if x is y}
+
+  def match(a: Any, b: Any) -> bool:
+    if reading.is_literal(a) and reading.is_literal(b):
+      return _equal(reading.literal(a), reading.literal(b))
+    return not reading.is_literal(a) and pairs.get(a) is b
+
+  def params(eqn: Any) -> dict[str, Any]:
+    shape = ("shape", "broadcast_dimensions") if eqn.primitive.name == "broadcast_in_dim" else ()
+    return {name: x for name, x in eqn.params.items() if name not in shape}
+
+  try:
+    reading.check_same_operations([program.jaxpr, other.jaxpr])
+  except reading.DifferentProgramsError:
+    return False
+  for e, f in zip(program.jaxpr.eqns, other.jaxpr.eqns, strict=True):
+    if params(e) != params(f) or not all(map(match, e.invars, f.invars)):
+      return False
+    pairs |= zip(e.outvars, f.outvars, strict=True)
+  return all(map(match, program.jaxpr.outvars, other.jaxpr.outvars))
+
+
+def _equal(x: Any, y: Any) -> bool:
+  return bool(x.dtype == y.dtype and (x == y).all())
+
+
+def _spread(x: jax.Array) -> lanes.LookUp:
+  return lambda values: jnp.full_like(x, values[0], dtype=values[0].dtype)

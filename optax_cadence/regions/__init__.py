@@ -1,0 +1,1 @@
+"""Which entries of the parameters share a cadence: grids, their cuts, and the groups of a tree."""

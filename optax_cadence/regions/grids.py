@@ -1,0 +1,170 @@
+"""Rectangular partitions of an array, as users write them: `Grid` and its three short forms.
+
+What a grid cuts out of an array is in `cuts`. Nothing here knows about time or optimizers.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+Shape: TypeAlias = tuple[int, ...]
+Interval: TypeAlias = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Grid:
+  """A rectangular partition of a leaf, with a cadence for every cell.
+
+  Each of `axes` is cut into as many bands of equal width as `periods` has cells
+  along it (the first bands are one wider where it does not divide, as in
+  `numpy.array_split`). Bands of a single axis that share a cadence are one tensor,
+  joined in order; over several axes each rectangle is a tensor.
+
+  Attributes:
+    periods: Nested sequences or an array of cadences, as deep as there are axes.
+      A cell is an integer, an `Every`, a schedule or a traced integer.
+    axes: The axes that are cut; negative ones count from the last.
+    one_each: Whether every axis must have exactly as many entries as cells.
+
+  Raises:
+    ValueError: If `periods` is empty, ragged, or not as deep as there are axes.
+
+  >>> import optax_cadence as oc
+  >>> oc.Grid([[1, 2, 4]], axes=(0, 1)).periods.shape
+  (1, 3)
+  """
+
+  periods: Any
+  axes: Sequence[int]
+  one_each: bool = False
+
+  def __post_init__(self) -> None:
+    axes = _integers(self.axes)
+    if not axes or len(set(axes)) != len(axes):
+      raise ValueError(f"axes must be distinct and at least one, found {axes}")
+    object.__setattr__(self, "axes", axes)
+    object.__setattr__(self, "periods", _cells(self.periods, len(axes)))
+
+  def intervals(self, shape: Shape) -> dict[int, list[Interval]]:
+    """Where a leaf of this shape is cut: for each axis, counted from the first, its intervals.
+
+    Raises:
+      ValueError: If an axis is not there, or has fewer entries than cells.
+    """
+    found: dict[int, list[Interval]] = {}
+    for axis, cells in zip(self.axes, self.periods.shape, strict=True):
+      if not -len(shape) <= axis < len(shape):
+        raise ValueError(f"axis {axis} is not there: the leaf has {len(shape)} axes")
+      axis %= len(shape)
+      length = shape[axis]
+      if self.one_each and cells != length:
+        raise ValueError(f"stacked expects one period for each of {length} layers, found {cells}")
+      if cells > length:
+        raise ValueError(f"{cells} bands are finer than axis {axis}, which has {length} entries")
+      if axis in found:
+        raise ValueError(f"axes {tuple(self.axes)} name one axis of the leaf twice")
+      ends = list(
+        itertools.accumulate(length // cells + (i < length % cells) for i in range(cells))
+      )
+      found[axis] = list(zip([0, *ends], ends, strict=False))
+    return found
+
+
+def _integers(axes: Any) -> tuple[int, ...]:
+  checked = tuple(axes) if isinstance(axes, list | tuple | np.ndarray) else None
+  if checked is None or not all(isinstance(a, int | np.integer) and a is not True for a in checked):
+    raise ValueError(f"axes must be a sequence of integers, found {axes!r}")
+  return tuple(int(a) for a in checked)
+
+
+def _cells(periods: Any, depth: int) -> np.ndarray:
+  """Nested sequences as an object array with `depth` axes, one cadence in each cell."""
+  shape: list[int] = []
+  row = periods
+  for _ in range(depth):
+    if not (isinstance(row, list | tuple) or is_mask(row)) or len(row) == 0:
+      raise ValueError(
+        f"periods must be non-empty sequences nested {depth} deep, one level per axis,"
+        f" found {periods!r}"
+      )
+    shape.append(len(row))
+    row = row[0]
+  cells = np.empty(shape, object)
+  for index in np.ndindex(*shape):
+    cells[index] = _cell(periods, index, shape)
+  return cells
+
+
+def _cell(periods: Any, index: tuple[int, ...], shape: list[int]) -> Any:
+  for i, n in zip(index, shape, strict=True):
+    if not (isinstance(periods, list | tuple) or is_mask(periods)) or len(periods) != n:
+      raise ValueError(f"periods must not be ragged: expected {n} cells, found {periods!r}")
+    periods = periods[i]
+  if isinstance(periods, list | tuple) or is_mask(periods):
+    raise ValueError(f"periods are nested deeper than there are axes: found {periods!r}")
+  return periods
+
+
+def channels(periods: Sequence[Any], axis: int = -1) -> Grid:
+  """Cuts one axis into bands of equal width, each with its period.
+
+  Args:
+    periods: One cadence per band. As many as the axis has entries gives every
+      channel its own.
+    axis: The axis to cut; the last one by default, where Flax keeps output channels.
+
+  Returns:
+    A `Grid` over that axis.
+
+  >>> import jax.numpy as jnp, optax, optax_cadence as oc
+  >>> tx = oc.cadence(optax.sgd(1.0), oc.channels([1, 2]))
+  >>> state = tx.init(jnp.zeros((3, 4)))
+  >>> updates, state = tx.update(jnp.ones((3, 4)), state)
+  >>> print(updates[0])
+  [-1. -1.  0.  0.]
+  """
+  return Grid(periods, (axis,))
+
+
+def quadrants(periods: Sequence[Sequence[Any]], axes: Sequence[int] = (-2, -1)) -> Grid:
+  """Cuts a matrix into four rectangles, each with its period.
+
+  Args:
+    periods: Two rows of two cadences.
+    axes: The two axes that are halved.
+
+  Returns:
+    A `Grid` over those axes.
+
+  Raises:
+    ValueError: If `periods` is not two by two.
+  """
+  grid = Grid(periods, axes)
+  if grid.periods.shape != (2, 2):
+    raise ValueError(
+      f"quadrants expects two rows of two periods, found shape {grid.periods.shape};"
+      " use Grid for any other partition"
+    )
+  return grid
+
+
+def stacked(periods: Sequence[Any]) -> Grid:
+  """Gives each of the layers stacked on axis 0 its period.
+
+  Args:
+    periods: One cadence per layer, as many as axis 0 is long (as `nn.scan` and
+      `nnx.vmap` stack layers).
+
+  Returns:
+    A `Grid` over axis 0.
+  """
+  return Grid(periods, (0,), one_each=True)
+
+
+def is_mask(cadence: Any) -> bool:
+  """Whether this is an array of periods, one for each entry."""
+  return isinstance(cadence, np.ndarray | jax.Array) and cadence.ndim > 0

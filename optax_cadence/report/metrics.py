@@ -1,0 +1,131 @@
+"""What a cadence is doing, as scalars for a logger."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_cadence import _paths
+from optax_cadence._state import CadenceState
+from optax_cadence._state import GroupState
+from optax_cadence.confidence.noise_scale import MeasuredGroup
+from optax_cadence.confidence.noise_scale import NoiseScaleState
+from optax_cadence.confidence.statistics import Estimate
+
+_STATES = (CadenceState, NoiseScaleState)
+
+
+def metrics(state: Any) -> dict[str, Any]:
+  """The values of every cadence and `noise_scale` in an optimizer state, for any logger.
+
+  All come from the device in one transfer. Under `jax.jit` they are scalars of the program.
+
+  Args:
+    state: State of a cadence, or of any optimizer that has one in it.
+
+  Returns:
+    A flat dict: `micro_step`, and these five for every region. A region is named by the path of its
+    parameter; several in one parameter are `NAME/0`, `NAME/1`, …, in the order of the groups.
+
+    - `NAME/period`: micro-steps of the window in force; under a policy, of the last one that
+      fired (0 before the first).
+    - `NAME/updates`: updates applied.
+    - `NAME/skipped`: micro-batches left out by `nonfinite="skip"`.
+    - `NAME/noise_scale`: tr Σ / |G|² in micro-batches, smoothed; infinite where no gradient can be
+      told from the noise. From a `noise_scale` with the same region, or else from the region's
+      policy; NaN where neither measures it, and before the first window.
+    - `NAME/snr`: squared signal-to-noise ratio of the mean of such a window, likewise.
+
+    A `noise_scale` with regions that no cadence has gives their `noise_scale` alone.
+
+  Raises:
+    ValueError: If there is no cadence and no `noise_scale` in it.
+
+  >>> import jax.numpy as jnp, optax, optax_cadence as oc
+  >>> tx = oc.cadence(optax.sgd(1.0), {"a": 4, "b": 2})
+  >>> state = tx.init({"a": jnp.ones(2), "b": jnp.ones(2)})
+  >>> found = oc.metrics(state)
+  >>> {name: int(value) for name, value in found.items() if name.endswith("period")}
+  {'a/period': 4, 'b/period': 2}
+  """
+  nodes = [x for x in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(x)]
+  if not nodes:
+    raise ValueError(f"metrics: expected a cadence in the state, found {type(state).__name__}")
+  small = [
+    (node.micro_step, {name: _small(g) for name, g in node.groups.items()}) for node in nodes
+  ]
+  traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(small))
+  small = small if traced else _on_host(small)
+  cadences: dict[str, dict[str, Any]] = {}
+  measured: dict[str, dict[str, Any]] = {}
+  for node, (_, groups) in zip(nodes, small, strict=True):
+    rows = cadences if isinstance(node, CadenceState) else measured
+    for group, names in node.regions.by_group().items():
+      for i, name in enumerate(names):
+        # Of two cadences on one parameter the second gets a number.
+        rows[_paths.unused(name, rows)] = _row(groups[group], i, jnp if traced else np)
+  values = {"micro_step": small[0][0]}
+  for name in dict.fromkeys([*cadences, *measured]):
+    row = cadences.get(name, {}) | measured.get(name, {})
+    if "period" in row:
+      row["snr"] = row["period"].astype(np.float32) / row["noise_scale"]
+    values |= {f"{name}/{key}": value for key, value in row.items()}
+  return values
+
+
+def _is_state(node: Any) -> bool:
+  return isinstance(node, _STATES)
+
+
+class _Group(NamedTuple):
+  """What there is to read of a group; a field that it lacks is None."""
+
+  period: Any = None
+  updates: Any = None
+  skipped: Any = None
+  estimate: Any = None
+
+
+def _small(group: GroupState | MeasuredGroup) -> _Group:
+  if isinstance(group, MeasuredGroup):
+    return _Group(estimate=group.estimate)
+  estimate = None if group.confidence is None else group.confidence.estimate
+  return _Group(group.period, group.updates, group.skipped, estimate)
+
+
+def _row(group: _Group, i: int, xp: Any) -> dict[str, Any]:
+  """The values of a group's region i."""
+  row = {}
+  if group.updates is not None:
+    skipped = xp.int32(0) if group.skipped is None else group.skipped[i]
+    row = {"period": group.period, "updates": group.updates, "skipped": skipped}
+  estimate = group.estimate
+  row["noise_scale"] = xp.float32(np.nan) if estimate is None else _noise_scale(estimate, i, xp)
+  return row
+
+
+def _noise_scale(estimate: Estimate, i: int, xp: Any) -> Any:
+  signal, noise, weight = estimate.signal[i], estimate.noise[i], estimate.weight[i]
+  # Rounding may leave less than no noise; the smallest number keeps its inverse finite.
+  noise = xp.maximum(noise, xp.finfo(xp.float32).tiny)
+  ratio = xp.where(signal > 0, noise / xp.where(signal > 0, signal, 1), xp.inf)
+  return xp.where(weight > 0, ratio, xp.nan).astype(xp.float32)[()]
+
+
+def _on_host(tree: Any) -> Any:
+  """A tree of int32 and float32 arrays as NumPy arrays, which travel as one."""
+  arrays, treedef = jax.tree.flatten(tree)
+  shapes = [np.shape(x) for x in arrays]
+  flat = jax.device_get(_packed(arrays))
+  ends = np.cumsum([math.prod(shape) for shape in shapes])
+  pieces = zip(arrays, shapes, np.split(flat, ends[:-1]), strict=True)
+  return jax.tree.unflatten(treedef, [y.view(x.dtype).reshape(s)[()] for x, s, y in pieces])
+
+
+@jax.jit
+def _packed(arrays: list[jax.Array]) -> jax.Array:
+  """The bits of int32 and float32 arrays, one after another: int32 vector."""
+  bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in arrays]
+  return jnp.concatenate([x.reshape(-1) for x in bits])

@@ -1,0 +1,1 @@
+"""When a region is due: periods, schedules, policies, and ways to give them to parameters."""
