@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# Of a GPU's memory, three quarters by default.
+# JAX reserves only three quarters of a GPU's memory by default.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
 
 import jax
@@ -35,6 +35,7 @@ from benchmarks import report
 from benchmarks import sizes
 
 FOLDER = pathlib.Path(__file__).parent
+BAR = "{percentage:3.0f}%|{bar:20}| {n:.1f}/{total_fmt} [{elapsed}] {desc}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,7 +90,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def all_cases(
   chosen: sizes.Sizes, accelerator: bool, jaxpruner: pathlib.Path | None = None
 ) -> dict[str, Callable[[], Any]]:
-  """The cases by name, none of them built yet, in the order in which they run."""
+  """For each case a function that builds it, in the order in which they run."""
   return (
     cases.all_cases(chosen, accelerator)
     | confidence_cases.all_cases(chosen)
@@ -108,7 +109,17 @@ def run(
   memory: int,
   saved: Callable[[dict[str, Any]], Any],
 ) -> dict[str, Any]:
-  """Runs the cases one after another; `saved` is called after each."""
+  """Runs the cases one after another.
+
+  Args:
+    makers: For each case a function that builds it.
+    settings: How to time them; saved with the results.
+    memory: Bytes on the device.
+    saved: Called with the results so far after each case.
+
+  Returns:
+    The results, as the JSON file holds them.
+  """
   results = {
     "schema": report.SCHEMA,
     "machine": machine.describe(),
@@ -129,11 +140,11 @@ def run(
   return results
 
 
-BAR = "{percentage:3.0f}%|{bar:20}| {n:.1f}/{total_fmt} [{elapsed}] {desc}"
-
-
 def ticker(bar: Any) -> Callable[[str], None]:
-  """Moves the bar, by less the more has been done, towards the end of the case."""
+  """Returns a function that moves the bar a part of the way to the end of the current case.
+
+  How many calls there will be is not known, so each covers 5 % of what is left.
+  """
   done = bar.n
 
   def tick(text: str) -> None:
@@ -152,7 +163,7 @@ def run_one(
   tick: Callable[[str], None],
   errors: list[str],
 ) -> dict[str, Any] | None:
-  """One case; None where a variant is wrong, which is not worth a time."""
+  """Builds and times one case; None, and an entry in `errors`, if a variant computes wrongly."""
   tick(f"{name}: building")
   case = make()
   if isinstance(case, builds.BuildCase):
@@ -182,7 +193,7 @@ def save(results: dict[str, Any], arguments: argparse.Namespace, order: list[str
 
 
 def finish(path: pathlib.Path, results: dict[str, Any]) -> int:
-  """Says where the results are and what is wrong; returns the exit code."""
+  """Prints where the results are and which cases were wrong; returns the exit code."""
   print(f"\n{path}\n{path.with_suffix('.png')}")
   for error in results["errors"]:
     print(f"WRONG: {error}", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""Programs that are traced and compiled, and not run: what a user waits for before the first step.
+"""Cases that trace and compile programs, but do not run them: the wait before the first step.
 
-How long it takes is measured in `measure`; cases that run are in `cases`.
+How they are timed is in `measure`; the cases that run are in `cases`.
 """
 
 import dataclasses
@@ -15,11 +15,18 @@ from benchmarks import peers
 from benchmarks.targets import Target
 
 PARTITION = "partition of MultiSteps"
+PERIODS = (8, 4, 2, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class BuildVariant:
-  """A program to trace or compile: `make()` returns a new function and its arguments."""
+  """A program to trace or compile.
+
+  Attributes:
+    name: What the table calls it.
+    role: `"ours"` or `"peer"`.
+    make: Returns a function that JAX has not seen yet, and its arguments.
+  """
 
   name: str
   role: str
@@ -28,7 +35,17 @@ class BuildVariant:
 
 @dataclasses.dataclass(frozen=True)
 class BuildCase:
-  """Programs whose tracing or compilation is timed; `stage` is `"trace"` or `"compile"`."""
+  """Programs whose tracing or compilation is timed.
+
+  Attributes:
+    name: For `--cases`, the JSON file and the picture.
+    title: What a person reads.
+    stage: `"trace"` or `"compile"`.
+    variants: The programs.
+    targets: What has to be reached.
+    ours: Name of the variant that stands for the case.
+    peer: Name of the variant that it is compared with.
+  """
 
   name: str
   title: str
@@ -40,7 +57,7 @@ class BuildCase:
 
 
 def compilation(n: int, width: int) -> BuildCase:
-  """Compilation of many leaves in four groups; and of fewer leaves, and of more groups."""
+  """Compilation of n leaves in four groups, in one group, and of a quarter of the leaves."""
   quarter = n // 4
   ours, peer = program_name(n, 4), f"AdamW, {n} leaves"
   return BuildCase(
@@ -62,7 +79,7 @@ def compilation(n: int, width: int) -> BuildCase:
 
 
 def tracing(n: int, width: int) -> BuildCase:
-  """Python's part of compilation: tracing many leaves."""
+  """Tracing n leaves, which is the part of compilation that Python does."""
   ours, four, peer = program_name(n, 1), program_name(n, 4), f"AdamW, {n} leaves"
   return BuildCase(
     "trace",
@@ -82,8 +99,8 @@ def tracing(n: int, width: int) -> BuildCase:
 
 def cadence_program(n: int, width: int, groups: int) -> Any:
   """`apply` on n leaves in up to four groups of periods 8, 4, 2 and 1."""
-  params, periods = many(n, width), (8, 4, 2, 1)[:groups]
-  tx = oc.cadence(peers.adamw(), {name: periods[i % groups] for i, name in enumerate(params)})
+  params = many(n, width)
+  tx = oc.cadence(peers.adamw(), alternating(params, groups))
   return lambda *args: tx.apply(*args), arguments(tx, params)
 
 
@@ -101,14 +118,18 @@ def multi_steps_program(n: int, width: int) -> Any:
 
 def partition_program(n: int, width: int, groups: int) -> Any:
   """`optax.partition` over `MultiSteps` on n leaves."""
-  params, periods = many(n, width), (8, 4, 2, 1)[:groups]
-  labels = {name: periods[i % groups] for i, name in enumerate(params)}
-  tx = peers.partition(periods, labels)
+  params = many(n, width)
+  tx = peers.partition(PERIODS[:groups], alternating(params, groups))
   return peers.stepper(tx), arguments(tx, params)
 
 
+def alternating(params: dict[str, Any], groups: int) -> dict[str, int]:
+  """A period for each leaf; the first few of `PERIODS` in turn."""
+  return {name: PERIODS[i % groups] for i, name in enumerate(params)}
+
+
 def arguments(tx: Any, params: Any) -> tuple[Any, Any, Any]:
-  """Shapes of a step's arguments."""
+  """The arguments `(params, state, grads)` of a step, as shapes."""
   return params, jax.eval_shape(tx.init, params), params
 
 
@@ -118,5 +139,5 @@ def program_name(n: int, groups: int) -> str:
 
 
 def many(n: int, width: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """Many small leaves, as shapes."""
+  """n square leaves, as shapes."""
   return {f"leaf_{i:04}": jax.ShapeDtypeStruct((width, width), jnp.float32) for i in range(n)}

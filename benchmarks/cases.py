@@ -34,7 +34,15 @@ SAME_MEAN = "one leaf, same mean"
 
 @dataclasses.dataclass(frozen=True)
 class Blend:
-  """A baseline computed from two variants: `share` of the firing one, the rest held."""
+  """A baseline computed from two variants: a weighted mean of their times.
+
+  Attributes:
+    name: What the table calls it.
+    held: Name of the variant that never fires.
+    firing: Name of the variant that always fires.
+    share: Weight of the firing one; the held one has the rest.
+    floor_bytes: Bytes that such a micro-step has to move.
+  """
 
   name: str
   held: str
@@ -71,10 +79,10 @@ class Case:
 
 
 def all_cases(sizes: Sizes, accelerator: bool) -> dict[str, Callable[[], Case | builds.BuildCase]]:
-  """The cases by name, none of them built yet, in the order in which they run."""
+  """For each case a function that builds it, in the order in which they run."""
   cases = {f"uniform-{human(n)}": functools.partial(uniform, n, accelerator) for n in sizes.uniform}
   return cases | {
-    "bfloat16": functools.partial(bfloat16, sizes.bfloat16, accelerator),
+    "bfloat16": functools.partial(uniform, sizes.bfloat16, accelerator, jnp.bfloat16),
     "layers": functools.partial(layers, sizes.layer, accelerator),
     "quadrants": functools.partial(quadrants, sizes.matrix),
     "bands-last": functools.partial(bands, sizes.matrix, -1),
@@ -90,50 +98,29 @@ def all_cases(sizes: Sizes, accelerator: bool) -> dict[str, Callable[[], Case | 
   }
 
 
-def uniform(n: int, accelerator: bool) -> Case:
-  """Period 8 everywhere, twelve leaves, through `apply` and through `update`."""
+def uniform(n: int, accelerator: bool, dtype: Any = jnp.float32) -> Case:
+  """Period 8 everywhere, twelve leaves, through `apply` and through `update`.
+
+  Args:
+    n: Parameters.
+    accelerator: Whether the device is a GPU or TPU, for which the targets differ.
+    dtype: Of parameters and gradients: float32, or bfloat16 with accumulators in float32.
+  """
+  full = dtype == jnp.float32
+  widths = floors.FLOAT32 if full else floors.BFLOAT16
   shapes = twelve(n)
   entries, peer = {8: count(shapes)}, "MultiSteps"
-  tx, inputs = oc.cadence(peers.adamw(), 8), variants.inputs_of(shapes)
-  return Case(
-    f"uniform-{human(n)}",
-    f"period 8, 12 leaves, {human(n).upper()} parameters",
-    [
-      *variants.ours("apply", tx, inputs, entries, peer),
-      *variants.ours("update", tx, inputs, entries, peer, path="update"),
-      variants.peer(peer, peers.multi_steps(8), inputs, 8, floors.mean_bytes(entries)),
-      variants.peer("apply_every", peers.apply_every(8), inputs, 8, floors.mean_bytes(entries)),
-      every_micro_step(inputs, count(shapes)),
-    ],
-    [
-      *apply_targets(peer, 0.10, accelerator),
-      *([] if accelerator else [Target("update", peer, 0.20)]),
-      not_slower("apply"),
-      not_slower("update"),
-      Target("apply, static phase", "held bytes", 1.001),
-      temporaries("apply", shapes),
-      update_temporaries(shapes),
-    ],
-    "apply",
-    peer,
-    count(shapes),
-    largest(shapes),
-  )
-
-
-def bfloat16(n: int, accelerator: bool) -> Case:
-  """Parameters and gradients in bfloat16, accumulators in float32."""
-  shapes = twelve(n)
-  entries, widths, peer = {8: count(shapes)}, floors.BFLOAT16, "MultiSteps"
-  tx, inputs = oc.cadence(peers.adamw(), 8), variants.inputs_of(shapes, jnp.bfloat16)
   floor = floors.mean_bytes(entries, widths)
+  tx, inputs = oc.cadence(peers.adamw(), 8), variants.inputs_of(shapes, dtype)
+  apply_every = variants.peer("apply_every", peers.apply_every(8), inputs, 8, floor)
   return Case(
-    "bfloat16",
-    f"bfloat16, period 8, 12 leaves, {human(n).upper()} parameters",
+    f"uniform-{human(n)}" if full else "bfloat16",
+    f"{'' if full else 'bfloat16, '}period 8, 12 leaves, {human(n).upper()} parameters",
     [
       *variants.ours("apply", tx, inputs, entries, peer, widths=widths),
       *variants.ours("update", tx, inputs, entries, peer, path="update", widths=widths),
       variants.peer(peer, peers.multi_steps(8), inputs, 8, floor),
+      *([apply_every] if full else []),
       every_micro_step(inputs, count(shapes), widths),
     ],
     [
@@ -218,9 +205,16 @@ def mask(width: int) -> Case:
 def regions(name: str, title: str, every: Any, mask: np.ndarray, limit: float) -> Case:
   """Regions of one matrix, beside the same matrix as one leaf.
 
-  The baseline is one leaf of period 8 with a static phase, its held and its firing
-  micro-steps timed separately, and combined so that as many entries are updated per
-  micro-step as the regions update on average.
+  The baseline is one leaf of period 8 with a static phase. Its held and its firing micro-steps
+  are timed separately; their weighted mean updates as many entries per micro-step as the regions
+  do on average.
+
+  Args:
+    name: Name of the case.
+    title: Title of the case.
+    every: The cadence of the matrix.
+    mask: The period of each of its entries.
+    limit: How much slower than the baseline it may be.
   """
   shapes, masks = {"w": mask.shape}, {"w": mask}
   inputs, entries = variants.inputs_of(shapes), variants.entries_of(masks)
@@ -253,7 +247,7 @@ def regions(name: str, title: str, every: Any, mask: np.ndarray, limit: float) -
 
 
 def one_leaf(inputs: variants.Inputs, n: int) -> tuple[Variant, Variant]:
-  """One leaf that never fires, and one that always does; programs of a period of 8."""
+  """One leaf that never fires, and one that always does; both run programs of period 8."""
   tx = oc.cadence(peers.adamw(), 8)
   held, firing = variants.ours("one leaf", tx, inputs, {8: n}, None, role="baseline")[1].steps[-2:]
   common = "baseline", inputs, lambda params, _: tx.init(params)
@@ -317,20 +311,18 @@ def nonfinite(what: str, periods: Sequence[int], n: int) -> Case:
   entries = {p: size * periods.count(p) for p in dict.fromkeys(periods)}
   skip = oc.cadence(peers.adamw(), every, nonfinite="skip")
   propagate = oc.cadence(peers.adamw(), every)
-  floor, found = floors.mean_bytes(entries), []
   if len(entries) == 1:
-    peer, options = "MultiSteps, skip_not_finite", {"should_skip_update_fn": optax.skip_not_finite}
-    found = [variants.peer(peer, peers.multi_steps(8, **options), inputs, 8, floor)]
+    peer = "MultiSteps, skip_not_finite"
+    peer_tx = peers.multi_steps(8, should_skip_update_fn=optax.skip_not_finite)
   else:
-    peer = PARTITION
-    found = [variants.peer(peer, peers.partition(entries, every), inputs, 8, floor)]
+    peer, peer_tx = PARTITION, peers.partition(entries, every)
   return Case(
     f"nonfinite-{what}",
     f'nonfinite="skip", periods {"/".join(map(str, entries))}, {human(n).upper()} parameters',
     [
       *variants.ours("skip", skip, inputs, entries, peer),
       variants.ours("propagate", propagate, inputs, entries, peer, role="baseline")[0],
-      *found,
+      variants.peer(peer, peer_tx, inputs, 8, floors.mean_bytes(entries)),
     ],
     [
       Target("skip", "propagate", 1.3),
@@ -345,7 +337,7 @@ def nonfinite(what: str, periods: Sequence[int], n: int) -> Case:
 
 
 def vmap(n: int, configurations: int) -> Case:
-  """Configurations with traced periods in one program, beside a run of each alone."""
+  """Many configurations in one program with traced periods, beside one run for each."""
   width = 2 ** (int(math.log2(n)) // 2)
   shapes, single = (configurations, width, n // width), "single runs"
   periods = jnp.array([PERIODS[i % 4] for i in range(configurations)], jnp.int32)
@@ -390,11 +382,10 @@ def vmap(n: int, configurations: int) -> Case:
 
 
 def control_flow(n: int) -> Case:
-  """The branch that runs zero times or once, in four ways."""
+  """Four ways to write the branch that fires when a window ends."""
   shapes = twelve(n)
-  inputs, entries, peer = variants.inputs_of(shapes), {8: count(shapes)}, "MultiSteps"
-  floor, tx = floors.mean_bytes(entries), peers.adamw()
-  found = []
+  inputs, peer = variants.inputs_of(shapes), "MultiSteps"
+  floor, tx = floors.mean_bytes({8: count(shapes)}), peers.adamw()
 
   def init(params: Any, grads: Any) -> Any:
     del grads
@@ -403,15 +394,15 @@ def control_flow(n: int) -> Case:
   def static(phase: int, *args: Any) -> Any:
     return control.stepper(tx, 8, "static", phase)(*args)
 
-  for kind in control.KINDS:
-    steps = (control.stepper(tx, 8, kind),) * 8
-    found.append(Variant(kind, "ours", inputs, init, steps, floor, peer))
-  steps = variants.static_steps(static, 8, [8])
-  found.append(Variant("static phase", "ours", inputs, init, steps, floor, peer))
+  steps = {kind: (control.stepper(tx, 8, kind),) * 8 for kind in control.KINDS}
+  steps["static phase"] = variants.static_steps(static, 8, [8])
   return Case(
     "control",
     f"kinds of branch, period 8, 12 leaves, {human(n).upper()} parameters",
-    [*found, variants.peer(peer, peers.multi_steps(8), inputs, 8, floor)],
+    [
+      *(Variant(kind, "ours", inputs, init, cycle, floor, peer) for kind, cycle in steps.items()),
+      variants.peer(peer, peers.multi_steps(8), inputs, 8, floor),
+    ],
     [],
     "while_loop",
     peer,
@@ -423,7 +414,7 @@ def control_flow(n: int) -> Case:
 def every_micro_step(
   inputs: variants.Inputs, n: int, widths: floors.Widths = floors.FLOAT32
 ) -> Variant:
-  """Plain AdamW at every micro-step: other mathematics, here for its time."""
+  """Plain AdamW at every micro-step: it computes something else, and is there for its time."""
   floor = n * floors.every_micro_step(widths)
   return variants.peer(ADAMW, peers.adamw(), inputs, 8, floor)
 
@@ -436,7 +427,7 @@ def apply_targets(peer: str, limit: float, accelerator: bool) -> list[Target]:
 
 
 def not_slower(name: str) -> Target:
-  """A static phase is never slower."""
+  """The variant with a static phase is no slower than the one without."""
   return Target(f"{name}, static phase", name, 1.0, noise=True)
 
 
@@ -446,7 +437,7 @@ def temporaries(name: str, shapes: Any, width: int = 4) -> Target:
 
 
 def update_temporaries(shapes: Any, width: int = 4, largest_width: int = 4) -> Target:
-  """Between `update` and `apply_updates` the updates themselves are temporaries."""
+  """The same for `update`; between it and `apply_updates` the updates are temporaries too."""
   allowance = width * count(shapes) + largest(shapes, largest_width)
   allowed = "updates and the largest leaf"
   return Target("update", "temporaries", 1.0, allowance=allowance, allowed=allowed)
@@ -474,7 +465,7 @@ def largest(shapes: dict[str, tuple[int, ...]], width: int = 4) -> int:
 
 
 def human(n: int) -> str:
-  """A number of parameters, short."""
+  """A number of parameters in three digits: 12m for twelve million."""
   for unit, size in (("b", 1e9), ("m", 1e6), ("k", 1e3)):
     if n >= size:
       return f"{n / size:.3g}{unit}"

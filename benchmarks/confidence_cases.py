@@ -1,6 +1,6 @@
-"""What a policy costs beside the fixed cadence of the same mean period.
+"""Cases about policies: what one costs beside the fixed cadence of the same mean period.
 
-How it is timed is in `measure`; the other cases are in `cases`.
+How cases are timed is in `measure`; the other cases are in `cases`.
 """
 
 import functools
@@ -23,7 +23,7 @@ LAYERS = 12
 
 
 def all_cases(sizes: Sizes) -> dict[str, Callable[[], Any]]:
-  """The cases by name, none of them built yet."""
+  """For each case a function that builds it."""
   return {
     "policy": functools.partial(overhead, sizes.skip),
     "policy-compile": functools.partial(compilation, sizes.compiled_width),
@@ -31,7 +31,7 @@ def all_cases(sizes: Sizes) -> dict[str, Callable[[], Any]]:
 
 
 class Asked(oc.Policy):
-  """Due every `PERIOD` micro-steps, but asked from the first on: the most that asking costs."""
+  """Due every `PERIOD` micro-steps, and asked at others too, to see what asking costs."""
 
   def due(self, window: oc.Statistics, state: Any) -> jax.Array:
     del state
@@ -39,7 +39,7 @@ class Asked(oc.Policy):
 
 
 def overhead(n: int) -> Any:
-  """Policies that come to period 8, beside it."""
+  """Policies that turn out to fire every eight micro-steps, beside the fixed period 8."""
   shapes = cases.twelve(n)
   inputs, entries, fixed = variants.inputs_of(shapes), {PERIOD: cases.count(shapes)}, "period 8"
 
@@ -48,7 +48,8 @@ def overhead(n: int) -> Any:
     reference = None if role == "baseline" else fixed
     return variants.ours(name, tx, inputs, entries, reference, role=role)[0]
 
-  # All gradients of the benchmark are the same: without noise `until_certain` fires at once.
+  # All gradients of the benchmark are the same: without noise `until_certain` is due as soon as
+  # it is asked.
   policies = {
     "until_certain, asked once": oc.until_certain(1.0, PERIOD, 8 * PERIOD),
     "asked from the middle on": Asked(PERIOD // 2, 8 * PERIOD),

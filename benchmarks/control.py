@@ -1,7 +1,7 @@
-"""Four ways to run a branch zero times or once, on the same micro-step.
+"""A micro-step of one group with four kinds of branch.
 
-A small copy of what the library does with one group, so that the choice can be measured
-on a new backend without the rest. It is not the library's own code.
+A small copy of what the library does, so that the kinds can be compared on a new backend. The
+library's own code is not used.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-KINDS = ("while_loop", "cond", "select")
+KINDS = ("while_loop", "cond", "select")  # the fourth: a phase that is known while tracing
 
 
 def maybe(kind: str, when: Any, fn: Any, carry: Any, *consts: Any) -> Any:
@@ -30,12 +30,12 @@ def maybe(kind: str, when: Any, fn: Any, carry: Any, *consts: Any) -> Any:
 
 
 def init(tx: optax.GradientTransformation, params: Any) -> Any:
-  """Inner state, accumulators, and micro-steps in the window."""
+  """State: that of the optimizer, accumulators, and number of micro-steps in the window."""
   return tx.init(params), jax.tree.map(jnp.zeros_like, params), jnp.int32(0)
 
 
 def stepper(tx: optax.GradientTransformation, period: int, kind: str, phase: Any = None) -> Any:
-  """A micro-step that accumulates, and fires every `period`; static where `phase` is given."""
+  """A micro-step that accumulates and fires every `period`; with a `phase`, without a branch."""
 
   def fire(carry: Any, sums: Any) -> Any:
     params, inner = carry

@@ -1,22 +1,21 @@
-"""The bytes that a micro-step cannot avoid to move: the floors, as formulas.
+"""Floors: how many bytes a micro-step has to move at the least.
 
 For AdamW, whose two moments have the width of the parameters. A floor in seconds is these
-bytes over a bandwidth measured in the same run; nothing is subtracted from either. How the
-bandwidth is measured is not here.
+bytes divided by the bandwidth, which `measure` measures in the same run.
 
 `apply`, float32, per parameter:
   held micro-step   12  gradient and accumulator read, accumulator written
   one that fires    32  gradient, accumulator, parameter, two moments read; the last three written
   period 1          28  the same without an accumulator
 
-`update` and `optax.apply_updates`, float32, per parameter. Whether the group is due is known
-only while running, so the updates are an array that is written, zero or not, and read again by
-`apply_updates`, which reads and writes every parameter at every micro-step:
+`update` and `optax.apply_updates`, float32, per parameter. Whether the group is due is not known
+while compiling. So the updates, zero or not, are written as an array; `apply_updates` reads it,
+and reads and writes every parameter at every micro-step:
   held micro-step   28  the 12 above, updates written and read, parameter read and written
   one that fires    44  the 20 read above, two moments written, then the same 16
   period 1          28  always due, so that all of it can be one pass
-With a static phase the updates are known to be zero or are consumed where they are made, so the
-floor of that path is the floor of `apply`.
+With a static phase they are known to be zero, or are used where they are computed, so that the
+floor is the same as for `apply`.
 """
 
 from collections.abc import Mapping
@@ -67,7 +66,7 @@ def mean_bytes(
   """Bytes of a micro-step, on average over a cycle.
 
   Args:
-    entries: Parameters by their period.
+    entries: Number of parameters of each period.
     widths: Bytes per parameter.
     separate_updates: Whether updates are an array of their own (see above).
   """

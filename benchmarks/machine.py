@@ -1,6 +1,6 @@
-"""What this runs on: device, memory, versions, and a file name made of them.
+"""What the benchmarks run on: device, memory, versions, and a file name made of them.
 
-Never the name of the host.
+The name of the host is never among it.
 """
 
 import importlib.metadata
@@ -31,7 +31,7 @@ def versions() -> dict[str, str]:
 
 
 def title(machine: dict[str, Any]) -> str:
-  """A machine as a person names it."""
+  """A name for people: that of the device, and of a CPU the number of cores."""
   if machine["backend"] == "cpu":
     return f"{machine['device']}, {machine['cores']} cores"
   return machine["device"]
@@ -43,7 +43,7 @@ def slug(text: str) -> str:
 
 
 def memory() -> int:
-  """Bytes on the device that arrays may take."""
+  """Bytes of memory that arrays on the device may take."""
   device = jax.devices()[0]
   stats = device.memory_stats() if device.platform != "cpu" else None
   if stats and "bytes_limit" in stats:
@@ -59,7 +59,7 @@ def cores() -> int:
 
 
 def cpu_model() -> str:
-  """The processor's own name for itself."""
+  """The name of the processor, as it reports it."""
   try:
     with open("/proc/cpuinfo", encoding="utf-8") as file:
       names = re.findall(r"^model name\s*: (.+)$", file.read(), re.MULTILINE)

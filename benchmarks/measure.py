@@ -1,12 +1,13 @@
-"""How things are timed: compiled ahead, checked, warmed up, interleaved, over whole cycles.
+"""How cases are timed: compiled ahead, checked, warmed up, interleaved, over whole cycles.
 
-Every round times every variant once, starting with another one each time, so that a drift of
-the machine hits all alike; the bandwidth is one of them. A device that runs behind the host is
-waited for at the end of a cycle, not of a micro-step. What is compared is in `cases`.
+Every round times every variant once, and the bandwidth too, each time starting with another one,
+so that a machine that becomes slower or faster affects all alike. The host waits for the device at
+the end of a cycle, not of each micro-step. What is compared is in `cases`.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,14 +21,14 @@ from benchmarks import variants
 
 BANDWIDTH = "x + y"
 CHECKED_CYCLES = 2
-# Without it the rounding of a sum of eight would be compared, which is nobody's to promise.
+# In a sum of eight gradients the rounding depends on the order, which nobody promises.
 TOLERANCES = {"float32": 2e-5, "bfloat16": 2**-6, "bool": 0.5}
 
 Tick = Callable[[str], None]
 
 
 class Run:
-  """One variant: its programs, and its arrays while it is running."""
+  """A variant that is compiled, with its parameters and state while it is running."""
 
   def __init__(self, variant: variants.Variant, grads: Any):
     self.variant, self.grads, self.carry, self.repeats = variant, grads, None, 1
@@ -66,7 +67,7 @@ class Run:
     return (time.perf_counter() - start) / (self.repeats * len(self.variant.steps))
 
   def warm_up(self, least: float) -> None:
-    """One cycle; from then on as many at a time as last at least so many seconds."""
+    """Runs a cycle, and chooses how many cycles make a timing of at least so many seconds."""
     jax.block_until_ready(self.carry)
     self.repeats = 1
     cycle = self.timed() * len(self.variant.steps)
@@ -76,14 +77,14 @@ class Run:
 
   @property
   def state_bytes(self) -> int:
-    """Bytes of the state while running, temporaries included."""
+    """Bytes of parameters, state and temporaries while running."""
     inputs = self.variant.inputs
     shapes = step_shapes(self.variant, self.grads)[:2]
     return inputs.copies * tree_bytes(shapes) + (self.build["temp_bytes"] or 0)
 
 
 def compile_steps(variant: variants.Variant, grads: Any) -> tuple[dict[Any, Any], dict[str, Any]]:
-  """Every different program of a variant, and what building them took."""
+  """Compiles every different program of a variant; also returns how long that took."""
   programs, build = {}, {"lower_s": 0.0, "compile_s": 0.0, "temp_bytes": None}
   shapes = step_shapes(variant, grads)
   for step in dict.fromkeys(variant.steps):
@@ -100,7 +101,7 @@ def compile_steps(variant: variants.Variant, grads: Any) -> tuple[dict[Any, Any]
 
 
 def step_shapes(variant: variants.Variant, grads: Any) -> tuple[Any, Any, Any]:
-  """Shapes of a program's arguments."""
+  """Shapes of a program's arguments `(params, state, grads)`."""
   params = jax.eval_shape(variant.inputs.params)
   if variant.inputs.copies > 1:
     params, grads = params[0], grads[0]
@@ -113,7 +114,7 @@ def tree_bytes(tree: Any) -> int:
 
 
 def bandwidth_variant(entries: int) -> variants.Variant:
-  """A donated `x + y`: twelve bytes an entry."""
+  """Measures the bandwidth: `x + y` into the memory of x moves twelve bytes an entry."""
   inputs = variants.inputs_of((entries,))
 
   def step(x: jax.Array, state: Any, y: jax.Array) -> Any:
@@ -139,16 +140,20 @@ def run_case(
 
   Returns:
     The results, as the JSON file holds them.
+
+  Raises:
+    Mismatch: If a variant computes something else than its reference.
   """
-  grads = {v.inputs: None for v in case.variants}
-  grads = {inputs: jax.block_until_ready(inputs.grads()) for inputs in grads}
-  runs, failed = {}, {}
+  inputs = dict.fromkeys(variant.inputs for variant in case.variants)
+  grads = {x: jax.block_until_ready(x.grads()) for x in inputs}
+  runs: list[Run] = []
+  failed: dict[str, str] = {}
   for variant in case.variants:
-    attempt(failed, variant.name, lambda v=variant: runs.update({v: Run(v, grads[v.inputs])}))
+    with noting_memory(failed, variant.name):
+      runs.append(Run(variant, grads[variant.inputs]))
     tick(f"{case.name}: compiled {variant.name}")
-  live = [run for variant, run in runs.items() if variant.name not in failed]
-  errors = check(case, live, failed, tick)
-  timed = [run for run in live if run.variant.name not in failed]
+  errors = check(case, runs, failed, tick)
+  timed = [run for run in runs if run.variant.name not in failed]
   meter = bandwidth_variant(bandwidth)
   timed.append(Run(meter, meter.inputs.grads()))
   together = sum(run.state_bytes for run in timed)
@@ -157,25 +162,25 @@ def run_case(
   return summary(case, timed, samples, errors, failed)
 
 
-def attempt(failed: dict[str, str], name: str, fn: Callable[[], Any]) -> Any:
-  """Calls `fn`; notes a variant that the device has no memory for, and goes on."""
+@contextlib.contextmanager
+def noting_memory(failed: dict[str, str], name: str) -> Iterator[None]:
+  """Where the device has not enough memory for a variant, notes that and goes on."""
   try:
-    return fn()
+    yield
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error) and "ut of memory" not in str(error):
       raise
     failed[name] = "out of memory"
-    return None
 
 
 class Mismatch(Exception):
-  """A variant does not arrive at the parameters of its peer."""
+  """A variant does not arrive at the parameters of its reference."""
 
 
 def check(
   case: cases.Case, runs: Sequence[Run], failed: dict[str, str], tick: Tick
 ) -> dict[str, float]:
-  """Compares the parameters after two whole cycles; the gradients change all the time.
+  """Compares each variant with its reference: the parameters after two whole cycles.
 
   Returns:
     For each variant that has a reference, its largest error as a share of what rounding
@@ -186,27 +191,29 @@ def check(
   """
   references = {run.variant.reference for run in runs}
   order = sorted(runs, key=lambda run: run.variant.name not in references)
-  arrived, errors = {}, {}
+  expected, errors = {}, {}
   for run in order:
     name, reference = run.variant.name, run.variant.reference
-    if name in references or reference in arrived:
-      found = attempt(failed, name, lambda run=run: arrive(run))
+    if name in references or reference in expected:
+      params = None
+      with noting_memory(failed, name):
+        params = trained(run)
       run.stop()
-      if found is not None and reference in arrived:
-        errors[name] = worst(found, arrived[reference])
-        if not errors[name] <= 1.0:
+      if params is not None and reference in expected:
+        errors[name] = worst(params, expected[reference])
+        if not errors[name] <= 1.0:  # NaN is an error too
           raise Mismatch(
             f"{case.name}: {name} differs from {reference} by {errors[name]:.3g} times what"
             " rounding allows"
           )
-      if found is not None and name in references:
-        arrived[name] = found
+      if params is not None and name in references:
+        expected[name] = params
     tick(f"{case.name}: checked {name}")
   return errors
 
 
-def arrive(run: Run) -> Any:
-  """Parameters after two cycles."""
+def trained(run: Run) -> Any:
+  """Parameters after two cycles, with other gradients at each micro-step."""
   run.start()
   for t in range(CHECKED_CYCLES * len(run.variant.steps)):
     run.micro_step(t % len(run.variant.steps), scaled(run.grads, 1.0 + (3 * t) % 7 / 2))
@@ -217,7 +224,7 @@ def arrive(run: Run) -> Any:
 
 @jax.jit
 def scaled(grads: Any, factor: float) -> Any:
-  """Gradients of another micro-step: all in proportion, so that none nearly cancel."""
+  """Gradients of another micro-step: a positive multiple, so that their sum is never near 0."""
 
   def scale(x: jax.Array) -> jax.Array:
     return x * factor.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
@@ -225,19 +232,19 @@ def scaled(grads: Any, factor: float) -> Any:
   return jax.tree.map(scale, grads)
 
 
-def worst(found: Any, expected: Any) -> float:
-  """The largest difference, as a share of what rounding is allowed."""
-  errors = jax.tree.leaves(jax.tree.map(_worst, found, expected))
+def worst(params: Any, expected: Any) -> float:
+  """The largest difference of two trees, as a share of what rounding is allowed."""
+  errors = jax.tree.leaves(jax.tree.map(_worst_of_leaf, params, expected))
   return float(np.max([float(error) for error in errors]))
 
 
 @jax.jit
-def _worst(found: jax.Array, expected: jax.Array) -> jax.Array:
+def _worst_of_leaf(param: jax.Array, expected: jax.Array) -> jax.Array:
   tolerance = TOLERANCES[str(expected.dtype)]
-  found, expected = found.astype(jnp.float32), expected.astype(jnp.float32)
-  # Parameters are about 0.02 wide; a smaller one moves by as much as they do.
+  param, expected = param.astype(jnp.float32), expected.astype(jnp.float32)
+  # Parameters are around 0.02, and the updates of small ones are as large as those of others.
   allowed = tolerance * jnp.maximum(jnp.abs(expected), 0.01)
-  return jnp.max(jnp.abs(found - expected) / allowed)
+  return jnp.max(jnp.abs(param - expected) / allowed)
 
 
 def interleave(
@@ -249,14 +256,28 @@ def interleave(
   label: str,
   tick: Tick,
 ) -> dict[str, list[float]]:
-  """Times every run once a round; seconds per micro-step by name of the variant."""
+  """Times every run once a round.
+
+  Args:
+    runs: What is timed.
+    rounds: How often.
+    least: Seconds that a timing should last at least.
+    resident: Whether all runs keep their arrays on the device between two timings.
+    failed: Where variants that the device has no memory for are noted.
+    label: What progress is reported under.
+    tick: Called with what was done.
+
+  Returns:
+    Seconds per micro-step in each round, by name of the variant.
+  """
   samples: dict[str, list[float]] = {run.variant.name: [] for run in runs}
   for i in range(rounds):
     start = i % len(runs)
     for run in [*runs[start:], *runs[:start]]:
       name = run.variant.name
       if name not in failed:
-        attempt(failed, name, lambda run=run: samples[run.variant.name].append(sample(run, least)))
+        with noting_memory(failed, name):
+          samples[name].append(sample(run, least))
       if not resident or name in failed:
         run.stop()
       tick(f"{label}: round {i + 1} of {rounds}, {name}")
@@ -266,7 +287,7 @@ def interleave(
 
 
 def sample(run: Run, least: float) -> float:
-  """One timing, warmed up if the run has just started."""
+  """Times a run once; starts it and warms it up first if necessary."""
   if run.carry is None:
     run.start()
     run.warm_up(least)
@@ -293,7 +314,7 @@ def summary(
       rows.append(row)
   if case.blend and {case.blend.held, case.blend.firing} <= samples.keys():
     rows.append(blended(case.blend, samples, bandwidth))
-  missing = [{"name": name, "failed": why} for name, why in failed.items()]
+  missing = [{"name": name, "failed": reason} for name, reason in failed.items()]
   return finished(case, rows, missing) | {
     "unit": "ms per micro-step",
     "parameters": case.parameters,
@@ -304,7 +325,7 @@ def summary(
 
 
 def finished(case: Any, rows: list[dict[str, Any]], missing: Any) -> dict[str, Any]:
-  """What all kinds of cases have in common."""
+  """The part of the results that all kinds of cases have."""
   by_name = {row["name"]: row for row in rows}
   peer = by_name.get(case.peer)
   for row in rows:
@@ -333,7 +354,7 @@ def statistics(samples: Sequence[float]) -> dict[str, Any]:
 
 
 def floor_of(row: dict[str, Any], floor_bytes: float, bandwidth: float) -> dict[str, Any]:
-  """The floor of a variant, and how close it comes."""
+  """The floor of a variant, and how many times that its time is."""
   floor_ms = 1e3 * floor_bytes / bandwidth
   return {
     "floor_bytes": floor_bytes,
@@ -343,7 +364,7 @@ def floor_of(row: dict[str, Any], floor_bytes: float, bandwidth: float) -> dict[
 
 
 def held_bytes(run: Run) -> dict[str, Any]:
-  """What the compiled held micro-step accesses, over what it has to."""
+  """Bytes that the compiled held micro-step accesses, over those that it has to."""
   if run.variant.held is None:
     return {}
   cost = run.programs[run.variant.held].cost_analysis()
@@ -355,7 +376,7 @@ def held_bytes(run: Run) -> dict[str, Any]:
 def blended(
   blend: cases.Blend, samples: dict[str, list[float]], bandwidth: float
 ) -> dict[str, Any]:
-  """A baseline computed from two variants, round by round."""
+  """The row of a baseline that is computed from two variants, round by round."""
   held, firing = np.array(samples[blend.held]), np.array(samples[blend.firing])
   row = statistics(((1 - blend.share) * held + blend.share * firing).tolist())
   row |= {"name": blend.name, "role": "baseline", "error": None}
@@ -363,7 +384,7 @@ def blended(
 
 
 def run_build_case(case: builds.BuildCase, rounds: int, tick: Tick) -> dict[str, Any]:
-  """Traces or compiles every program of a case once a round."""
+  """Times how long it takes to trace or to compile the programs of a case, once each a round."""
   samples: dict[str, list[float]] = {variant.name: [] for variant in case.variants}
   build_time(case.variants[0], case.stage)  # imports and caches of the first program ever built
   for i in range(rounds):
@@ -379,7 +400,7 @@ def run_build_case(case: builds.BuildCase, rounds: int, tick: Tick) -> dict[str,
 
 
 def build_time(variant: builds.BuildVariant, stage: str) -> float:
-  """Seconds to trace, or, once traced, to compile a program that nobody has seen before."""
+  """Seconds to trace a new program or, without the time to trace it, to compile it."""
   fn, arguments = variant.make()
   jitted = jax.jit(fn, donate_argnums=(0, 1))
   start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The transformations beside which cadence stands, as their users write them.
+"""The peers: what a user of Optax would write without this library.
 
 Each is a plain Optax transformation; how it is timed is in `measure`.
 """
@@ -20,9 +20,9 @@ def multi_steps(period: int, **options: Any) -> optax.GradientTransformation:
 
 
 def apply_every(period: int) -> optax.GradientTransformation:
-  """AdamW, whose updates `optax.apply_every` sums up and lets through at once.
+  """AdamW, whose updates `optax.apply_every` sums up and passes on every `period` micro-steps.
 
-  Not the same mathematics: the moments see every gradient. It is here for its time.
+  It computes something else, since the moments see every gradient, and is there for its time.
   """
   return optax.chain(adamw(), optax.apply_every(period))
 

@@ -1,7 +1,7 @@
-"""The roofline: bytes that a micro-step has to move against the time that it takes.
+"""Draws the roofline: the bytes that a micro-step has to move against the time that it takes.
 
-One filled point a case, its peer above it as a hollow one, and the line on which a program
-lies that does nothing but move those bytes.
+A filled point for each case, a hollow one above it for its peer, and a line: a program that only
+moves those bytes lies on it.
 """
 
 import pathlib
@@ -17,7 +17,7 @@ from matplotlib.ticker import NullFormatter
 from benchmarks import machine
 from benchmarks.targets import TIMES
 
-# Okabe and Ito's colours, which every kind of colour vision tells apart; so do the shapes.
+# Okabe and Ito's colours, which can be told apart with any kind of colour vision.
 OURS, PEER, LINE = "#0072B2", "#D55E00", "#000000"
 LABEL_HEIGHT = 0.047  # of the axes
 
@@ -41,7 +41,7 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
 
 
 def points_of(results: dict[str, Any]) -> list[dict[str, Any]]:
-  """Bytes and times of every case with a floor and something to reach, slowest first."""
+  """Bytes and times of every case that has a floor and targets, the slowest first."""
   points = []
   for case in results["cases"]:
     by_name = {variant["name"]: variant for variant in case["variants"]}
@@ -63,7 +63,7 @@ def points_of(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def roofline(axes: Axes, points: list[dict[str, Any]]) -> None:
-  """The time of the bytes alone, at the median bandwidth of all cases."""
+  """The line: how long it takes to move the bytes at the median bandwidth of all cases."""
   bandwidth = float(np.median([point["bandwidth"] for point in points]))
   x = np.array([point["gigabytes"] for point in points])
   ends = np.array([x.min() / 1.6, x.max() * 1.6])
@@ -82,7 +82,7 @@ def roofline(axes: Axes, points: list[dict[str, Any]]) -> None:
 
 
 def scatter(axes: Axes, points: list[dict[str, Any]]) -> None:
-  """Ours with its quartiles, and the peers."""
+  """The points: ours with its quartiles, and the peers."""
   x = [point["gigabytes"] for point in points]
   y = [point["ours"] for point in points]
   spread = [[point[side] for point in points] for side in ("low", "high")]
@@ -116,7 +116,7 @@ def label(axes: Axes, points: list[dict[str, Any]]) -> None:
 
 
 def spread(heights: list[float]) -> list[float]:
-  """Falling heights, moved apart as little as keeps labels from touching."""
+  """Moves heights, given in falling order, apart by as little as keeps labels from touching."""
   gap = min(LABEL_HEIGHT, 1 / max(1, len(heights) - 1))
   placed: list[float] = []
   for height in heights:

@@ -1,7 +1,7 @@
-"""Pruning: how long a mask takes, and what a mask that holds costs a micro-step.
+"""Cases about pruning: how long a mask takes, and what a mask costs between two new ones.
 
-JaxPruner, which is not on the package index, joins where `--jaxpruner` says where it is. How
-other cases are made is in `cases`.
+JaxPruner is not on the package index. It is timed too if `--jaxpruner` names a folder with its
+source. The other cases are in `cases`.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ NEVER = 2**30
 
 
 def all_cases(sizes: Sizes, jaxpruner: Path | None) -> dict[str, Callable[[], cases.Case]]:
-  """The cases by name, none of them built yet."""
+  """For each case a function that builds it."""
   return {
     "prune-mask": functools.partial(one_mask, sizes.pruned, jaxpruner),
     "prune-global": functools.partial(global_masks, sizes.pruned_globally),
@@ -57,10 +57,10 @@ def one_mask(n: int, jaxpruner: Path | None) -> cases.Case:
     best = jnp.argsort(-jnp.abs(w).reshape(-1))[:kept]
     return jnp.zeros(size, bool).at[best].set(True).reshape(w.shape)
 
-  found = {"selection": ("ours", by_selection), SORT: ("peer", by_sorting)}
+  ways = {"selection": ("ours", by_selection), SORT: ("peer", by_sorting)}
   if jaxpruner is not None:
     topk = load_jaxpruner(jaxpruner).mask_calculator.topk_mask_calculator
-    found[JAXPRUNER] = ("peer", lambda w: topk(jnp.abs(w), SPARSITY).astype(bool))
+    ways[JAXPRUNER] = ("peer", lambda w: topk(jnp.abs(w), SPARSITY).astype(bool))
   peer = JAXPRUNER if jaxpruner else SORT
   return cases.Case(
     "prune-mask",
@@ -73,9 +73,9 @@ def one_mask(n: int, jaxpruner: Path | None) -> cases.Case:
         no_state,
         (remasked(functools.partial(jax.tree.map, fn)),),
         5.0 * size,
-        compared(name, SORT),
+        None if name == SORT else SORT,
       )
-      for name, (role, fn) in found.items()
+      for name, (role, fn) in ways.items()
     ],
     [
       Target("selection", peer, 1 / 40),
@@ -89,20 +89,20 @@ def one_mask(n: int, jaxpruner: Path | None) -> cases.Case:
 
 
 def global_masks(n: int) -> cases.Case:
-  """Masks of forty leaves that compete for what is kept, beside a mask for each."""
+  """Masks of forty leaves that compete for what is kept, beside a separate mask for each."""
   width = max(8, 8 * round(math.sqrt(n / 40) / 8))
   shapes = dict.fromkeys(cases.names(40), (width, width))
   size, inputs = cases.count(shapes), masked_inputs(shapes)
 
-  def masks(apart: bool, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  def masks(separate: bool, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
     keys = [lambda w=w: selection.order(jnp.abs(w)) for w in leaves.values()]
-    pools = [[k] for k in keys] if apart else [keys]
+    pools = [[k] for k in keys] if separate else [keys]
     sizes = [sum(jax.eval_shape(k).size for k in pool) for pool in pools]
-    found = selection.largest(pools, [k - round(SPARSITY * k) for k in sizes])
-    return dict(zip(leaves, (mask() for pool in found for mask in pool), strict=True))
+    chosen = selection.largest(pools, [n - round(SPARSITY * n) for n in sizes])
+    return dict(zip(leaves, (mask() for pool in chosen for mask in pool), strict=True))
 
   name, peer = "over all leaves", "a mask for each leaf"
-  found = {
+  ways = {
     name: ("ours", functools.partial(masks, False)),
     peer: ("baseline", functools.partial(masks, True)),
   }
@@ -110,10 +110,10 @@ def global_masks(n: int) -> cases.Case:
     "prune-global",
     f"global masks of 40 leaves, {cases.human(size).upper()} weights",
     [
-      Variant(key, role, inputs, no_state, (remasked(fn),), 5.0 * size)
-      for key, (role, fn) in found.items()
+      Variant(way, role, inputs, no_state, (remasked(fn),), 5.0 * size)
+      for way, (role, fn) in ways.items()
     ],
-    # That the pool is one costs nothing, and nothing as large as the pool is made.
+    # One pool is as fast as many, and needs no array as large as all leaves together.
     [Target(name, peer, 1.1), cases.temporaries(name, shapes)],
     name,
     peer,
@@ -123,22 +123,23 @@ def global_masks(n: int) -> cases.Case:
 
 
 def held(n: int, jaxpruner: Path | None) -> cases.Case:
-  """AdamW at every micro-step, with a mask that holds and is not due."""
+  """AdamW at every micro-step, with a mask that stays the same."""
   shapes = cases.twelve(n)
   inputs, size = variants.inputs_of(shapes), cases.count(shapes)
   floor = size * floors.every_micro_step()
-  tx = optax.chain(peers.adamw(), oc.prune(SPARSITY, every=NEVER))
-  found = [
-    ours("pruned, mask held", tx, inputs, floor + size / 4, cases.ADAMW),
-    ours("not packed", unpacked(), inputs, floor + 2 * size, cases.ADAMW),
+  packed = optax.chain(peers.adamw(), oc.prune(SPARSITY, every=NEVER))
+  unpacked = optax.chain(peers.adamw(), oc.prune(SPARSITY, every=NEVER, packed=False))
+  ways = [
+    ours("pruned, mask held", packed, inputs, floor + size / 4, cases.ADAMW),
+    ours("not packed", unpacked, inputs, floor + 2 * size, cases.ADAMW),
     variants.peer(cases.ADAMW, peers.adamw(), inputs, 8, floor),
   ]
   if jaxpruner is not None:
-    found.append(jaxpruner_held(load_jaxpruner(jaxpruner), inputs, floor + 2 * size))
+    ways.append(jaxpruner_held(load_jaxpruner(jaxpruner), inputs, floor + 2 * size))
   return cases.Case(
     "prune-held",
     f"a held mask, AdamW, {cases.human(size).upper()} parameters",
-    found,
+    ways,
     [Target("pruned, mask held", cases.ADAMW, 1.05)],
     "pruned, mask held",
     cases.ADAMW,
@@ -155,13 +156,8 @@ def ours(
   return dataclasses.replace(variant, role="ours")
 
 
-def unpacked() -> optax.GradientTransformation:
-  """AdamW and a mask of a byte per weight."""
-  return optax.chain(peers.adamw(), oc.prune(SPARSITY, every=NEVER, packed=False))
-
-
 def held_in_cadence(n: int) -> cases.Case:
-  """Period 8 through `update`, with a mask that holds and is not due."""
+  """Period 8 through `update`, with a mask that stays the same."""
   shapes = cases.twelve(n)
   inputs, size = variants.inputs_of(shapes), cases.count(shapes)
   floor = floors.mean_bytes({8: size}, separate_updates=True)
@@ -184,7 +180,7 @@ def held_in_cadence(n: int) -> cases.Case:
 
 
 def masked_inputs(shapes: dict[str, tuple[int, ...]]) -> variants.Inputs:
-  """Weights, and their masks beside them, which all variants have to agree on."""
+  """Inputs of weights and masks; the masks are what all variants have to agree on."""
 
   def params() -> Any:
     weights = variants.waves(shapes, 0.0)
@@ -194,7 +190,7 @@ def masked_inputs(shapes: dict[str, tuple[int, ...]]) -> variants.Inputs:
 
 
 def remasked(fn: Callable[[dict[str, jax.Array]], dict[str, jax.Array]]) -> Callable[..., Any]:
-  """A step that makes the masks of all weights anew."""
+  """A step that replaces the masks by those that `fn` makes of the weights."""
 
   def step(params: Any, state: Any, grads: Any) -> Any:
     del grads
@@ -205,21 +201,19 @@ def remasked(fn: Callable[[dict[str, jax.Array]], dict[str, jax.Array]]) -> Call
 
 
 def no_state(params: Any, grads: Any) -> Any:
-  """A mask depends on the weights alone."""
+  """The empty state of a variant that makes masks."""
   del params, grads
   return ()
 
 
-def compared(name: str, reference: str) -> str | None:
-  """The variant that this one has to agree with."""
-  return None if name == reference else reference
-
-
 def load_jaxpruner(path: Path) -> Any:
-  """JaxPruner, with the names put back that it misses."""
+  """Imports JaxPruner from its source.
+
+  It needs `jax.tree_map`, which newer versions of JAX have not, and ml_collections, for settings
+  that are not used here.
+  """
   if not hasattr(jax, "tree_map"):
     jax.tree_map = jax.tree.map
-  # Its configuration is not used here.
   config = types.ModuleType("ml_collections")
   config.ConfigDict = dict
   sys.modules.setdefault("ml_collections", config)
@@ -234,7 +228,7 @@ def load_jaxpruner(path: Path) -> Any:
 
 
 def jaxpruner_held(jaxpruner: Any, inputs: variants.Inputs, floor_bytes: float) -> Variant:
-  """JaxPruner's magnitude pruning between two updates of its masks."""
+  """JaxPruner's magnitude pruning, with a mask that stays the same."""
   uniform = jaxpruner.sparsity_distributions.uniform
   updater = jaxpruner.MagnitudePruning(
     sparsity_distribution_fn=functools.partial(uniform, sparsity=SPARSITY),

@@ -1,7 +1,7 @@
-"""Writes the table of results into the README, from the JSON files and nothing else.
+"""Writes the table of results into the README, from the JSON files alone.
 
-A row for every target that is about time, ours beside its peer, and a line for each machine.
-Everything that was measured is in the JSON files.
+It has a row for every variant with a target that is about time, and below it a line for each
+machine. Everything else that was measured is in the JSON files.
 """
 
 import pathlib
@@ -18,7 +18,10 @@ HEADERS = ("case", "machine", "ours", f"{TIMES} floor", f"{TIMES} peer", "peer",
 
 
 def write(folder: pathlib.Path, readme: pathlib.Path) -> int:
-  """Replaces what stands between the two markers; returns how many files it came from.
+  """Replaces what stands between the two markers.
+
+  Returns:
+    From how many files the table is made.
 
   Raises:
     ValueError: If a marker is missing, or there are no results.
@@ -36,7 +39,7 @@ def write(folder: pathlib.Path, readme: pathlib.Path) -> int:
 
 
 def load_all(folder: pathlib.Path) -> list[dict[str, Any]]:
-  """The results of full runs, by machine; those of quick ones say little."""
+  """The results of full runs; those of quick ones say little."""
   results = [report.load(path) for path in sorted(folder.glob("*.json"))]
   return [r for r in results if not r["settings"]["quick"]]
 
@@ -59,13 +62,13 @@ def short_table(results: list[dict[str, Any]]) -> str:
 
 
 def short_rows(case: dict[str, Any], where: str) -> list[list[str]]:
-  """A row for every variant that has to reach something in time."""
+  """A row for every variant of a case that has a target for its time."""
   by_name = {variant["name"]: variant for variant in case["variants"]}
   peer, rows = by_name.get(case["peer"]), []
   headlines = [t for t in case["targets"] if t["headline"]]
   names = dict.fromkeys(t["variant"] for t in headlines)
   for name in names:
-    ours, found = by_name.get(name, {}), [t for t in headlines if t["variant"] == name]
+    ours, reached = by_name.get(name, {}), [t for t in headlines if t["variant"] == name]
     rows.append(
       [
         case["title"] + (f", {name}" if len(names) > 1 and name != "apply" else ""),
@@ -74,8 +77,8 @@ def short_rows(case: dict[str, Any], where: str) -> list[list[str]]:
         report.number(ours.get("ratio_floor")),
         report.number(ours.get("ratio_peer")),
         f"{case['peer']}, {milliseconds(peer)}",
-        "; ".join(t["text"] for t in found),
-        "; ".join(map(report.verdict, found)),
+        "; ".join(t["text"] for t in reached),
+        "; ".join(map(report.verdict, reached)),
       ]
     )
   return rows
@@ -87,11 +90,11 @@ def milliseconds(variant: dict[str, Any] | None) -> str:
 
 
 def machine_line(results: dict[str, Any]) -> str:
-  """What a result was made with, and the targets that are not about the time of `ours`."""
+  """Machine and versions of a run, its bandwidths, and whether its other targets are met."""
   versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
   bandwidths = [c["bandwidth_gb_s"] for c in results["cases"] if "bandwidth_gb_s" in c]
   rest = [t for c in results["cases"] for t in c["targets"] if not t["headline"]]
-  said = [
+  claims = [
     share("a static phase is no slower than a dynamic one", [t for t in rest if t["noise"]]),
     share(
       "a held micro-step accesses no byte beyond its floor",
@@ -101,11 +104,11 @@ def machine_line(results: dict[str, Any]) -> str:
   ]
   if bandwidths:
     lowest, highest = report.number(min(bandwidths)), report.number(max(bandwidths))
-    said.insert(0, f"measured bandwidth {lowest} to {highest} GB/s")
-  return f"{machine.title(results['machine'])} ({versions}): {'; '.join(filter(None, said))}."
+    claims.insert(0, f"measured bandwidth {lowest} to {highest} GB/s")
+  return f"{machine.title(results['machine'])} ({versions}): {'; '.join(filter(None, claims))}."
 
 
-def share(claim: str, found: list[dict[str, Any]]) -> str:
-  """In how many cases a claim holds."""
-  known = [t for t in found if t["met"] is not None]
+def share(claim: str, tested: list[dict[str, Any]]) -> str:
+  """A claim, and in how many cases it holds; empty if that is not known of any."""
+  known = [t for t in tested if t["met"] is not None]
   return f"{claim} in {sum(t['met'] for t in known)} of {len(known)} cases" if known else ""

@@ -1,6 +1,6 @@
-"""What a run leaves behind: a JSON file, and a table of every variant.
+"""The results of a run as a JSON file and as a table of every variant.
 
-The README's short table is made from the JSON files in `readme`, the picture in `picture`.
+The README's short table is made in `readme`, the picture in `picture`, both from the JSON files.
 """
 
 import json
@@ -36,7 +36,7 @@ def case_rows(case: dict[str, Any]) -> list[list[str]]:
   """The rows of one case."""
   rows = []
   for i, variant in enumerate(case["variants"]):
-    found = [t for t in case["targets"] if t["variant"] == variant["name"]]
+    reached = [t for t in case["targets"] if t["variant"] == variant["name"]]
     mark = {"peer": " (peer)", "baseline": " (baseline)"}.get(variant["role"], "")
     rows.append(
       [
@@ -48,8 +48,8 @@ def case_rows(case: dict[str, Any]) -> list[list[str]]:
         number(variant.get("ratio_peer")),
         number(megabytes(variant.get("temp_bytes"))),
         number(variant.get("compile_s")),
-        "\n".join(t["text"] for t in found),
-        "\n".join(map(verdict, found)),
+        "\n".join(t["text"] for t in reached),
+        "\n".join(map(verdict, reached)),
       ]
     )
   rows += [["", f["name"], f["failed"], *[""] * 7] for f in case["failed"]]
@@ -57,14 +57,14 @@ def case_rows(case: dict[str, Any]) -> list[list[str]]:
 
 
 def verdict(target: dict[str, Any]) -> str:
-  """Whether a target is met, and the number."""
+  """Whether a target is met, and by what ratio."""
   if target["met"] is None:
     return "not measured"
   return f"{'yes' if target['met'] else 'NO'}, {number(target['value']) or '0'}"
 
 
 def number(x: float | None) -> str:
-  """Three digits; nothing where there is no number."""
+  """A number in three digits; empty for None."""
   if x is None:
     return ""
   return f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"
@@ -76,7 +76,7 @@ def megabytes(n: int | None) -> float | None:
 
 
 def save(results: dict[str, Any], path: pathlib.Path) -> None:
-  """Writes the JSON file; all of it or nothing."""
+  """Writes the JSON file; if that is interrupted, the old one stays."""
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_suffix(".partial")
   partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -87,7 +87,7 @@ def load(path: pathlib.Path) -> dict[str, Any]:
   """Reads a JSON file.
 
   Raises:
-    ValueError: If it is not one of ours.
+    ValueError: If it does not hold results of this schema.
   """
   results = json.loads(path.read_text(encoding="utf-8"))
   if not isinstance(results, dict) or results.get("schema") != SCHEMA:
@@ -96,9 +96,14 @@ def load(path: pathlib.Path) -> dict[str, Any]:
 
 
 def merged(old: dict[str, Any] | None, new: dict[str, Any], order: list[str]) -> dict[str, Any]:
-  """New results, and beside them the old cases that were not run again.
+  """Adds to new results the old cases that were not run again.
 
-  Only where machine, versions and settings are the same; otherwise the new ones alone.
+  Only if machine, versions and settings are the same; otherwise the new results are returned.
+
+  Args:
+    old: What the file held before, if anything.
+    new: Results of this run.
+    order: Names of all cases, in the order in which the result lists them.
   """
   same = ("machine", "versions", "settings")
   if old is None or any(old[key] != new[key] for key in same):

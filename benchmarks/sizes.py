@@ -5,8 +5,8 @@ What is measured at these sizes is in `cases`.
 
 import dataclasses
 
-# Of the largest variant that runs alone, per float32 parameter: state 16, gradients 4, the
-# parameters that the check compares with 4, and what a peer may take beside them 24.
+# Of float32 parameters, when one variant runs at a time: state 16, gradients 4, the parameters that
+# the check compares with 4, and temporaries of a peer 24.
 _BYTES_PER_PARAMETER = 48
 
 
@@ -21,8 +21,8 @@ class Sizes:
     control: Parameters of the case about branches.
     layer: Width of each of twelve layers, as leaves or stacked.
     matrix: Width of the matrix that is cut into regions.
-    configuration: Parameters of each of the 64 configurations.
-    configurations: How many of them.
+    configuration: Parameters of each configuration of the vmap case.
+    configurations: Number of configurations.
     compiled_leaves: Leaves in the compilation case, of width `compiled_width`.
     compiled_width: Width of a leaf in the compilation and tracing cases.
     traced_leaves: Leaves in the tracing case.

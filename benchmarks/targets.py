@@ -1,7 +1,7 @@
 """What a case has to reach, and whether it did.
 
-A target compares one variant with the floor, with another variant, or with a limit on
-memory. The numbers it compares are measured elsewhere.
+A target compares a variant with the floor, with another variant, or with a limit on memory. The
+numbers are measured in `measure`.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from typing import Any
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 
-# Counters, predicates and the like, which are no part of any leaf.
+# Temporaries that do not count: counters, flags and the like.
 _SCALAR_BYTES = 4096
 
 
@@ -24,7 +24,7 @@ class Target:
     limit: The largest ratio that meets the target.
     noise: Whether a ratio above the limit still meets it where the quartiles overlap.
     allowance: Bytes of temporaries that count as 1.
-    allowed: What these bytes are.
+    allowed: What these bytes are, in words.
   """
 
   variant: str
@@ -36,7 +36,7 @@ class Target:
 
   @property
   def headline(self) -> bool:
-    """Whether it is about the time of a variant that stands for a case."""
+    """Whether the README has a row for it: it is about time, and not just about being no slower."""
     return not self.noise and self.against not in ("temporaries", "held bytes")
 
   def __str__(self) -> str:
@@ -49,12 +49,15 @@ class Target:
 
 
 def evaluate(target: Target, variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
-  """A target with the value found, and whether that meets it; None where it is not known."""
+  """A target as the JSON file holds it: with the ratio found, and whether that meets it.
+
+  Both are None where the ratio is not known.
+  """
   value, met = _value(target, variants), None
   if value is not None:
     met = value <= target.limit or (target.noise and _overlap(target, variants))
-  found = {"text": str(target), "headline": target.headline, "value": value, "met": met}
-  return dataclasses.asdict(target) | found
+  result = {"text": str(target), "headline": target.headline, "value": value, "met": met}
+  return dataclasses.asdict(target) | result
 
 
 def _value(target: Target, variants: dict[str, dict[str, Any]]) -> float | None:

@@ -1,7 +1,6 @@
-"""What a variant is: arrays to start from, and the micro-steps of a cycle as functions.
+"""Variants: one way each to do the work of a case, and functions that make the common ones.
 
-Builders make the variants that most cases share. What is compared with what is in `cases`,
-how it is timed in `measure`.
+Which variants make a case is in `cases`, and how they are timed in `measure`.
 """
 
 import dataclasses
@@ -21,14 +20,14 @@ from benchmarks import peers
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inputs:
-  """Parameters and gradients in one arrangement.
+  """Functions that make the parameters and gradients of a variant.
 
   Attributes:
     params: Makes fresh parameters; they will be donated.
     grads: Makes gradients, shared by all variants with these inputs.
-    restore: Parameters in this arrangement as the tree that all variants are compared in.
-    copies: How many runs of a single program make a micro-step; where there are several,
-      `params` and `grads` make lists.
+    restore: Makes of these parameters the tree that is compared with that of other variants.
+    copies: How often a program runs in a micro-step. If more than once, `params` and `grads`
+      make lists with an entry for each run.
   """
 
   params: Callable[[], Any]
@@ -44,15 +43,13 @@ class Variant:
   Attributes:
     name: What the table calls it.
     role: `"ours"`, `"peer"` or `"baseline"`.
-    inputs: What it starts from.
+    inputs: Its parameters and gradients.
     init: `init(params, grads) -> state`.
     steps: One function `step(params, state, grads) -> params, state` for each micro-step
       of a cycle; the same object where the program is the same.
     floor_bytes: Bytes that a micro-step has to move, on average over the cycle.
-    reference: Name of the variant that has to arrive at the same parameters; None where
-      there is none.
-    held: One of `steps` of which the bytes that it accesses are compared with
-      `held_bytes`.
+    reference: Name of the variant that has to arrive at the same parameters, if any.
+    held: One of `steps`; the bytes that it accesses are compared with `held_bytes`.
     held_bytes: Bytes that a held micro-step has to move.
   """
 
@@ -73,7 +70,7 @@ def inputs_of(shapes: Any, dtype: Any = jnp.float32) -> Inputs:
 
 
 def waves(shapes: Any, seed: float, dtype: Any = jnp.float32) -> Any:
-  """A tree of arrays that differ from entry to entry, quicker made than random ones."""
+  """A tree of arrays that differ from entry to entry; quicker to make than random ones."""
   leaves, treedef = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
   return treedef.unflatten([_wave(shape, seed + i, dtype) for i, shape in enumerate(leaves)])
 
@@ -89,24 +86,24 @@ def _wave(shape: tuple[int, ...], seed: jax.Array, dtype: Any) -> jax.Array:
 def split_inputs(whole: Inputs, masks: dict[str, np.ndarray]) -> Inputs:
   """Every leaf split by hand into one vector per period.
 
-  For AdamW, to which the shape of a tensor is nothing, this is the best that can be
-  done without regions: every group contiguous, and no cost for joining them.
+  AdamW does not depend on the shape of a tensor. So this is the best that can be done without
+  regions: every group is contiguous, and joining them costs nothing.
 
   Args:
     whole: Inputs whose trees are dicts of leaves.
     masks: For each leaf a period per entry, of its shape.
   """
-  at = {name: _positions(mask) for name, mask in masks.items()}
+  positions = {name: _positions(mask) for name, mask in masks.items()}
 
   def split(tree: Any) -> Any:
     flat = {name: leaf.reshape(-1) for name, leaf in tree.items()}
-    return {name: {str(p): flat[name][i] for p, i in at[name].items()} for name in flat}
+    return {name: {str(p): flat[name][i] for p, i in positions[name].items()} for name in flat}
 
   def restore(tree: Any) -> Any:
     leaves = {}
     for name, parts in tree.items():
       leaf = np.empty(masks[name].size, np.float32)
-      for period, index in at[name].items():
+      for period, index in positions[name].items():
         leaf[index] = np.asarray(parts[str(period)])
       leaves[name] = leaf.reshape(masks[name].shape)
     return leaves
@@ -115,12 +112,13 @@ def split_inputs(whole: Inputs, masks: dict[str, np.ndarray]) -> Inputs:
 
 
 def _positions(mask: np.ndarray) -> dict[int, np.ndarray]:
+  """For each period the positions of its entries in the flat mask."""
   flat = mask.reshape(-1)
   return {int(p): np.flatnonzero(flat == p).astype(np.int32) for p in np.unique(flat)}
 
 
 def entries_of(masks: dict[str, np.ndarray]) -> dict[int, int]:
-  """Entries by period."""
+  """Number of entries of each period, in all leaves together."""
   entries: dict[int, int] = {}
   for mask in masks.values():
     for period, n in zip(*np.unique(mask, return_counts=True), strict=True):
@@ -139,7 +137,18 @@ def ours(
   widths: floors.Widths = floors.FLOAT32,
   role: str = "ours",
 ) -> list[Variant]:
-  """A cadence with dynamic and with static phase, as two variants."""
+  """Two variants of a cadence: its phase not known while compiling, and known (static).
+
+  Args:
+    name: Name of the first; the second adds to it.
+    tx: The cadence.
+    inputs: Parameters and gradients.
+    entries: Number of parameters of each period.
+    reference: Name of the variant that has to arrive at the same parameters.
+    path: `"apply"`, or `"update"` followed by `optax.apply_updates`.
+    widths: Bytes per parameter of each array.
+    role: `"ours"` or `"baseline"`.
+  """
   step = _apply_step if path == "apply" else _update_step
   cycle, init = int(np.lcm.reduce(list(entries))), lambda params, _: tx.init(params)
   dynamic = functools.partial(step, tx, None)
@@ -166,7 +175,10 @@ def ours(
 def static_steps(
   step: Callable[..., Any], cycle: int, periods: Any
 ) -> tuple[Callable[..., Any], ...]:
-  """`step(phase, …)` for each micro-step; phases with the same groups due share a program."""
+  """`step(phase, …)` for each micro-step of a cycle.
+
+  Micro-steps at which the same periods are due share a function, and so a program.
+  """
   programs: dict[tuple[bool, ...], Callable[..., Any]] = {}
   steps = []
   for t in range(1, cycle + 1):

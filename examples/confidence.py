@@ -1,12 +1,12 @@
-"""A network whose layers decide for themselves when they are sure enough to move.
+"""A network whose layers decide for themselves when to update.
 
 Each layer of a small convolutional network collects gradients until their mean stands out of the
-noise, and only then updates. The example prints how the periods moved while it learned to read
-handwritten digits, and saves a picture. It takes a minute on two CPU cores:
+noise, and only then updates. The example prints how the periods changed while the network learned
+to read handwritten digits, and saves a picture. It takes a minute on two CPU cores:
 
   python examples/confidence.py
-  python examples/confidence.py --policy late      # one period, and later one by depth
-  python examples/confidence.py --policy patient   # a policy of one's own, in ten lines
+  python examples/confidence.py --policy late      # one period, later one per layer
+  python examples/confidence.py --policy patient   # a policy of your own, in ten lines
 """
 
 import argparse
@@ -29,7 +29,7 @@ import optax_cadence as oc
 LAYERS = ("conv1", "conv2", "hidden", "output")
 MICROBATCH = 8
 LEARNING_RATE = 1e-3
-LOOKS = 20  # how often the periods are looked at
+LOOKS = 20  # how often the metrics are read
 BY_DEPTH = {"conv1": 16, "conv2": 8, "hidden": 4, "output": 2}
 
 
@@ -42,7 +42,7 @@ class Patient(oc.Policy):
 
 
 def cadences(policy, steps):
-  """`every` for the policy of this name."""
+  """The argument `every` of `oc.cadence` for the policy of this name."""
   return {
     "certain": oc.each_layer(oc.until_certain(0.5, min_period=2, max_period=64)),
     "settled": oc.each_layer(oc.as_settled(min_period=2, max_period=64)),
@@ -83,11 +83,11 @@ class Net(nnx.Module):
 
 
 def train(every, steps):
-  """Trains; returns the metrics from time to time and the test accuracy."""
+  """Trains; returns the metrics at each look and the test accuracy at the end."""
   (images, labels), test_set = load_digits()
   graphdef, params = nnx.split(Net(nnx.Rngs(0)), nnx.Param)
   inner = optax.chain(optax.adam(LEARNING_RATE), oc.scale_by_cadence("sqrt"))
-  # Measures the noise of every layer, whatever its cadence goes by.
+  # Measures the noise of every layer, also under a policy that does not look at it.
   tx = oc.chain(oc.noise_scale(16, decay=0.95), oc.cadence(inner, every))
   state, images, labels = tx.init(params), jnp.asarray(images), jnp.asarray(labels)
 

@@ -1,9 +1,9 @@
-"""A trained convolution is made continuous, and read again at twice the size.
+"""Makes a trained convolution continuous, and samples its kernels at twice the size.
 
-A small network learns handwritten digits of 8 x 8 pixels. Its first layer's kernels, 5 x 5, are
-then fitted by a network of their coordinates (CKConv, arXiv:2102.02611) and sampled at 10 x 10,
-for digits shown at 16 x 16 pixels. How well does the rest of the network, untouched, still
-read them? It takes half a minute on two CPU cores:
+A small network learns to read handwritten digits of 8 x 8 pixels. A second network then learns the
+5 x 5 kernels of its first layer as a function of the position (CKConv, arXiv:2102.02611), and is
+sampled at 10 x 10 positions for digits of 16 x 16 pixels. The other layers stay as they are: how
+well does the network read the larger digits? It takes half a minute on two CPU cores:
 
   python examples/continuous_kernels.py
 """
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from optax_cadence import growth
 
-SHOWN = 8  # kernels in the picture
+SHOWN = 8  # number of kernels in the picture
 
 
 def load_digits():
@@ -35,7 +35,7 @@ def load_digits():
 
 
 class Net(nnx.Module):
-  """A convolution, then whatever its size 4 x 4 cells, a hidden layer and an output."""
+  """A convolution, means of 4 x 4 cells whatever the size of the image, two dense layers."""
 
   def __init__(self, rngs):
     self.stem = nnx.Conv(1, 16, (5, 5), rngs=rngs)

@@ -1,9 +1,9 @@
 """A network too narrow for its task grows while it trains: wider, deeper, larger filters.
 
 A small convolutional network learns handwritten digits. At four moments it gets more
-capacity, each time behind a gate α that a schedule then opens: more channels and hidden units,
-a residual block, larger filters. Beside it, the small network and the large one that
-results are trained from scratch until they have used as many floating-point operations.
+capacity, each time behind a gate α that a schedule then opens: more channels, more hidden units,
+a residual block, larger filters. Two more networks are trained from scratch for as many
+floating-point operations: one as large as this one at the start, one as large as at the end.
 At the end it prints a table and saves a picture. It takes a minute on two CPU cores:
 
   python examples/grow.py
@@ -27,7 +27,7 @@ from optax_cadence import growth
 
 BATCH = 64
 LEARNING_RATE = 3e-3
-PHASE = 0.5  # the part of each stage in which its gate opens
+PHASE = 0.5  # share of the steps after a growth in which its gate opens
 COLOURS = {"small": "#000000", "grown": "#D55E00", "large": "#0072B2"}
 
 
@@ -41,7 +41,7 @@ def load_digits():
 
 
 class Block(nnx.Module):
-  """What a residual block adds."""
+  """The branch of a residual block: what is added to its input."""
 
   def __init__(self, channels, rngs):
     self.up = nnx.Conv(channels, channels, (3, 3), rngs=rngs)
@@ -108,7 +108,7 @@ GROWTHS = {
 
 
 def make_steps():
-  """A training step and a test; a model of another shape compiles them once more."""
+  """A training step and a test. They compile again for a model of another shape."""
 
   @nnx.jit
   def step(model, optimizer, images, labels):
@@ -129,10 +129,10 @@ def make_steps():
 
 
 def flops_of(model, images):
-  """Floating-point operations of a training step: forward, and twice that backward."""
+  """Floating-point operations of a training step: the forward pass, and twice that backward."""
   tree = growth.nnx.variables(model)
-  one = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
-  return 3 * BATCH * growth.flops(growth.nnx.forward(model), tree, one)
+  image = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
+  return 3 * BATCH * growth.flops(growth.nnx.forward(model), tree, image)
 
 
 class Run:
@@ -166,7 +166,10 @@ class Run:
 
 
 def train_grown(stage, seed, data, progress):
-  """The network that grows: `stage` steps before each growth and after the last."""
+  """The network that grows: `stage` steps before each growth and after the last.
+
+  Returns the run, how far the test loss jumped at each growth, and the plan of each growth.
+  """
   gated = max(int(PHASE * stage), 1)
   run = Run(SMALL, seed, optax.linear_schedule(0.0, 1.0, gated), data, progress)
   jumps, plans, x = [], [], data[0][0][:1]
@@ -184,7 +187,7 @@ def train_grown(stage, seed, data, progress):
 
 
 def train_fixed(config, seed, budget, data, progress):
-  """A network of one size until it has used as many operations."""
+  """A network of fixed size, trained until it has used `budget` operations."""
   run = Run(config, seed, optax.constant_schedule(1.0), data, progress)
   cost = flops_of(run.model, data[0][0])
   steps = round(budget / cost)

@@ -1,8 +1,8 @@
-"""Four rhythms for one small network: which layers should update often, which seldom?
+"""Four cadences for one small network: which layers should update often, which seldom?
 
-A convolutional network learns to read handwritten digits four times over: from the same
-weights, with the same micro-batches in the same order and the same number of gradients.
-All that differs is how many micro-steps each layer waits between two of its updates:
+A convolutional network learns to read handwritten digits four times, from the same weights and
+with the same micro-batches in the same order. All that differs is how many micro-steps each layer
+waits between two of its updates:
 
   uniform      every layer updates every 4 micro-steps
   fast output  the output at every micro-step, each layer before it half as often
@@ -51,7 +51,8 @@ LEARNING_RATE = 2e-3
 TESTS = 50  # points on a learning curve, denser in the beginning
 TEST_IMAGES = 2000  # at most
 SCORE_STEPS = 24  # micro-steps shown in the score
-# Okabe and Ito's colours, which every kind of colour vision tells apart; in grey the lines do.
+# Okabe and Ito's colours, which can be told apart with any kind of colour vision; in grey, the
+# styles of the lines tell them apart.
 STYLES = [("#000000", "-"), ("#D55E00", "--"), ("#0072B2", "-."), ("#009E73", (0, (1, 1)))]
 
 # ----------------------------------------------------------------------------------- data
@@ -120,7 +121,7 @@ class Net(nnx.Module):
 
 
 def loss_fn(params, graphdef, images, labels):
-  """Mean cross-entropy, and the accuracy beside it."""
+  """Mean cross-entropy and accuracy."""
   logits = nnx.merge(graphdef, params)(images)
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   return losses.mean(), (logits.argmax(-1) == labels).mean()
@@ -134,13 +135,14 @@ def train(tx, train_set, test_set, steps, tested_at, seeds, progress):
   images, labels = map(jnp.asarray, train_set)
   graphdef, _ = nnx.split(Net(images, nnx.Rngs(0)), nnx.Param)
 
-  # The arguments of `apply` stand in the order of its results: donated, they are reused in place.
+  # The results of `apply` have the order of its arguments, so that each donated array is
+  # overwritten by its successor.
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def micro_step(params, state, images, labels, batch):
     grads, _ = jax.grad(loss_fn, has_aux=True)(params, graphdef, images[batch], labels[batch])
     return tx.apply(params, state, grads)
 
-  # Without it, windows that are still open when training ends would be lost.
+  # Applies the gradients of windows that are not over when training ends.
   @jax.jit
   def flush(params, state):
     updates, state = tx.flush(state, params)
@@ -171,7 +173,7 @@ def train(tx, train_set, test_set, steps, tested_at, seeds, progress):
 
 
 def count_updates(tx, params, state):
-  """How often each layer was updated: once for every group of regions it has a part in."""
+  """How often each layer was updated; several numbers if its regions have several periods."""
   counts = {layer: set() for layer in LAYERS}
   for summary, group in zip(oc.describe(tx, params).groups, state.groups, strict=True):
     for path in summary.leaves:
@@ -187,7 +189,7 @@ def mean_and_spread(values, digits):
 
 
 def draw(transformations, params, curves, tested_at, path):
-  """The score of who updates when, over the learning curves."""
+  """Draws which layer updates when, and below it the learning curves."""
   figure = Figure(figsize=(13, 8), layout="constrained")
   figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
   above, below = figure.subfigures(2, 1, height_ratios=(1, 1.4))
@@ -201,7 +203,7 @@ def draw(transformations, params, curves, tested_at, path):
     for marks in axes.collections:
       marks.set_facecolor(colour)
   for axes in scores[1:3]:
-    axes.set_yticklabels([])  # the same regions as at their left
+    axes.set_yticklabels([])  # the same regions as in the picture to the left
   left, right = below.subplots(1, 2, width_ratios=(2, 1))
   for i, ((name, curve), (colour, line)) in enumerate(zip(curves.items(), STYLES, strict=True)):
     left.plot(

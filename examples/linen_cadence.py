@@ -1,4 +1,4 @@
-"""A cadence for every layer of a Linen model with a `TrainState`: only `tx` is new."""
+"""Trains a Linen model in a `TrainState`, each layer with its own period: only `tx` is new."""
 
 import argparse
 

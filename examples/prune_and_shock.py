@@ -1,7 +1,7 @@
-"""Compression in mid-training: dense, pruned every epoch, two electroshocks, and RigL.
+"""Pruning in mid-training: dense, pruned every epoch, with shocks of two kinds, and RigL.
 
-A network learns to read handwritten digits five times over, from the same weights and with the
-same batches. It prints a table and saves a picture, within two minutes on two CPU cores:
+A small network learns to read handwritten digits in five ways, from the same weights and with the
+same batches. The example prints a table and saves a picture. It takes up to two minutes on a CPU:
 
   python examples/prune_and_shock.py
 """
@@ -27,6 +27,8 @@ SPARSITY = 0.9
 
 
 class Net(nnx.Module):
+  """Three dense layers."""
+
   def __init__(self, rngs):
     self.hidden1 = nnx.Linear(64, 128, rngs=rngs)
     self.hidden2 = nnx.Linear(128, 64, rngs=rngs)
@@ -37,10 +39,10 @@ class Net(nnx.Module):
 
 
 def transformations(epochs, epoch):
-  """Five ways, each an ordinary Optax transformation."""
+  """The five ways, each an ordinary Optax transformation."""
   adam, steps = optax.adam(2e-3), epochs * epoch.period
   rise = pruning.cubic(SPARSITY, begin=0, end=steps // 2)
-  # The last shock leaves half of the training to recover in.
+  # The shocks end in the middle, so that the second half of the training is there to recover.
   shocks = pruning.Times(epoch.period, end=steps // 2)
   return {
     "dense": adam,
@@ -98,7 +100,7 @@ def main():
       zeros = sum((x == 0).sum() for x in kernels) / sum(x.size for x in kernels)
       return params, state, jnp.stack([loss_fn(params, test)[1], zeros])
 
-    found = []
+    curves_of_seeds = []
     for seed in range(args.seeds):
       params = nnx.split(Net(nnx.Rngs(seed)))[1]
       state, rng, curve = tx.init(params), np.random.default_rng(seed), []
@@ -106,19 +108,23 @@ def main():
         order = rng.permutation(train)[: epoch.period * BATCH]
         params, state, measured = train_epoch(params, state, order.reshape(-1, BATCH))
         curve.append(measured)
-      found.append(np.stack(curve))
-    curves[name] = 100 * np.stack(found)[..., 0]
-    sparsities[name] = 100 * np.stack(found)[..., 1]
+      curves_of_seeds.append(np.stack(curve))
+    curves[name] = 100 * np.stack(curves_of_seeds)[..., 0]
+    sparsities[name] = 100 * np.stack(curves_of_seeds)[..., 1]
   rows = [
-    [n, f"{c[:, -1].mean():.2f} ± {c[:, -1].std():.2f}", f"{sparsities[n][:, -1].mean():.1f}"]
-    for n, c in curves.items()
+    [
+      name,
+      f"{curve[:, -1].mean():.2f} ± {curve[:, -1].std():.2f}",
+      f"{sparsities[name][:, -1].mean():.1f}",
+    ]
+    for name, curve in curves.items()
   ]
   print(tabulate.tabulate(rows, ["way", "test accuracy %", "zeros in kernels %"]))
   figure = Figure(figsize=(11, 4.5), layout="constrained")
   left, right = figure.subplots(1, 2)
   epochs = range(1, args.epochs + 1)
   for i, name in enumerate(ways):
-    # Thinner and thinner, so that lines that coincide are all seen.
+    # Each line is thinner than the one before, so that all are seen where they coincide.
     left.plot(epochs, curves[name].mean(0), label=name)
     right.plot(epochs, sparsities[name].mean(0), label=name, linewidth=7 - 1.4 * i)
   left.set(xlabel="epoch", ylabel="test accuracy (%)", title="After each epoch")

@@ -1,7 +1,8 @@
 """Gradient accumulation in which every part of a network has its own rhythm."""
 
-from optax_cadence import growth
-from optax_cadence import pruning
+import importlib
+from typing import Any, TYPE_CHECKING
+
 from optax_cadence._cadence import cadence
 from optax_cadence._cadence import CadenceTransformation
 from optax_cadence._cadence import chain
@@ -19,7 +20,22 @@ from optax_cadence.confidence.policies import each_layer
 from optax_cadence.confidence.policies import until_certain
 from optax_cadence.confidence.statistics import Estimate
 from optax_cadence.confidence.statistics import Statistics
-from optax_cadence.pruning.transformation import prune
+
+if TYPE_CHECKING:
+  from optax_cadence import growth
+  from optax_cadence import pruning
+  from optax_cadence.pruning.transformation import prune
+
+
+def __getattr__(name: str) -> Any:
+  """Imports pruning and growth when they are first used."""
+  if name in ("growth", "pruning"):
+    return importlib.import_module(f"{__name__}.{name}")
+  if name == "prune":
+    return importlib.import_module(f"{__name__}.pruning").prune
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 from optax_cadence.regions.grids import channels
 from optax_cadence.regions.grids import Grid
 from optax_cadence.regions.grids import quadrants

@@ -1,6 +1,7 @@
 """Reads a traced program (a jaxpr): its constants, literals, calls and loops, and runs its parts.
 
 Everything that JAX might write differently in another version is told here and nowhere else.
+What a thing is, is told by its attributes: to import their classes takes longer than all the rest.
 What an operation does to the axes of its operands is in `primitives`.
 """
 
@@ -9,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.extend import core as jex_core
 
 # An operation, as it stands in each of the programs that are walked side by side.
 Eqns = tuple[Any, ...]
@@ -33,7 +33,7 @@ def opened(program: Any) -> tuple[Any, list[Any]]:
   """The jaxpr of a program, and the arrays of its constants; a plain jaxpr has none."""
   if isinstance(program, Part):
     return program, program.consts
-  if isinstance(program, jex_core.ClosedJaxpr):
+  if hasattr(program, "consts"):
     return program.jaxpr, list(program.consts)
   return program, []
 
@@ -45,7 +45,7 @@ def shape(var: Any) -> tuple[int, ...]:
 
 def is_literal(var: Any) -> bool:
   """Whether an operand is a number written into the program."""
-  return isinstance(var, jex_core.Literal)
+  return hasattr(var, "val")
 
 
 def literal(var: Any) -> Any:
@@ -58,7 +58,7 @@ def bodies(eqn: Any) -> list[Any]:
   found = []
   for value in eqn.params.values():
     items = value if isinstance(value, (tuple, list)) else [value]
-    found += [v for v in items if isinstance(v, (jex_core.ClosedJaxpr, jex_core.Jaxpr))]
+    found += [v for v in items if hasattr(v, "eqns")]
   return found
 
 

@@ -1,4 +1,17 @@
-"""Pruning and shocks in mid-training: the choices of `optax_cadence.prune`."""
+"""Pruning and shocks in mid-training: the choices of `optax_cadence.prune`.
+
+Modules, in the order in which data flows through them:
+
+  structure, criterion    what is pruned together, and how weights are scored: one class or
+                          function each, and how to add another
+  schedule, sparsity      when new masks are due, and how sparse each leaf is to be
+  allocation              how many units each leaf keeps
+  selection               which units these are
+  regrowth                which pruned weights come back
+  masking, packing        new masks, when they are due, and how they are stored
+  transformation          what a mask does to an update: `prune`
+  view, summary, moments  what reads the masks, or goes by the zeros that they leave
+"""
 
 from optax_cadence.pruning.allocation import erdos_renyi
 from optax_cadence.pruning.criterion import Criterion

@@ -1,7 +1,10 @@
-"""How a sparsity is shared out: what density each leaf has."""
+"""How a sparsity is shared out over the leaves: how many units each of them keeps.
+
+`pools` is what pruning calls, and the place to add an allocation.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,55 +14,91 @@ import numpy as np
 NAMES = ("uniform", "erdos_renyi", "erk", "global")
 
 
+def pools(
+  allocation: str, sparsities: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[list[list[str]], list[Any]]:
+  """Which leaves compete for the same units, and how many units each such pool keeps.
+
+  Args:
+    allocation: One of `NAMES`. Under `"global"` all leaves are one pool; otherwise each leaf is
+      a pool of its own.
+    sparsities: By path, a number or a traced scalar. Only `"uniform"` allows different ones.
+    shapes: By path, the shape in which the units of a leaf are scored.
+
+  Returns:
+    The paths of each pool, and for each pool an int or a traced int32.
+  """
+  paths = list(shapes)
+  if allocation in ("erk", "erdos_renyi"):
+    total = sparsities[paths[0]]
+    shared = erdos_renyi(list(shapes.values()), total, kernel=allocation == "erk")
+    sparsities = dict(zip(paths, shared, strict=True))
+  pools = [paths] if allocation == "global" else [[path] for path in paths]
+  sizes = [sum(math.prod(shapes[path]) for path in pool) for pool in pools]
+  kept = [size - pruned(sparsities[pool[0]], size) for pool, size in zip(pools, sizes, strict=True)]
+  return pools, kept
+
+
 def erdos_renyi(shapes: Sequence[tuple[int, ...]], sparsity: Any, kernel: bool = True) -> list[Any]:
   r"""Sparsities of Erdős–Rényi(-kernel): density :math:`\min(1, ε Σ_d n_d / Π_d n_d)`.
 
-  The factor ε makes the total what was asked for (Mocanu et al. 2018, arXiv:1707.04780;
-  with kernels Evci et al. 2020, arXiv:1911.11134). Leaves that would be denser than 1 are
-  dense, in order of their factor.
+  The factor ε is chosen such that the total is what was asked for. Leaves that would be denser
+  than 1 are dense, and the others get less.
 
   Args:
     shapes: Shapes of the leaves.
     sparsity: Of all of them together; may be traced.
     kernel: Whether all axes count (ERK) or only the last two.
 
+  Returns:
+    A sparsity for each leaf; traced if `sparsity` is.
+
+  References:
+    Mocanu et al. 2018, `Scalable training of artificial neural networks with adaptive sparse
+    connectivity <https://arxiv.org/abs/1707.04780>`_
+
+    With kernels: Evci et al. 2020, `Rigging the Lottery <https://arxiv.org/abs/1911.11134>`_
+
   >>> from optax_cadence.pruning import allocation
   >>> [round(float(s), 3) for s in allocation.erdos_renyi([(4, 4), (100, 100)], 0.9)]
   [0.0, 0.901]
   """
   xp: Any = jnp if isinstance(sparsity, jax.Array) else np
-  sizes = np.array([math.prod(s) for s in shapes], np.float64)
-  sides = [s if kernel else s[-2:] for s in shapes]
-  factors = np.array([sum(s) / max(math.prod(s), 1) for s in sides], np.float64)
-  order = np.argsort(-factors, kind="stable")
-  n, f = sizes[order], factors[order]
-  dense_before = np.concatenate([[0.0], np.cumsum(n)[:-1]])
-  weight = np.cumsum((f * n)[::-1])[::-1]
   dtype = jnp.float32 if xp is jnp else np.float64
+  sizes = np.array([math.prod(shape) for shape in shapes], np.float64)
+  sides = [shape if kernel else shape[-2:] for shape in shapes]
+  factors = np.array([sum(side) / max(math.prod(side), 1) for side in sides], np.float64)
+  # The larger its factor, the sooner a leaf is dense. For 0, 1, 2, … dense leaves: the units in
+  # them, what is left for the others, and the ε at which these come to the right total.
+  order = np.argsort(-factors, kind="stable")
+  sorted_sizes, sorted_factors = sizes[order], factors[order]
+  in_dense = np.concatenate([[0.0], np.cumsum(sorted_sizes)[:-1]])
+  weight_of_rest = np.cumsum((sorted_factors * sorted_sizes)[::-1])[::-1]
   kept = (1 - sparsity) * dtype(sizes.sum())
-  scale = (kept - xp.asarray(dense_before, dtype)) / xp.asarray(np.maximum(weight, 1e-30), dtype)
+  left = kept - xp.asarray(in_dense, dtype)
+  epsilons = left / xp.asarray(np.maximum(weight_of_rest, 1e-30), dtype)
   # The first number of dense leaves with which no other leaf would be denser than 1.
-  valid = scale * xp.asarray(f, dtype) <= 1 + 1e-6
-  eps = scale[xp.argmax(valid)]
-  density = xp.where(valid.any(), xp.clip(eps * xp.asarray(factors, dtype), 0, 1), 1)
+  valid = epsilons * xp.asarray(sorted_factors, dtype) <= 1 + 1e-6
+  epsilon = epsilons[xp.argmax(valid)]
+  density = xp.where(valid.any(), xp.clip(epsilon * xp.asarray(factors, dtype), 0, 1), 1)
   return [1 - density[i] for i in range(len(shapes))]
 
 
 def pruned(sparsity: Any, size: int) -> Any:
-  """How many of `size` units a sparsity prunes, to the nearest, halves to even."""
+  """How many of `size` units a sparsity prunes: rounded to the nearest, halves to even.
+
+  A traced sparsity is first rounded to a multiple of 2**-24, and halves go up.
+  """
   if not isinstance(sparsity, jax.Array):
     return round(float(sparsity) * size)
-  # In integers: a float32 has not the digits for more than 2**24 weights.
+  # share * size / 2**24 in 32-bit integers, since a float32 has no digits for more than 2**24
+  # weights. Both factors are cut into pieces of 12 bits (`share` may be 2**24 itself).
   share = jnp.rint(jnp.clip(sparsity.astype(jnp.float32), 0, 1) * 2**24).astype(jnp.uint32)
-  low, high = jnp.uint32(size & 0xFFF), size >> 12
-  # share * size / 2**24, with the size in pieces of 12 bits.
-  total, rest = jnp.uint32(0), jnp.uint32(0)
-  first, second = jnp.uint32(high & 0xFFF), jnp.uint32(high >> 12)
-  top, bottom = share >> 12, share & jnp.uint32(0xFFF)
-  total += second * share
-  total += first * top
-  rest += first * bottom + low * top
+  share_high, share_low = share >> 12, share & jnp.uint32(0xFFF)
+  low, middle, high = jnp.uint32(size & 0xFFF), jnp.uint32(size >> 12 & 0xFFF), size >> 24
+  total = jnp.uint32(high) * share + middle * share_high
+  rest = middle * share_low + low * share_high  # in units of 2**-12
   total += rest >> 12
-  rest = ((rest & jnp.uint32(0xFFF)) << 12) + low * bottom
+  rest = ((rest & jnp.uint32(0xFFF)) << 12) + low * share_low  # in units of 2**-24
   total += (rest + jnp.uint32(2**23)) >> 24
   return total.astype(jnp.int32)

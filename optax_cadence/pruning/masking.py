@@ -1,41 +1,51 @@
-"""Masks when they are due: scores, how many are kept, and which.
+"""New masks, when they are due.
 
-What a mask does to an update, and what the state holds, is in `transformation`.
+The way from a leaf to its mask, with the module that each step is in:
+
+  criterion   scores of the weights
+  structure   scores of the units: weights, blocks or channels
+  selection   the scores as integers that compare as they do: keys
+  allocation  which leaves compete in one pool, and how many units each pool keeps
+  selection   the units with the largest keys
+  structure   the mask of the weights
+
+What a mask does to an update is in `transformation`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optax_cadence import _control
+from optax_cadence.pruning import allocation as allocations
 from optax_cadence.pruning import packing
 from optax_cadence.pruning import selection
-from optax_cadence.pruning import sparsity
 from optax_cadence.pruning.criterion import Criterion
 from optax_cadence.pruning.regrowth import Regrowth
 from optax_cadence.pruning.structure import Structure
 
-# Masks as they are stored, by path.
-Masks = dict[str, jax.Array]
+# An array for each pruned leaf, by its path. A mask is a bool array of the leaf's shape, True where
+# a weight is kept; stored, it is that or, packed, what `packing.pack` makes of it.
+Leaves = dict[str, jax.Array]
 
 
-class Seen(NamedTuple):
-  """What masks are made from at a micro-step.
+class MicroStep(NamedTuple):
+  """What new masks are made from.
 
   Attributes:
-    params: Pruned leaves by path.
-    grads: Their gradients; None where there is no inner optimizer.
+    step: Number of the micro-step: int32 scalar.
+    params: Pruned leaves, as they are before the update.
+    grads: Their gradients; None if there is no inner optimizer.
     memory: What a criterion that remembers has summed up.
-    step: The micro-step: int32 scalar.
   """
 
-  params: dict[str, jax.Array]
-  grads: dict[str, jax.Array] | None
-  memory: dict[str, jax.Array]
   step: jax.Array
+  params: Leaves
+  grads: Leaves | None
+  memory: Leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,135 +53,156 @@ class Masker:
   """The settings that masks depend on.
 
   Attributes:
-    criterion: Scores the weights.
+    criterion: How the weights are scored.
     structure: What is pruned together.
-    allocation: How a sparsity is shared out.
-    regrow: Which pruned weights come back.
-    sticky: Whether what is pruned once stays so, other than by `regrow`.
-    packed: Whether masks are stored as bits.
+    allocation: How a sparsity is shared out over the leaves.
+    regrow: Which pruned weights come back; None if nothing regrows.
+    permanent: Whether a weight that has been pruned stays so.
+    packed: Whether masks are stored as one bit per weight.
   """
 
   criterion: Criterion
   structure: Structure
   allocation: str
   regrow: Regrowth | None
-  sticky: bool
+  permanent: bool
   packed: bool
 
-  def dense(self, params: Mapping[str, Any]) -> Masks:
-    """Masks that leave everything."""
-    return {path: self._stored(jnp.ones(jnp.shape(x), bool)) for path, x in params.items()}
+  def dense(self, params: Mapping[str, Any]) -> Leaves:
+    """Stored masks that keep everything."""
+    return {path: self._store(jnp.ones(jnp.shape(x), bool)) for path, x in params.items()}
 
-  def read(self, path: str, mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A stored mask as bool of this shape.
+  def load(self, path: str, stored: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The mask that is stored for a leaf of this shape.
 
     Raises:
-      ValueError: If it was made for another.
+      ValueError: If it is the mask of another shape.
     """
     expected = packing.packed_shape(shape) if self.packed else shape
-    if mask.shape != expected:
+    if stored.shape != expected:
       raise ValueError(
-        f"mask of {path!r}: expected shape {expected}, found {mask.shape}; after growth give"
+        f"mask of {path!r}: expected shape {expected}, found {stored.shape}; after growth give"
         " the state its masks with pruning.with_masks"
       )
-    return packing.unpack(mask, shape) if self.packed else mask
+    return packing.unpack(stored, shape) if self.packed else stored
 
-  def next(self, masks: Masks, due: Any, sparsities: sparsity.Sparsities, seen: Seen) -> Masks:
-    """The masks after a micro-step; only where they are due anything is computed."""
-
-    def fresh(masks: Masks, seen: Seen) -> Masks:
-      criterion = self.regrow.first if self.regrow else self.criterion
-      return self._fresh(masks, sparsity.at(sparsities, seen.step), criterion, seen)
-
-    def regrown(masks: Masks, seen: Seen) -> Masks:
-      return self._regrown(masks, sparsity.at(sparsities, seen.step), seen)
-
-    if self.regrow is None:
-      return _control.maybe(due, fresh, masks, seen)
-    masks = _control.maybe(seen.step == 1, fresh, masks, seen)
-    return _control.maybe(due & (seen.step > 1), regrown, masks, seen)
-
-  def _stored(self, mask: jax.Array) -> jax.Array:
+  def _store(self, mask: jax.Array) -> jax.Array:
     return packing.pack(mask) if self.packed else mask
 
-  def _units(self, mask: jax.Array) -> jax.Array:
-    """The mask of units, from that of weights."""
-    if self.structure.single:
-      return mask
-    return self.structure.units(mask.astype(jnp.float32)) > 0
+  def next(
+    self, stored: Leaves, due: Any, sparsities: Mapping[str, Any], micro_step: MicroStep
+  ) -> Leaves:
+    """The stored masks after a micro-step. Where they are not due, nothing is computed.
 
-  def _scores(self, criterion: Criterion, i: int, path: str, seen: Seen) -> jax.Array:
-    """Scores of the i-th leaf's weights."""
-    param, key = seen.params[path], None
+    Args:
+      stored: The stored masks before it.
+      due: Whether new masks are due: a bool or a boolean scalar.
+      sparsities: A number, a traced scalar or a schedule for each leaf.
+      micro_step: What new masks are made from.
+    """
+
+    def renew_if(due: Any, renew: Callable[..., Leaves], stored: Leaves) -> Leaves:
+      def renew_stored(stored: Leaves, micro_step: MicroStep) -> Leaves:
+        now = {p: s(micro_step.step) if callable(s) else s for p, s in sparsities.items()}
+        old = {p: self.load(p, x, micro_step.params[p].shape) for p, x in stored.items()}
+        return {p: self._store(mask) for p, mask in renew(old, now, micro_step).items()}
+
+      return _control.maybe(due, renew_stored, stored, micro_step)
+
+    if self.regrow is None:
+      return renew_if(due, self._prune, stored)
+    stored = renew_if(micro_step.step == 1, self._prune, stored)
+    return renew_if(due & (micro_step.step > 1), self._exchange, stored)
+
+  def _prune(self, old: Leaves, sparsities: Mapping[str, Any], micro_step: MicroStep) -> Leaves:
+    """Keeps the best units; if pruning is permanent, the best of those that are left."""
+    criterion = self.regrow.first if self.regrow else self.criterion
+    if self.structure.makes_mask:
+      masks = {}
+      for i, (path, mask) in enumerate(old.items()):
+        scores = self._scores(criterion, i, path, micro_step)
+        allowed = mask if self.permanent else jnp.ones_like(mask)
+        masks[path] = self.structure.mask(scores, sparsities[path], allowed) & allowed
+      return masks
+    keys = self._keys(criterion, micro_step)
+    if self.permanent:
+      keys = {path: _only(key, self._unit_mask(old[path])) for path, key in keys.items()}
+    shapes = {path: jax.eval_shape(key).shape for path, key in keys.items()}
+    best = _largest(keys, *allocations.pools(self.allocation, sparsities, shapes))
+    masks = {path: self.structure.weight_mask(best[path](), x.shape) for path, x in old.items()}
+    # If fewer units are left than may be kept, pruned ones are among the best.
+    return {path: mask & old[path] if self.permanent else mask for path, mask in masks.items()}
+
+  def _exchange(self, old: Leaves, sparsities: Mapping[str, Any], micro_step: MicroStep) -> Leaves:
+    """Drops the worst of the kept units, and grows as many of the others."""
+    assert self.regrow is not None
+    active = {path: self._unit_mask(mask) for path, mask in old.items()}
+    shapes = {path: mask.shape for path, mask in active.items()}
+    pools, kept = allocations.pools(self.allocation, sparsities, shapes)
+    share = self.regrow.share(micro_step.step)
+    surviving, growing = [], []
+    for pool, target in zip(pools, kept, strict=True):
+      n_active = sum(active[path].sum(dtype=jnp.int32) for path in pool)
+      n_free = sum(active[path].size for path in pool) - n_active
+      n_exchanged = jnp.floor(share * jnp.asarray(target, jnp.float32)).astype(jnp.int32)
+      # More grow if the sparsity has fallen, and no more than there are.
+      n_growing = jnp.minimum(n_free, jnp.maximum(n_exchanged, target - n_active))
+      surviving.append(target - n_growing)
+      growing.append(n_growing)
+    scored = self._keys(self.criterion, micro_step)
+    grown = self._keys(self.regrow.grow, micro_step)
+    survivors = _largest({p: _only(scored[p], active[p]) for p in active}, pools, surviving)
+    newcomers = _largest({p: _only(grown[p], ~active[p]) for p in active}, pools, growing)
+    return {
+      path: self.structure.weight_mask(survivors[path]() | newcomers[path](), mask.shape)
+      for path, mask in old.items()
+    }
+
+  def _scores(self, criterion: Criterion, i: int, path: str, micro_step: MicroStep) -> jax.Array:
+    """Scores of the weights of a leaf, the i-th of those that are pruned."""
+    param, key = micro_step.params[path], None
     if criterion.key is not None:
-      key = jax.random.fold_in(jax.random.fold_in(criterion.key, seen.step), i)
-    given = seen.memory.get(path) if criterion.remembers else (seen.grads or {}).get(path)
-    scores = criterion.score(param, given, key)
+      key = jax.random.fold_in(jax.random.fold_in(criterion.key, micro_step.step), i)
+    read = micro_step.memory if criterion.remembers else micro_step.grads or {}
+    scores = criterion.score(param, read.get(path), key)
     if scores.shape != param.shape:
       raise ValueError(f"scores of {path!r}: expected shape {param.shape}, found {scores.shape}")
     return scores
 
-  def _keys(self, criterion: Criterion, seen: Seen) -> dict[str, selection.Keys]:
-    """Makers of the keys of each leaf's units."""
+  def _keys(self, criterion: Criterion, micro_step: MicroStep) -> dict[str, selection.Keys]:
+    """For each leaf a function that makes the keys of its units."""
 
-    def maker(i: int, path: str) -> selection.Keys:
-      def keys() -> jax.Array:
-        return selection.order(self.structure.units(self._scores(criterion, i, path, seen)))
+    def keys_of(i: int, path: str) -> selection.Keys:
+      def compute() -> jax.Array:
+        scores = self._scores(criterion, i, path, micro_step)
+        return selection.order(self.structure.unit_scores(scores))
 
-      if criterion.cheap and self.structure.single:
-        return keys
-      made = keys()
-      return lambda: made
+      if criterion.cheap and self.structure.single_weights:
+        return compute
+      keys = compute()
+      return lambda: keys
 
-    return {path: maker(i, path) for i, path in enumerate(seen.params)}
+    return {path: keys_of(i, path) for i, path in enumerate(micro_step.params)}
 
-  def _fresh(self, masks: Masks, now: Any, criterion: Criterion, seen: Seen) -> Masks:
-    old = {p: self.read(p, m, seen.params[p].shape) for p, m in masks.items()}
-    if not self.structure.counted:
-      made = {}
-      for i, (path, mask) in enumerate(old.items()):
-        scores = self._scores(criterion, i, path, seen)
-        allowed = mask if self.sticky else jnp.ones_like(mask)
-        made[path] = self._stored(self.structure.mask(scores, now[path], allowed) & allowed)
-      return made
-    keys = self._keys(criterion, seen)
-    if self.sticky:
-      keys = {p: _only(k, self._units(old[p])) for p, k in keys.items()}
-    shapes = {p: jax.eval_shape(k).shape for p, k in keys.items()}
-    chosen = _largest(keys, *sparsity.kept(now, shapes, self.allocation))
-    made = {p: self.structure.spread(chosen[p](), mask.shape) for p, mask in old.items()}
-    return {p: self._stored(m & old[p] if self.sticky else m) for p, m in made.items()}
-
-  def _regrown(self, masks: Masks, now: Any, seen: Seen) -> Masks:
-    assert self.regrow is not None
-    old = {p: self._units(self.read(p, m, seen.params[p].shape)) for p, m in masks.items()}
-    shapes = {p: m.shape for p, m in old.items()}
-    pools, counts = sparsity.kept(now, shapes, self.allocation)
-    share, survivors, grown = self.regrow.share(seen.step), [], []
-    for pool, kept in zip(pools, counts, strict=True):
-      active = sum(old[p].sum(dtype=jnp.int32) for p in pool)
-      free = sum(old[p].size for p in pool) - active
-      wanted = jnp.floor(share * jnp.asarray(kept, jnp.float32)).astype(jnp.int32)
-      grow = jnp.minimum(free, jnp.maximum(wanted, kept - active))
-      survivors.append(kept - grow)
-      grown.append(grow)
-    scored, free_scored = self._keys(self.criterion, seen), self._keys(self.regrow.grow, seen)
-    stay = _largest({p: _only(k, old[p]) for p, k in scored.items()}, pools, survivors)
-    come = _largest({p: _only(k, ~old[p]) for p, k in free_scored.items()}, pools, grown)
-    return {
-      p: self._stored(self.structure.spread(stay[p]() | come[p](), x.shape))
-      for p, x in seen.params.items()
-    }
+  def _unit_mask(self, mask: jax.Array) -> jax.Array:
+    """Which units are kept, from the mask of the weights."""
+    if self.structure.single_weights:
+      return mask
+    return self.structure.unit_scores(mask.astype(jnp.float32)) > 0
 
 
 def _only(keys: selection.Keys, allowed: jax.Array) -> selection.Keys:
+  """The same keys, with the units that are not allowed below all others."""
   return lambda: jnp.where(allowed, keys(), selection.EXCLUDED)
 
 
 def _largest(
-  keys: Mapping[str, selection.Keys], pools: list[list[str]], counts: list[Any]
+  keys: Mapping[str, selection.Keys], pools: list[list[str]], kept: list[Any]
 ) -> dict[str, selection.Keys]:
-  """Makers of the masks, by path."""
-  found = selection.largest([[keys[p] for p in pool] for pool in pools], counts)
-  pairs = zip(pools, found, strict=True)
-  return {p: mask for pool, masks in pairs for p, mask in zip(pool, masks, strict=True)}
+  """For each leaf a function that makes the mask of the units that its pool keeps."""
+  masks = selection.largest([[keys[path] for path in pool] for pool in pools], kept)
+  return {
+    path: mask
+    for pool, of_pool in zip(pools, masks, strict=True)
+    for path, mask in zip(pool, of_pool, strict=True)
+  }

@@ -1,4 +1,4 @@
-"""Clears an optimizer's moments of pruned entries, wherever the optimizer stands."""
+"""An optimizer that forgets what it knew of pruned entries, wherever it stands."""
 
 from typing import Any
 
@@ -7,11 +7,17 @@ import optax
 
 
 def clear_moments(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-  """An optimizer that forgets entries whose parameter is exactly zero, as pruned ones are.
+  """Sets the moments of an optimizer to zero wherever the parameter is exactly zero.
 
-  It needs no masks, so it works inside a cadence, whose regions it sees as tensors:
-  `oc.cadence(pruning.clear_moments(optax.adam(1e-3)), 8)`. Parameters of fewer than two axes
-  are left alone. Without it moments are kept.
+  Since pruned parameters are zero, it needs no masks, and works inside a cadence, which shows it
+  regions as tensors: `oc.cadence(pruning.clear_moments(optax.adam(1e-3)), 8)`. Parameters of
+  fewer than two axes are left alone.
+
+  Args:
+    inner: The optimizer.
+
+  Returns:
+    The optimizer; before each update it clears these moments. It needs `params`.
 
   >>> import optax
   >>> from optax_cadence import pruning
@@ -20,15 +26,17 @@ def clear_moments(inner: optax.GradientTransformation) -> optax.GradientTransfor
   inner = optax.with_extra_args_support(inner)
 
   def clear(moment: Any, param: Any) -> Any:
-    if isinstance(moment, optax.MaskedNode) or jnp.shape(moment) != jnp.shape(param):
+    if is_masked(moment) or jnp.shape(moment) != jnp.shape(param):
       return moment
     return jnp.where(param == 0, jnp.zeros_like(moment), moment) if param.ndim > 1 else moment
+
+  def is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
   def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
     if params is None:
       raise ValueError("clear_moments needs the parameters: expected params, found None")
-    masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
-    state = optax.tree_utils.tree_map_params(inner, clear, state, params, is_leaf=masked)
+    state = optax.tree_utils.tree_map_params(inner, clear, state, params, is_leaf=is_masked)
     return inner.update(updates, state, params, **extra_args)
 
   return optax.GradientTransformationExtraArgs(inner.init, update)

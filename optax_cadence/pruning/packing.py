@@ -1,4 +1,4 @@
-"""Masks of one bit per weight: packing, unpacking, counting."""
+"""Masks of one bit per weight."""
 
 import math
 
@@ -7,12 +7,16 @@ import jax.numpy as jnp
 
 
 def _axis(shape: tuple[int, ...]) -> int | None:
-  """The first axis of a multiple of eight entries; packing along it keeps the others whole."""
+  """The axis along which eight bits become a byte: the first with a multiple of eight entries.
+
+  The other axes stay as they are, and so does the sharding along them. None if there is no such
+  axis: the mask is then packed flat.
+  """
   return next((i for i, n in enumerate(shape) if n and n % 8 == 0), None)
 
 
 def packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Shape of a packed mask, ⌈n / 8⌉ bytes; flat where no axis is a multiple of eight."""
+  """Shape of a packed mask of ⌈n / 8⌉ bytes; flat if no axis is a multiple of eight."""
   axis = _axis(shape)
   if axis is None:
     return (-(-math.prod(shape) // 8),)
@@ -20,7 +24,7 @@ def packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def pack(mask: jax.Array) -> jax.Array:
-  """A bool mask as uint8 of shape `packed_shape(mask.shape)`."""
+  """Packs a bool mask; uint8 of shape `packed_shape(mask.shape)`."""
   axis = _axis(mask.shape)
   if axis is None:
     mask = jnp.pad(mask.reshape(-1), (0, -mask.size % 8))
@@ -32,13 +36,12 @@ def pack(mask: jax.Array) -> jax.Array:
 
 
 def unpack(packed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """The bool mask of this shape."""
+  """Undoes `pack`; `shape` is that of the mask."""
   axis = _axis(shape)
-  flat = axis is None
-  axis = axis or 0
-  wide = (*packed.shape[: axis + 1], 8, *packed.shape[axis + 1 :])
-  shifts = jax.lax.broadcasted_iota(jnp.uint8, wide, axis + 1)
-  bits = (jnp.broadcast_to(jnp.expand_dims(packed, axis + 1), wide) >> shifts) & jnp.uint8(1)
-  if flat:
-    return bits.reshape(-1)[: math.prod(shape)].reshape(shape).astype(jnp.bool_)
+  after = 1 if axis is None else axis + 1
+  wide = (*packed.shape[:after], 8, *packed.shape[after:])
+  shifts = jax.lax.broadcasted_iota(jnp.uint8, wide, after)
+  bits = (jnp.broadcast_to(jnp.expand_dims(packed, after), wide) >> shifts) & jnp.uint8(1)
+  if axis is None:
+    bits = bits.reshape(-1)[: math.prod(shape)]  # without the padding
   return bits.reshape(shape).astype(jnp.bool_)

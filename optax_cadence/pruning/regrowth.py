@@ -1,4 +1,4 @@
-"""Which pruned weights come back: by the gradient, or at random."""
+"""Which pruned weights come back: those with the largest gradients, or random ones."""
 
 import dataclasses
 from typing import Any
@@ -13,10 +13,10 @@ class Regrowth:
   """Growth of as many weights as are dropped.
 
   Attributes:
-    grow: Scores what is grown.
-    first: Draws the first mask, at micro-step 1.
+    grow: The criterion by which pruned weights are chosen to come back.
+    first: The criterion by which the first mask is drawn, at micro-step 1.
     fraction: Share of the kept weights that is exchanged, at the start.
-    stop: Micro-step at which a cosine brings it to zero; None: it is constant.
+    stop: Micro-step at which the share has fallen to 0, along a cosine; None keeps it constant.
   """
 
   grow: criteria.Criterion
@@ -29,7 +29,7 @@ class Regrowth:
       raise ValueError(f"regrow: expected a fraction in [0, 1], found {self.fraction}")
 
   def share(self, t: Any) -> Any:
-    """The share at micro-step t."""
+    """Share of the kept weights that is exchanged at micro-step t."""
     if self.stop is None:
       return jnp.float32(self.fraction)
     angle = jnp.pi * jnp.minimum(t.astype(jnp.float32) / self.stop, 1.0)
@@ -37,7 +37,10 @@ class Regrowth:
 
 
 def by_gradient(*, stop: int | None, fraction: float = 0.3, key: Any = 0) -> Regrowth:
-  """RigL (Evci et al. 2020, arXiv:1911.11134): grows where the gradient is largest.
+  """RigL: weights come back where the gradient is largest.
+
+  References:
+    Evci et al. 2020, `Rigging the Lottery <https://arxiv.org/abs/1911.11134>`_
 
   >>> from optax_cadence import pruning
   >>> pruning.by_gradient(stop=1000).grow.name
@@ -47,7 +50,11 @@ def by_gradient(*, stop: int | None, fraction: float = 0.3, key: Any = 0) -> Reg
 
 
 def at_random(key: Any = 0, *, fraction: float = 0.3, stop: int | None = None) -> Regrowth:
-  """SET (Mocanu et al. 2018, arXiv:1707.04780): grows at random.
+  """SET: weights come back at random.
+
+  References:
+    Mocanu et al. 2018, `Scalable training of artificial neural networks with adaptive sparse
+    connectivity <https://arxiv.org/abs/1707.04780>`_
 
   >>> from optax_cadence import pruning
   >>> pruning.at_random(0).fraction

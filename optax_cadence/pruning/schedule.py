@@ -1,4 +1,4 @@
-"""When masks are due, and how sparse they are then."""
+"""Functions of the micro-step: when new masks are due, and how sparse they are then."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class Times:
       raise ValueError(f"every: expected an end of at least {self.begin}, found {self.end}")
 
   def due(self, t: Any) -> Any:
-    """Whether micro-step t is due."""
+    """Whether new masks are due at micro-step t; a Python bool if that is always so."""
     if self.period == 1 and self.begin <= 1 and self.end is None:
       return True
     due = (t % self.period == 0) & (t >= self.begin)
@@ -48,6 +48,11 @@ def once(at: int) -> Times:
 def every_epoch(examples: int, batch_size: int, *, drop_last: bool = False) -> Times:
   """Due at the end of every epoch.
 
+  Args:
+    examples: Number of examples in the training set.
+    batch_size: Examples in a micro-batch.
+    drop_last: Whether an epoch leaves out a last micro-batch that is not full.
+
   >>> from optax_cadence import pruning
   >>> pruning.every_epoch(50_000, 128).period
   391
@@ -55,8 +60,43 @@ def every_epoch(examples: int, batch_size: int, *, drop_last: bool = False) -> T
   return Times(examples // batch_size if drop_last else -(-examples // batch_size))
 
 
+@dataclasses.dataclass(frozen=True)
+class _ByFunction(Times):
+  """Due where a user's function `micro_step -> bool` says so."""
+
+  period: int = 1
+  function: Callable[[Any], Any] = bool
+
+  def due(self, t: Any) -> Any:
+    """See `Times`."""
+    return self.function(t)
+
+
+def as_times(every: Any) -> Times:
+  """The times that the user gave: as such, as a period or as a function `micro_step -> bool`."""
+  if isinstance(every, Times):
+    return every
+  if isinstance(every, int) and not isinstance(every, bool):
+    return Times(every)
+  if callable(every):
+    return _ByFunction(function=every)
+  raise ValueError(f"every: expected an integer, pruning.Times or a function, found {every!r}")
+
+
 def cubic(final: Any, begin: int, end: int, *, initial: float = 0.0) -> Callable[[Any], jax.Array]:
-  r"""Sparsity :math:`s_f + (s_i - s_f)(1 - (t - t_0)/(t_1 - t_0))^3` (arXiv:1710.01878).
+  r"""A sparsity that rises fast at first: :math:`s_f + (s_i - s_f)(1 - (t - t_0)/(t_1 - t_0))^3`.
+
+  Args:
+    final: Sparsity :math:`s_f` from micro-step `end` on.
+    begin: Micro-step :math:`t_0` at which it starts to rise.
+    end: Micro-step :math:`t_1` at which it has risen.
+    initial: Sparsity :math:`s_i` up to `begin`.
+
+  Returns:
+    A schedule `micro_step -> sparsity`.
+
+  References:
+    Zhu and Gupta 2017, `To prune, or not to prune <https://arxiv.org/abs/1710.01878>`_
 
   >>> from optax_cadence import pruning
   >>> float(pruning.cubic(0.5, begin=0, end=10)(5))
@@ -70,24 +110,3 @@ def cubic(final: Any, begin: int, end: int, *, initial: float = 0.0) -> Callable
     return jnp.asarray(final + (initial - final) * left**3, jnp.float32)
 
   return schedule
-
-
-def as_times(every: Any) -> Any:
-  """What an integer or a function `t -> bool` stands for."""
-  if isinstance(every, Times):
-    return every
-  if isinstance(every, int) and not isinstance(every, bool):
-    return Times(every)
-  if callable(every):
-    return _Function(every)
-  raise ValueError(f"every: expected an integer, pruning.Times or a function, found {every!r}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Function:
-  """A user's function `micro_step -> bool`; it may be due at any."""
-
-  due: Callable[[Any], Any]
-  period: int = 1
-  begin: int = 1
-  end: int | None = None

@@ -1,13 +1,13 @@
 """Which entries are among the k largest: a search for the threshold, not a sort.
 
-Scores become 32-bit integers that compare as the scores do. A pass over the data counts how
-many keys reach each of several thresholds at once, which narrows the range of the k-th
-largest key by that factor; no pass moves or copies the data. Entries of several arrays are
-searched together as one pool by adding up their counts: nothing is joined, and on sharded
-arrays what travels is the counts. The counts are kept by rows, so that ties at the threshold
-are settled within the one row of each array in which they are cut.
+Scores become keys: 32-bit integers that compare as the scores do. A pass over the data counts how
+many keys reach each of several thresholds, and so tells between which two of them the k-th largest
+key is; the next pass divides that range in the same way. No pass moves or copies the data. Entries
+of several arrays are searched together as one pool by adding up their counts: nothing is joined,
+and of sharded arrays only the counts travel. The counts are kept by rows: of the keys equal to the
+threshold the first ones stay, and where that ends is found within one row of each array.
 
-What is scored, and how many are kept, is decided elsewhere.
+What is scored is decided by `criterion` and `structure`, and how many are kept by `allocation`.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Makes keys, int32 of any shape. It is called inside the passes, so that cheap keys are
-# computed from the data in the pass that counts them and are never stored.
+# A function that makes keys, int32 of any shape. It is called inside the passes, so that cheap keys
+# are computed from the data in the pass that counts them and are never stored.
 Keys = Callable[[], jax.Array]
 
 _LOWEST = -(2**31)
@@ -31,7 +31,7 @@ _NAN = _LOWEST + 1  # ranks below every number
 _MAX_SIZE = 2**31 - 1
 _MIN_ROWS = 64  # enough for every core to have some
 _MAX_ROWS = 2**16
-_LITTLE = 2**16  # entries, of all pools together
+_FEW_ENTRIES = 2**16  # in all pools together: compiling takes longer than counting
 _GPU_COPIES = 64  # of the histogram, so that atomic additions seldom meet
 
 
@@ -41,11 +41,12 @@ class Method:
 
   Attributes:
     ways: Into how many parts a pass divides the range of keys.
-    few_ways: The same where there is little to read, so that compiling counts for more: in
-      small pools, and in the row in which ties are cut.
+    few_ways: The same where there is little to read, so that the time to compile counts for more:
+      in small pools, and in the row in which ties are cut.
     count: `count(keys, axes, low, step, ways)`: how many keys of each row reach `low + i * step`,
       for i = 1, …, ways - 1: int32 [rows, ways - 1].
-    rows: Shape to view an array of some shape in, and how many of its axes count the rows.
+    rows: From the shape of an array, the shape in which it is viewed, and how many axes of that
+      count the rows.
   """
 
   ways: int
@@ -68,7 +69,7 @@ def order(scores: jax.Array) -> jax.Array:
   """
   dtype = scores.dtype
   if dtype == jnp.uint32:
-    # The two lowest keys have a meaning of their own, and the highest is a bound.
+    # The two lowest keys are `EXCLUDED` and `_NAN`, and the highest is a bound.
     scores = jnp.clip(scores, jnp.uint32(2), jnp.uint32(2**32 - 2))
     return jax.lax.bitcast_convert_type(scores ^ jnp.uint32(2**31), jnp.int32)
   if jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_:
@@ -87,8 +88,8 @@ def largest(pools: Sequence[Sequence[Keys]], kept: Sequence[int | jax.Array]) ->
   """Masks of the largest keys of every pool; among equal ones those of the lower index.
 
   Args:
-    pools: Makers of the keys of each array of each pool. Indices run through the arrays
-      in order, and through each in row-major order.
+    pools: For each array of each pool, a function that makes its keys. Indices run through the
+      arrays in order, and through each in row-major order.
     kept: How many entries of each pool are kept, at most its size: int32 scalars.
 
   Returns:
@@ -105,7 +106,7 @@ def largest(pools: Sequence[Sequence[Keys]], kept: Sequence[int | jax.Array]) ->
 
   def by(method: Method) -> Callable[..., Any]:
     few = dataclasses.replace(method, ways=method.few_ways)
-    return lambda wanted: _cut(pools, wanted, few if sum(sizes) < _LITTLE else method)
+    return lambda wanted: _cut(pools, wanted, few if sum(sizes) < _FEW_ENTRIES else method)
 
   wanted = jnp.stack([jnp.asarray(k, jnp.int32) for k in kept])
   histogram = by(HISTOGRAM)
@@ -126,6 +127,7 @@ def _shapes(pool: Sequence[Keys]) -> list[tuple[int, ...]]:
 
 
 def _mask(keys: Keys, threshold: jax.Array, end: jax.Array) -> jax.Array:
+  """Keeps the keys above the threshold, and those equal to it with an index before `end`."""
   k = keys()
   return (k > threshold) | ((k == threshold) & (_index(k.shape) < end))
 
@@ -141,33 +143,32 @@ def _index(shape: tuple[int, ...]) -> jax.Array:
 def _cut(
   pools: Sequence[Sequence[Keys]], wanted: jax.Array, method: Method
 ) -> tuple[jax.Array, list[list[jax.Array]]]:
-  """The threshold of each pool, and up to which index of each array keys equal to it stay."""
+  """The threshold of each pool, and for each array the index before which keys equal to it stay."""
   low, high = jnp.full_like(wanted, _LOWEST), jnp.full_like(wanted, _HIGHEST)
   threshold, above, equal = _search(pools, low, high, wanted, method)
-  ranks, sizes, places, missing = [], [], [], []
+  ranks, sizes, starts, in_row = [], [], [], []
   for g, pool in enumerate(pools):
     left = wanted[g] - above[g]
     for keys, shape, counts in zip(pool, _shapes(pool), equal[g], strict=True):
       # The row in which the ties of this array are cut, and how many of them stay in it.
-      here = jnp.clip(left, 0, counts.sum(dtype=jnp.int32))
-      ends = jnp.cumsum(counts, dtype=jnp.int32)
-      full = ends < here
-      row = full.sum(dtype=jnp.int32)
+      staying = jnp.clip(left, 0, counts.sum(dtype=jnp.int32))
+      whole = jnp.cumsum(counts, dtype=jnp.int32) < staying  # rows in which all ties stay
+      row = whole.sum(dtype=jnp.int32)
       view, axes = method.rows(shape)
       size = math.prod(view[axes:])
       ranks.append([functools.partial(_ranks, keys, threshold[g], row, view, axes)])
       sizes.append(size)
-      places.append(row * size)
-      missing.append(here - jnp.where(full, counts, 0).sum(dtype=jnp.int32))
-      left -= here
-  stay, beyond = jnp.stack(missing), jnp.array(sizes, jnp.int32) + 1
-  some = stay > 0
-  top = jnp.where(some, beyond, 1)
+      starts.append(row * size)
+      in_row.append(staying - jnp.where(whole, counts, 0).sum(dtype=jnp.int32))
+      left -= staying
+  stay, beyond = jnp.stack(in_row), jnp.array(sizes, jnp.int32) + 1
+  any_stay = stay > 0
+  top = jnp.where(any_stay, beyond, 1)
   within = dataclasses.replace(method, ways=method.few_ways)
   least, more, _ = _search(ranks, jnp.zeros_like(top), top, stay, within)
   # A threshold that splits off as many as stay is one above the least of them.
   least = jnp.where(more < stay, least, least + 1)
-  ends = jnp.where(some, jnp.stack(places) + beyond - least, 0)
+  ends = jnp.where(any_stay, jnp.stack(starts) + beyond - least, 0)
   flat = iter(ends)
   return threshold, [[next(flat) for _ in pool] for pool in pools]
 
@@ -175,7 +176,7 @@ def _cut(
 def _ranks(
   keys: Keys, threshold: jax.Array, row: jax.Array, view: tuple[int, ...], axes: int
 ) -> jax.Array:
-  """For entries of a row at the threshold the larger the lower their index, 0 for all others."""
+  """Ranks of the entries of a row that equal the threshold, the first the highest; else 0."""
   k = keys().reshape(view)
   for axis in range(axes):
     i = row // math.prod(view[axis + 1 : axes]) % view[axis]
@@ -193,10 +194,10 @@ def _search(
   """The kept-th largest key of each pool.
 
   Args:
-    pools: Makers of keys.
+    pools: For each array of each pool, a function that makes its keys.
     low: No key is below it: int32 [G].
     high: No key reaches it: int32 [G].
-    kept: int32 [G].
+    kept: Which key is searched, the largest being 1: int32 [G].
     method: How passes count.
 
   Returns:
@@ -215,23 +216,23 @@ def _search(
 
   def one_pass(carry: Any) -> Any:
     low, high, reached, above = carry
-    # What depends on the range is not computed ahead of the loop, and so never stored.
-    (data, low) = jax.lax.optimization_barrier((consts, low))
+    # Without the barrier XLA would compute the keys ahead of the loop, and so store them.
+    data, low = jax.lax.optimization_barrier((consts, low))
     step = jnp.maximum((width(low, high) - 1) // method.ways + 1, 1)
     new: list[tuple[Any, ...]] = []
-    for g, pool in enumerate(made(data)):
+    for g, pool in enumerate(all_keys(data)):
       viewed = [_viewed(keys, method) for keys in pool]
       counts = [method.count(*view, low[g], step[g], method.ways) for view in viewed]
       new.append(_narrowed(low[g], high[g], step[g], kept[g], reached[g], above[g], counts))
     lows, highs, reached, above = zip(*new, strict=True)
     return jnp.stack(lows), jnp.stack(highs), list(reached), list(above)
 
-  def rows(keys: jax.ShapeDtypeStruct) -> jax.Array:
+  def row_sizes(keys: jax.ShapeDtypeStruct) -> jax.Array:
     view, axes = method.rows(keys.shape)
     return jnp.full(math.prod(view[:axes]), math.prod(view[axes:]), jnp.int32)
 
-  made, shapes, consts = _opened(pools)
-  everything = jax.tree.map(rows, shapes)
+  all_keys, shapes, consts = _hoisted(pools)
+  everything = jax.tree.map(row_sizes, shapes)
   nothing = jax.tree.map(jnp.zeros_like, everything)
   low, _, reached, above = jax.lax.while_loop(
     unfinished, one_pass, (low, high, everything, nothing)
@@ -240,19 +241,24 @@ def _search(
   return low, larger, jax.tree.map(jnp.subtract, reached, above)
 
 
-def _opened(pools: Sequence[Sequence[Keys]]) -> tuple[Callable[[Any], Any], Any, Any]:
-  """All keys as a function of what their makers close over; their shapes; and that."""
+def _hoisted(pools: Sequence[Sequence[Keys]]) -> tuple[Callable[[Any], Any], Any, Any]:
+  """Makes the arrays that the makers of keys close over an argument.
+
+  Returns:
+    A function from these arrays to the keys of all pools, the shapes of the keys, and the arrays.
+  """
   closed, out = jax.make_jaxpr(
     lambda: [[keys() for keys in pool] for pool in pools], return_shape=True
   )()
 
-  def made(consts: Any) -> Any:
+  def all_keys(consts: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(out), jax.core.eval_jaxpr(closed.jaxpr, consts))
 
-  return made, out, closed.consts
+  return all_keys, out, closed.consts
 
 
 def _viewed(keys: jax.Array, method: Method) -> tuple[jax.Array, int]:
+  """The keys by rows, and how many axes count the rows."""
   view, axes = method.rows(keys.shape)
   return keys.reshape(view), axes
 
@@ -266,13 +272,13 @@ def _narrowed(
   above: list[jax.Array],
   counts: list[jax.Array],
 ) -> tuple[jax.Array, jax.Array, list[jax.Array], list[jax.Array]]:
-  """The part of the range of one pool in which the kept-th largest key is.
+  """Narrows the range of one pool to the part in which the kept-th largest key is.
 
   Args:
     low: Lower bound of the range.
     high: Upper bound, not included.
     step: Distance between the thresholds.
-    kept: Which key is searched.
+    kept: Which key is searched, the largest being 1.
     reached: For each array how many keys of a row reach `low`: int32 [rows].
     above: How many reach `high`.
     counts: How many reach each of the thresholds: int32 [rows, ways - 1].
@@ -294,15 +300,15 @@ def _narrowed(
   new_low = low + offset.astype(jnp.int32)
   new_high = new_low + jnp.minimum(step, width - offset).astype(jnp.int32)
   # A threshold that splits off exactly as many as are kept ends the search.
-  found = exact.any()
+  ended = exact.any()
   first = jnp.argmax(exact).astype(jnp.int32) + 1
   split = low + (first.astype(jnp.uint32) * step).astype(jnp.int32)
-  upper = jnp.where(found, first, part + 1)
-  lower = jnp.where(found, first, part)
+  upper = jnp.where(ended, first, part + 1)
+  lower = jnp.where(ended, first, part)
   column = lambda b, i: jax.lax.dynamic_index_in_dim(b, i, 1, keepdims=False)  # noqa: E731
   return (
-    jnp.where(found, split - 1, new_low),
-    jnp.where(found, split, new_high),
+    jnp.where(ended, split - 1, new_low),
+    jnp.where(ended, split, new_high),
     [column(b, lower) for b in bounds],
     [column(b, upper) for b in bounds],
   )
@@ -323,7 +329,7 @@ def _compare(keys: jax.Array, axes: int, low: jax.Array, step: jax.Array, ways: 
 
 
 def _histogram(keys: jax.Array, axes: int, low: jax.Array, step: jax.Array, ways: int) -> jax.Array:
-  """Counts by counting the keys between two thresholds; the array is one row."""
+  """Counts with a histogram of the keys between the thresholds; the array is one row."""
   del axes
   distance = (keys - low).astype(jnp.uint32) // step
   bins = jnp.where(keys < low, 0, jnp.minimum(distance, ways - 1).astype(jnp.int32))
@@ -333,7 +339,7 @@ def _histogram(keys: jax.Array, axes: int, low: jax.Array, step: jax.Array, ways
 
 
 def _rows(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-  """Rows of the first few axes, as many as keep every core busy; a long first axis is split.
+  """Makes rows of the first few axes, enough to keep every core busy; splits a long first axis.
 
   Later axes are neither split nor joined, so that a sharded array stays where it is. Keys that
   are split are stored, since XLA does not fuse what comes before a reshape with a reduction.

@@ -1,4 +1,33 @@
-"""What is pruned together: single weights, N of M, blocks, channels."""
+"""What is pruned together: single weights, blocks, channels, N of every M weights.
+
+A unit is what is kept or pruned whole: a weight, a block, a channel. `prune` scores the units and
+keeps the best of them, as many as the allocation leaves. To add a structure, write a subclass of
+`Structure`, here or in your own code; nothing else has to know it.
+
+>>> import jax.numpy as jnp, optax_cadence as oc
+>>> from optax_cadence import pruning
+>>> class Rows(pruning.structure.Structure):
+...   def check(self, shape):
+...     if len(shape) != 2:
+...       raise ValueError(f"expected a matrix, found shape {shape}")
+...
+...   def unit_scores(self, scores):
+...     return scores.max(axis=1, keepdims=True)  # one unit per row
+>>> tx = oc.prune(0.5, every=1, structure=Rows())
+>>> params = {"kernel": jnp.array([[1.0, 2.0], [0.1, 3.0]])}
+>>> _, state = tx.update(params, tx.init(params), params)
+>>> print(pruning.masks(params, state)["kernel"])
+[[False False]
+ [ True  True]]
+
+Where a mask is more than the best units, a function of the scores and the sparsity makes it:
+
+>>> tx = oc.prune(0.5, every=1, structure=lambda scores, sparsity: scores > 2 * sparsity)
+>>> _, state = tx.update(params, tx.init(params), params)
+>>> print(pruning.masks(params, state)["kernel"])
+[[False  True]
+ [False  True]]
+"""
 
 import dataclasses
 import math
@@ -12,43 +41,40 @@ from optax_cadence.pruning import selection
 
 
 class Structure:
-  """What `prune` asks of a structure.
+  """Base class: what `prune` asks of a structure.
 
   Attributes:
-    single: Whether the units are the weights themselves.
-    counted: Whether units are kept by number, the best of them first; otherwise `mask`
-      decides.
-    stated: The sparsity that the structure itself states; None where it is asked for.
+    single_weights: Whether every unit is one weight.
+    makes_mask: Whether the structure makes the mask itself, in `mask`. Otherwise `prune` keeps
+      the units with the highest scores, by `unit_scores` and `weight_mask`.
+    fixed_sparsity: The sparsity that the structure implies; None if the user chooses it.
   """
 
-  single: ClassVar[bool] = False
-  counted: ClassVar[bool] = True
+  single_weights: ClassVar[bool] = False
+  makes_mask: ClassVar[bool] = False
 
   @property
-  def stated(self) -> float | None:
-    """See the class."""
+  def fixed_sparsity(self) -> float | None:
+    """The sparsity that the structure implies; None if the user chooses it."""
     return None
 
   def check(self, shape: tuple[int, ...]) -> None:
-    """Raises `ValueError` if a leaf of this shape cannot be pruned so."""
+    """Raises `ValueError` if a leaf of this shape cannot be pruned like this."""
 
-  def check_named(self, path: str, shape: tuple[int, ...]) -> None:
-    """The same; the error names the leaf."""
-    try:
-      self.check(shape)
-    except ValueError as error:
-      raise ValueError(f"structure of {path!r}: {error}") from None
+  def unit_scores(self, scores: jax.Array) -> jax.Array:
+    """Scores of the units of a leaf, from the scores of its weights.
 
-  def units(self, x: jax.Array) -> jax.Array:
-    """Scores of the units that are kept or pruned whole, from those of the weights."""
-    return x
+    Also called with 1 for every weight that is kept and 0 for the others: a unit with a result
+    above 0 counts as kept.
+    """
+    return scores
 
-  def spread(self, mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The mask of a leaf of this shape, from that of its units."""
-    return jnp.broadcast_to(mask, shape)
+  def weight_mask(self, unit_mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The mask of a leaf of this shape, from the mask of its units."""
+    return jnp.broadcast_to(unit_mask, shape)
 
   def mask(self, scores: jax.Array, sparsity: Any, allowed: jax.Array) -> jax.Array:
-    """The mask where units are not counted; what is not allowed is not kept."""
+    """The mask of a leaf, if `makes_mask`. Weights that are not allowed are pruned in any case."""
     raise NotImplementedError
 
 
@@ -56,7 +82,7 @@ class Structure:
 class Unstructured(Structure):
   """Every weight by itself."""
 
-  single: ClassVar[bool] = True
+  single_weights: ClassVar[bool] = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,18 +102,20 @@ class Block(Structure):
     if len(shape) < n or any(d % b for d, b in zip(shape[-n:], self.shape, strict=True)):
       raise ValueError(f"expected blocks of {self.shape} that divide its last axes, found {shape}")
 
-  def units(self, x: jax.Array) -> jax.Array:
+  def unit_scores(self, scores: jax.Array) -> jax.Array:
     """See `Structure`."""
-    lead = x.shape[: x.ndim - len(self.shape)]
-    pairs = [(d // b, b) for d, b in zip(x.shape[len(lead) :], self.shape, strict=True)]
-    axes = tuple(len(lead) + 2 * i + 1 for i in range(len(pairs)))
-    return x.reshape(*lead, *(n for pair in pairs for n in pair)).astype(jnp.float32).mean(axes)
+    first = scores.ndim - len(self.shape)  # the first axis that is cut into blocks
+    cut = [(d // b, b) for d, b in zip(scores.shape[first:], self.shape, strict=True)]
+    blocks = scores.reshape(*scores.shape[:first], *(n for pair in cut for n in pair))
+    within_block = tuple(first + 2 * i + 1 for i in range(len(cut)))
+    return blocks.astype(jnp.float32).mean(within_block)
 
-  def spread(self, mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  def weight_mask(self, unit_mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """See `Structure`."""
-    for i, b in enumerate(self.shape):
-      mask = jnp.repeat(mask, b, axis=mask.ndim - len(self.shape) + i)
-    return mask.reshape(shape)
+    first = unit_mask.ndim - len(self.shape)
+    for axis, b in enumerate(self.shape, start=first):
+      unit_mask = jnp.repeat(unit_mask, b, axis=axis)
+    return unit_mask.reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,13 +131,12 @@ class Channel(Structure):
 
   def check(self, shape: tuple[int, ...]) -> None:
     """See `Structure`."""
-    if not -len(shape) <= self.axis < len(shape):
-      raise ValueError(f"expected an axis {self.axis}, found shape {shape}")
+    _check_axis(self.axis, shape)
 
-  def units(self, x: jax.Array) -> jax.Array:
+  def unit_scores(self, scores: jax.Array) -> jax.Array:
     """See `Structure`."""
-    axes = tuple(i for i in range(x.ndim) if i != self.axis % x.ndim)
-    return x.astype(jnp.float32).mean(axes, keepdims=True)
+    others = tuple(i for i in range(scores.ndim) if i != self.axis % scores.ndim)
+    return scores.astype(jnp.float32).mean(others, keepdims=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +154,10 @@ class NM(Structure):
   n: int
   m: int
   axis: int = -1
-  counted: ClassVar[bool] = False
+  makes_mask: ClassVar[bool] = True
 
   @property
-  def stated(self) -> float:
+  def fixed_sparsity(self) -> float:
     """See `Structure`."""
     return 1 - self.n / max(self.m, 1)
 
@@ -138,25 +165,24 @@ class NM(Structure):
     """See `Structure`."""
     if not 0 <= self.n <= self.m or self.m < 1:
       raise ValueError(f"expected N of M with 0 <= N <= M, found {self.n} of {self.m}")
-    if not -len(shape) <= self.axis < len(shape):
-      raise ValueError(f"expected an axis {self.axis}, found shape {shape}")
+    _check_axis(self.axis, shape)
 
   def mask(self, scores: jax.Array, sparsity: Any, allowed: jax.Array) -> jax.Array:
     """See `Structure`; ties go to the lower index."""
     del sparsity
     keys = jnp.where(allowed, selection.order(scores), selection.EXCLUDED)
-    moved = jnp.moveaxis(keys, self.axis, -1)
-    size = moved.shape[-1]
-    pad = [(0, 0)] * (moved.ndim - 1) + [(0, -size % self.m)]
-    groups = jnp.pad(moved, pad, constant_values=selection.EXCLUDED)
-    groups = groups.reshape(*moved.shape[:-1], -1, self.m)
-    index = jnp.arange(self.m)
+    keys = jnp.moveaxis(keys, self.axis, -1)
+    *others, length = keys.shape
+    padding = [(0, 0)] * len(others) + [(0, -length % self.m)]
+    groups = jnp.pad(keys, padding, constant_values=selection.EXCLUDED)
+    groups = groups.reshape(*others, -1, self.m)
+    # The rank of a weight is the number of weights in its group that go before it.
+    index = jnp.arange(self.m).reshape((1,) * (groups.ndim - 1) + (self.m,))
     rank = jnp.zeros(groups.shape, jnp.int32)
     for j in range(self.m):
       other = groups[..., j : j + 1]
-      before = (j < index).reshape((1,) * (groups.ndim - 1) + (self.m,))
-      rank += ((other > groups) | ((other == groups) & before)).astype(jnp.int32)
-    kept = (rank < self.n).reshape(*moved.shape[:-1], math.prod(groups.shape[-2:]))[..., :size]
+      rank += ((other > groups) | ((other == groups) & (j < index))).astype(jnp.int32)
+    kept = (rank < self.n).reshape(*others, math.prod(groups.shape[-2:]))[..., :length]
     return jnp.moveaxis(kept, -1, self.axis)
 
 
@@ -165,19 +191,24 @@ class ByFunction(Structure):
   """A user's function `(scores, sparsity) -> mask`."""
 
   fn: Callable[[jax.Array, Any], Any]
-  counted: ClassVar[bool] = False
+  makes_mask: ClassVar[bool] = True
 
   def mask(self, scores: jax.Array, sparsity: Any, allowed: jax.Array) -> jax.Array:
     """See `Structure`."""
     del allowed
-    found = jnp.asarray(self.fn(scores, sparsity), bool)
-    if found.shape != scores.shape:
-      raise ValueError(f"structure: expected a mask of shape {scores.shape}, found {found.shape}")
-    return found
+    mask = jnp.asarray(self.fn(scores, sparsity), bool)
+    if mask.shape != scores.shape:
+      raise ValueError(f"structure: expected a mask of shape {scores.shape}, found {mask.shape}")
+    return mask
+
+
+def _check_axis(axis: int, shape: tuple[int, ...]) -> None:
+  if not -len(shape) <= axis < len(shape):
+    raise ValueError(f"expected an axis {axis}, found shape {shape}")
 
 
 def as_structure(structure: Any) -> Structure:
-  """The structure that a function `(scores, sparsity) -> mask` stands for."""
+  """The structure that the user gave: as such, or as a function `(scores, sparsity) -> mask`."""
   if isinstance(structure, Structure):
     return structure
   if callable(structure) and not isinstance(structure, type):

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from optax_cadence import _paths
@@ -14,39 +13,47 @@ from optax_cadence.pruning import view
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """Zeros of every pruned leaf; prints as a table.
+  """How many weights of every pruned leaf are zero; prints as a table.
 
   Attributes:
-    leaves: By path (size, zeros, FLOPs of the dense leaf).
+    leaves: By path: number of weights, number of zeros, FLOPs of the dense leaf.
   """
 
   leaves: Mapping[str, tuple[int, int, float]]
 
   @property
   def sparsity(self) -> float:
-    """Share of zeros."""
-    return sum(z for _, z, _ in self.leaves.values()) / max(1, self.size)
+    """Share of the weights that are zero."""
+    return _share(sum(zeros for _, zeros, _ in self.leaves.values()), self.size)
 
   @property
   def size(self) -> int:
-    """Weights."""
-    return sum(n for n, _, _ in self.leaves.values())
+    """Number of weights."""
+    return sum(size for size, _, _ in self.leaves.values())
 
   @property
   def flop_sparsity(self) -> float:
     """Share of the FLOPs that zeros save."""
-    total = sum(f for _, _, f in self.leaves.values())
-    return sum(f * z / max(n, 1) for n, z, f in self.leaves.values()) / max(total, 1)
+    total = sum(flops for _, _, flops in self.leaves.values())
+    saved = sum(flops * _share(zeros, size) for size, zeros, flops in self.leaves.values())
+    return _share(saved, total)
 
   def __str__(self) -> str:
-    rows = [(p, n, f"{z / max(n, 1):.2%}", f"{f:.4g}") for p, (n, z, f) in self.leaves.items()]
+    rows = [
+      (path, size, f"{_share(zeros, size):.2%}", f"{flops:.4g}")
+      for path, (size, zeros, flops) in self.leaves.items()
+    ]
     rows.append(("total", self.size, f"{self.sparsity:.2%}", f"{self.flop_sparsity:.2%} saved"))
     header = ("leaf", "weights", "sparsity", "FLOPs")
     return "\n".join(_tables.lines((header, *rows), left=1))
 
 
+def _share(part: float, whole: float) -> float:
+  return part / max(whole, 1)
+
+
 def summary(params: Any, state: Any, *, flops: Mapping[str, float] | None = None) -> Summary:
-  """Sparsity per pruned leaf and in total, weighted by FLOPs beside by weights.
+  """Sparsity of each pruned leaf and in total, of the weights and of the FLOPs.
 
   Args:
     params: Parameters.
@@ -62,14 +69,15 @@ def summary(params: Any, state: Any, *, flops: Mapping[str, float] | None = None
   w            2     0.00%         4
   total        2     0.00%  0.00% saved
   """
-  held, found = view.find(state).masks, {}
-  values = jax.tree.leaves(view.masked(params, state))
-  for (path, _), x in zip(_paths.flatten_with_paths(params), values, strict=True):
+  pruned = view.find(state).masks
+  leaves = {}
+  for path, x in _paths.flatten_with_paths(view.masked(params, state)):
     name = _paths.join(path)
-    if name in held or not held:
+    # After shocks no masks are there to tell which leaves are pruned: all are shown.
+    if name in pruned or not pruned:
       zeros = x.size - int(np.count_nonzero(np.asarray(x)))
-      found[name] = (x.size, zeros, float((flops or {}).get(name, 2 * x.size)))
-  return Summary(found)
+      leaves[name] = (x.size, zeros, float((flops or {}).get(name, 2 * x.size)))
+  return Summary(leaves)
 
 
 def plot(history: Mapping[int, Summary], *, ax: Any = None) -> Any:
@@ -88,8 +96,8 @@ def plot(history: Mapping[int, Summary], *, ax: Any = None) -> Any:
     ax = plt.subplots(layout="constrained")[1]
   steps = sorted(history)
   for path in history[steps[0]].leaves if steps else ():
-    ax.plot(steps, [history[t].leaves[path][1] / max(1, history[t].leaves[path][0]) for t in steps],
-            linewidth=1, label=path)  # fmt: skip
+    sizes_and_zeros = [history[t].leaves[path][:2] for t in steps]
+    ax.plot(steps, [_share(z, n) for n, z in sizes_and_zeros], linewidth=1, label=path)
   ax.plot(steps, [history[t].sparsity for t in steps], "k", linewidth=2, label="total")
   ax.set(xlabel="micro-step", ylabel="sparsity", ylim=(0, 1))
   ax.legend(frameon=False)

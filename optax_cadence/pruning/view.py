@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_cadence import _paths
-from optax_cadence.pruning import packing as bits
+from optax_cadence.pruning import packing
 from optax_cadence.pruning.transformation import PruneState
 
 
@@ -16,7 +16,7 @@ def find(state: Any) -> PruneState:
   Raises:
     ValueError: If there is none, or more than one.
   """
-  found = [s for s in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(s)]
+  found = [node for node in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(node)]
   if len(found) != 1:
     raise ValueError(f"state: expected one PruneState, found {len(found)}")
   return found[0]
@@ -27,37 +27,50 @@ def _is_state(node: Any) -> bool:
 
 
 def masks(params: Any, state: Any) -> Any:
-  """The masks as a tree like the parameters: bool, True where nothing was pruned."""
-  held = find(state).masks
-  made = []
-  for path, x in _paths.flatten_with_paths(params):
-    mask = held.get(_paths.join(path))
-    if mask is not None and mask.dtype == jnp.uint8:
-      mask = bits.unpack(mask, jnp.shape(x))
-    made.append(jnp.ones(jnp.shape(x), bool) if mask is None else mask)
-  return jax.tree.unflatten(jax.tree.structure(params), made)
+  """The masks as a tree like the parameters: bool, True where a weight is kept.
+
+  A leaf that is not pruned has a mask that is all True.
+  """
+  stored = find(state).masks
+
+  def mask_of(path: str, shape: tuple[int, ...]) -> jax.Array:
+    mask = stored.get(path)
+    if mask is None:
+      return jnp.ones(shape, bool)
+    return packing.unpack(mask, shape) if mask.dtype == jnp.uint8 else mask
+
+  leaves = [
+    mask_of(_paths.join(path), jnp.shape(x)) for path, x in _paths.flatten_with_paths(params)
+  ]
+  return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
 def with_masks(state: Any, new: Any) -> Any:
-  """The state with other masks: a bool tree like the parameters, of the old shapes or new ones.
+  """The state with other masks.
 
   After growth: pad what `masks` returned with True as the parameters were padded.
-  """
-  by_path = {_paths.join(path): m for path, m in _paths.flatten_with_paths(new)}
 
-  def visit(node: Any) -> Any:
+  Args:
+    state: Optimizer state with a `PruneState` in it.
+    new: Masks as a bool tree like the parameters, of their old shapes or of new ones.
+  """
+  by_path = {_paths.join(path): mask for path, mask in _paths.flatten_with_paths(new)}
+
+  def replace(node: Any) -> Any:
     if not _is_state(node):
       return node
-    made = {p: by_path[p] if m.dtype == jnp.bool_ else bits.pack(by_path[p])
-            for p, m in node.masks.items()}  # fmt: skip
-    return node._replace(masks=made)
+    stored = {
+      path: by_path[path] if old.dtype == jnp.bool_ else packing.pack(by_path[path])
+      for path, old in node.masks.items()
+    }
+    return node._replace(masks=stored)
 
-  find(state)
-  return jax.tree.map(visit, state, is_leaf=_is_state)
+  find(state)  # an error if there is not exactly one
+  return jax.tree.map(replace, state, is_leaf=_is_state)
 
 
 def masked(params: Any, state: Any) -> Any:
-  """The parameters with pruned entries 0, whose gradient goes straight through to all of them.
+  """The parameters with 0 in place of pruned entries; gradients pass to all entries unchanged.
 
   >>> import jax, jax.numpy as jnp, optax_cadence as oc
   >>> from optax_cadence import pruning
