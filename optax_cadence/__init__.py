@@ -20,22 +20,6 @@ from optax_cadence.confidence.policies import each_layer
 from optax_cadence.confidence.policies import until_certain
 from optax_cadence.confidence.statistics import Estimate
 from optax_cadence.confidence.statistics import Statistics
-
-if TYPE_CHECKING:
-  from optax_cadence import growth
-  from optax_cadence import pruning
-  from optax_cadence.pruning.transformation import prune
-
-
-def __getattr__(name: str) -> Any:
-  """Imports pruning and growth when they are first used."""
-  if name in ("growth", "pruning"):
-    return importlib.import_module(f"{__name__}.{name}")
-  if name == "prune":
-    return importlib.import_module(f"{__name__}.pruning").prune
-  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
 from optax_cadence.regions.grids import channels
 from optax_cadence.regions.grids import Grid
 from optax_cadence.regions.grids import quadrants
@@ -53,6 +37,21 @@ from optax_cadence.schedules.forward_order import forward_order
 from optax_cadence.schedules.late import late
 from optax_cadence.schedules.late import ramp
 from optax_cadence.schedules.policy import Policy
+
+if TYPE_CHECKING:
+  from optax_cadence import growth
+  from optax_cadence import pruning
+  from optax_cadence.pruning.transformation import prune
+
+
+def __getattr__(name: str) -> Any:
+  """Imports pruning and growth when they are first used."""
+  if name in ("growth", "pruning"):
+    return importlib.import_module(f"{__name__}.{name}")
+  if name == "prune":
+    return importlib.import_module(f"{__name__}.pruning").prune
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
   "CadenceState",

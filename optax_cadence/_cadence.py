@@ -4,7 +4,7 @@ What happens at a micro-step is in `_step`; here is what it is given. `chain` is
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import jax
@@ -172,9 +172,9 @@ class Cadence:
 
       self.set_schedules = set_schedules
     # All cadences there are, whatever the parameters; None where only a function of them knows.
-    self.declared = layouts.declared(every)
-    for given in self.declared or ():
-      self._check_policy(given.every)
+    self.cadences = layouts.cadences_of(every)
+    if self.cadences is not None:
+      self._check_policies(self.cadences.everys.values())
 
   @property
   def cadence(self) -> "Cadence":
@@ -184,8 +184,8 @@ class Cadence:
   @functools.cached_property
   def cycle(self) -> int | None:
     """Least common multiple of the periods; None when one is dynamic."""
-    if self.declared is not None:
-      return phases.cycle(given.every for given in self.declared)
+    if self.cadences is not None:
+      return phases.cycle(self.cadences.everys.values())
     if hasattr(self.every, "cycle"):
       return self.every.cycle
     raise ValueError(
@@ -195,9 +195,9 @@ class Cadence:
 
   def groups_of(self, tree: Any) -> layouts.Layout:
     """The groups of a tree, as the cadences cut it."""
-    layout = layouts.layout(self.every, tree, self.declared)
-    for group in layout.groups:
-      self._check_policy(group.every)
+    layout = layouts.layout(self.every, tree, self.cadences)
+    if self.cadences is None:
+      self._check_policies(group.every for group in layout.groups)
     return layout
 
   def layout(self, params: Any) -> layouts.Layout:
@@ -209,13 +209,14 @@ class Cadence:
       layout = choice.choose(self.inner, layout, _dtypes(params), with_masks=not self.skip)[0]
     return layout
 
-  def _check_policy(self, every: Every) -> None:
+  def _check_policies(self, everys: Iterable[Every]) -> None:
     """Raises where a policy has no accumulator to judge."""
-    if every.policy is not None and self.accumulate == "latest":
-      raise ValueError(
-        f'{every}: a policy needs the sum of its window, expected accumulate="mean" or "sum",'
-        ' found "latest"'
-      )
+    for every in everys:
+      if every.policy is not None and self.accumulate == "latest":
+        raise ValueError(
+          f'{every}: a policy needs the sum of its window, expected accumulate="mean" or "sum",'
+          ' found "latest"'
+        )
 
   def accumulates(self, every: Every) -> bool:
     """Whether groups with this cadence have accumulators."""
@@ -239,9 +240,12 @@ class Cadence:
       tensors = group.take(leaves)
       sums = [jnp.zeros(x.shape, self.sum_dtype(x.dtype)) for x in tensors]
       trees = layout.tree(group, tensors), layout.tree(group, sums)
-      with layouts.naming(layout.paths[group.leaves[0]] if group.leaves else ()):
-        inner = call.inner_of(group)
-        groups[group.name] = self._init_group(inner, group.every, tensors, *trees)
+      try:
+        group.every.first_window()
+      except ValueError as error:
+        raise layouts.named(error, layout.paths[group.leaves[0]]) from None
+      inner = call.inner_of(group)
+      groups[group.name] = self._init_group(inner, group.every, tensors, *trees)
     masks = None
     if layout.has_masks:
       from optax_cadence.entrywise import masks as entries
@@ -270,20 +274,19 @@ class Cadence:
 
   def _init_without_parameters(self, placeholder: Any) -> CadenceState:
     """The state with a stand-in for the parameters, as `tree_map_params` asks for it."""
-    if self.declared is None:
+    if self.cadences is None:
       raise ValueError(
         "tree_map_params asks what groups a state has without its parameters, and those that a"
         " function of the parameters makes are not known then: expected a tree of cadences or"
         f" by_path, found {self.every!r}; give the tree that it returns,"
         " oc.cadence(inner, every(params))"
       )
-    everys = {given.every.key: given.every for given in self.declared}
     groups = {
-      name: self._init_group(self.inner, everys[key], [], placeholder, placeholder)
-      for key, name in layouts.group_names(self.declared).items()
+      self.cadences.names[key]: self._init_group(self.inner, every, [], placeholder, placeholder)
+      for key, every in self.cadences.everys.items()
     }
     masks = None
-    if any(given.of_mask for given in self.declared):
+    if self.cadences.has_masks:
       from optax_cadence.entrywise import masks as entries
 
       masks = entries.stand_in(self.inner, placeholder)
@@ -299,9 +302,11 @@ class Cadence:
     **extra_args: Any,
   ) -> tuple[optax.Updates, CadenceState]:
     call = self._prepare(grads, state, params, extra_args)
+    if phase is not None:
+      phase = phases.checked_phase(phase, call.layout.cycle)
     leaves = layouts.leaves_of(grads)
     zeros = {i: jnp.zeros_like(g) for i, g in leaves.items()}
-    updates, state = _step.advance(call, leaves, state, zeros, _phase(phase, call.layout))
+    updates, state = _step.advance(call, leaves, state, zeros, phase)
     return jax.tree.unflatten(jax.tree.structure(grads), updates.values()), state
 
   def apply(
@@ -314,8 +319,10 @@ class Cadence:
   ) -> tuple[optax.Params, CadenceState]:
     _check_given("apply", params, needed=bool(jax.tree.leaves(grads)))
     call = self._prepare(grads, state, params, extra_args, in_place=True)
+    if phase is not None:
+      phase = phases.checked_phase(phase, call.layout.cycle)
     given, targets = layouts.leaves_of(grads), layouts.leaves_of(params)
-    leaves, state = _step.advance(call, given, state, targets, _phase(phase, call.layout))
+    leaves, state = _step.advance(call, given, state, targets, phase)
     return jax.tree.unflatten(jax.tree.structure(params), leaves.values()), state
 
   def flush(
@@ -370,36 +377,28 @@ class Cadence:
     """Raises unless the state has the groups of this tree."""
     if not isinstance(state, CadenceState):
       raise ValueError(f"state: expected a CadenceState, found {type(state).__name__}")
-    names = {group.name for group in layout.groups}
-    if names != set(state.groups):
+    if {group.name for group in layout.groups} != set(state.groups):
       raise ValueError(
-        f"state: expected the groups {_quoted(names)}, as every makes of this tree, found"
-        f" {_quoted(state.groups)}; a state goes with the cadences it was made for"
+        f"state: expected the groups {_quoted(group.name for group in layout.groups)}, as every"
+        f" makes of this tree, found {_quoted(state.groups)}; a state goes with the cadences it was"
+        " made for"
       )
     for group in layout.groups:
-      expected, found = self._fields(group.every), state.groups[group.name].holds
-      if expected != found:
-        raise ValueError(
-          f"state of group {group.name!r}: expected the fields {_quoted(expected)}, found"
-          f" {_quoted(found)}; a state goes with the settings (accumulate, nonfinite) it was made"
-          " for"
-        )
-
-  def _fields(self, every: Every) -> tuple[str, ...]:
-    """The optional fields that the state of a group with this cadence has."""
-    accumulates = self.accumulates(every)
-    needed = {
-      "accumulators": accumulates,
-      "window": accumulates,
-      "remaining": not every.always,
-      "skipped": self.skip,
-      "confidence": every.policy is not None,
-    }
-    return tuple(field for field, is_needed in needed.items() if is_needed)
-
-
-def _phase(phase: Any, layout: layouts.Layout) -> int | None:
-  return None if phase is None else phases.checked_phase(phase, layout.cycle)
+      accumulates = self.accumulates(group.every)
+      needed = {
+        "accumulators": accumulates,
+        "window": accumulates,
+        "remaining": not group.every.always,
+        "skipped": self.skip,
+        "confidence": group.every.policy is not None,
+      }
+      for field, is_needed in needed.items():
+        if is_needed != (getattr(state.groups[group.name], field) is not None):
+          raise ValueError(
+            f"state of group {group.name!r}: expected {'' if is_needed else 'no '}{field}, found"
+            f" {'none' if is_needed else 'some'}; a state goes with the settings (accumulate,"
+            " nonfinite) it was made for"
+          )
 
 
 def _quoted(names: Any) -> str:

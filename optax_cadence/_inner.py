@@ -58,8 +58,6 @@ def told_window(state: optax.OptState, layout: Layout, group: Group, length: jax
   def listens(node: Any) -> bool:
     return hasattr(node, "with_window")
 
-  if not any(map(listens, jax.tree.leaves(state, is_leaf=listens))):
-    return state
   lengths = layout.tree(group, list(length)) if length.ndim else length
   return jax.tree.map(
     lambda node: node.with_window(lengths) if listens(node) else node, state, is_leaf=listens

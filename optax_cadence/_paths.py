@@ -34,9 +34,9 @@ def unused(name: str, names: Collection[str]) -> str:
 
 def check_same(what: str, as_where: str, expected: Any, found: Any) -> None:
   """Raises `ValueError` unless two trees have the same paths and shapes."""
-  trees: Any = [jax.tree.structure(expected), jax.tree.structure(found)]
-  shapes = [list(map(np.shape, jax.tree.leaves(tree))) for tree in (expected, found)]
-  if trees[0] == trees[1] and shapes[0] == shapes[1]:
+  want, structure = jax.tree.flatten(expected)
+  have, other = jax.tree.flatten(found)
+  if structure == other and list(map(np.shape, want)) == list(map(np.shape, have)):
     return
   difference = mismatch(expected, found)
   if difference:
@@ -70,8 +70,15 @@ def flatten_with_paths(tree: Any, is_leaf: Any = None) -> list[tuple[Path, Any]]
   path: the same parameters have the same paths with and without the wrapper.
   """
   flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-  wrapped = _variable_paths(tree) if any(_ends_in_value(p) for p, _ in flat) else set()
-  return [(tuple(map(_name, p[:-1] if p[:-1] in wrapped else p)), leaf) for p, leaf in flat]
+  wrapped: set[Any] = set()
+  for path, _ in flat:
+    if path and _name(path[-1]) == "value":
+      wrapped = _variable_paths(tree)
+      break
+  rows = []
+  for path, leaf in flat:
+    rows.append((tuple(map(_name, path[:-1] if path[:-1] in wrapped else path)), leaf))
+  return rows
 
 
 def _name(key: Any) -> str:
@@ -79,10 +86,6 @@ def _name(key: Any) -> str:
     if hasattr(key, attribute):
       return str(getattr(key, attribute))
   return str(key)
-
-
-def _ends_in_value(key_path: tuple[Any, ...]) -> bool:
-  return bool(key_path) and _name(key_path[-1]) == "value"
 
 
 def _variable_paths(tree: Any) -> set[tuple[Any, ...]]:

@@ -57,12 +57,6 @@ class GroupState(NamedTuple):
   skipped: jax.Array | None
   confidence: ConfidenceState | None = None
 
-  @property
-  def holds(self) -> tuple[str, ...]:
-    """The optional fields that this group has."""
-    optional = ("accumulators", "window", "remaining", "skipped", "confidence")
-    return tuple(name for name in optional if getattr(self, name) is not None)
-
 
 class MaskState(NamedTuple):
   """What the groups of leaves under masks have together, in the shape of the leaves.

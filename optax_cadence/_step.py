@@ -165,15 +165,15 @@ def fire(
   if window.skipped is not None:
     fired = when & (window.length > 0).any()
     when = when if isinstance(when, bool) else fired
-  direct = [
-    writes_directly(call, state, tensor, total, when, targets)
-    for tensor, total in _pairs(group, window.sums)
-  ]
-  leaves = {t.leaf: targets[t.leaf] for t, d in _pairs(group, direct) if d}
+  direct, leaves = [], {}
+  for tensor, total in zip(group.tensors, window.sums, strict=True):
+    direct.append(writes_directly(call, state, tensor, total, when, targets))
+    if direct[-1]:
+      leaves[tensor.leaf] = targets[tensor.leaf]
   params = targets if call.in_place else call.params
   if params is not None:
-    written = leaves if call.in_place else {}
-    params = {t.leaf: params[t.leaf] for t in group.tensors if t.leaf not in written}
+    written = leaves if call.in_place else ()
+    params = {i: x for i, x in params.items() if i in group.leaves and i not in written}
 
   def compute(carry: Any, consts: Any) -> Any:
     leaves, sums, inner_state = carry
@@ -188,26 +188,24 @@ def fire(
       unchanged = before if call.in_place and before else [jnp.zeros_like(x) for x in results]
       for i, (x, old) in enumerate(zip(results, unchanged, strict=True)):
         results[i] = jnp.where(length[i] > 0, x, old)
-    through = [(t, x) for (t, x), d in zip(_pairs(group, results), direct, strict=True) if d]
-    if state.accumulators is not None:
-      rows = zip(sums, results, direct, strict=True)
-      sums = [old if d else x.astype(old.dtype) for old, x, d in rows]
-    return write(True, dict(leaves), through, micro_step), sums, inner_state
+    leaves = write(True, leaves, group, results, direct, micro_step)
+    for i, x in enumerate(results):
+      if not direct[i]:
+        sums[i] = x.astype(sums[i].dtype)
+    return leaves, sums, inner_state
 
   def compute_where_filled(carry: Any, consts: Any) -> Any:
     filled = call.layout.tree(group, list(window.length > 0))
     inner_state = _inner.restored(call.inner, carry[2], filled) if group.in_pieces else carry[2]
-    flags = _inner.filled(call.inner, inner_state, filled)
-    flags = jax.tree.unflatten(jax.tree.structure(carry[2]), jax.tree.leaves(flags))
+    flags = _inner.like(_inner.filled(call.inner, inner_state, filled), carry[2])
     return _control.keep((True, True, flags), compute, carry, consts)
 
+  waits = [not is_direct for is_direct in direct]
   carry, consts = (leaves, window.sums, state.inner_state), (window.length, params, micro_step)
-  waiting = [t for t, d in _pairs(group, direct) if not d]
-  run = runner(when, waiting, micro_step)
+  run = runner(when, group, waits, micro_step)
   body = compute if window.skipped is None else compute_where_filled
   leaves, sums, inner_state = run(body, carry, consts)
-  moved = [(t, x) for (t, x), d in zip(_pairs(group, sums), direct, strict=True) if not d]
-  targets = write(when, targets | leaves, moved, micro_step)
+  targets = write(when, targets | leaves, group, sums, waits, micro_step)
   state = state._replace(inner_state=inner_state, updates=state.updates + jnp.int32(fired))
   if state.accumulators is not None:
     sums = jax.tree.unflatten(jax.tree.structure(state.accumulators), sums)
@@ -237,41 +235,52 @@ def writes_directly(
 def write(
   when: bool | jax.Array,
   leaves: Leaves,
-  results: Sequence[tuple[Tensor, jax.Array]],
+  group: Group,
+  results: Sequence[jax.Array],
+  which: Sequence[bool],
   micro_step: jax.Array,
 ) -> Leaves:
-  """The leaves, with results written into them if `when`; parts by an operation of their own."""
-  parts = []
-  for tensor, x in results:
+  """The leaves, with those of a group's results that `which` says written into them if `when`.
+
+  Parts of a leaf are written by an operation of their own.
+  """
+  leaves, parts, values = dict(leaves), [], []
+  for tensor, x, wanted in zip(group.tensors, results, which, strict=True):
+    if not wanted:
+      continue
     leaf = leaves[tensor.leaf]
     if isinstance(tensor.cut, Whole):
-      leaves = leaves | {tensor.leaf: _control.choose(when, x.astype(leaf.dtype), leaf)}
+      leaves[tensor.leaf] = _control.choose(when, x.astype(leaf.dtype), leaf)
     else:
-      parts.append((tensor, x.astype(leaf.dtype)))
+      parts.append(tensor)
+      values.append(x.astype(leaf.dtype))
   if not parts:
     return leaves
 
   def move(views: Leaves, values: list[jax.Array]) -> Leaves:
     views = dict(views)
-    for (tensor, _), x in zip(parts, values, strict=True):
+    for tensor, x in zip(parts, values, strict=True):
       views[tensor.leaf] = tensor.cut.put(views[tensor.leaf], x)
     return views
 
-  views = {t.leaf: t.cut.view(leaves[t.leaf]) for t, _ in parts}
-  run = runner(when, [t for t, _ in parts], micro_step)
-  views = run(move, views, [x for _, x in parts])
-  return leaves | {i: view.reshape(leaves[i].shape) for i, view in views.items()}
+  views = {t.leaf: t.cut.view(leaves[t.leaf]) for t in parts}
+  views = runner(when, group, which, micro_step)(move, views, values)
+  for leaf, view in views.items():
+    leaves[leaf] = view.reshape(leaves[leaf].shape)
+  return leaves
 
 
 def runner(
-  when: bool | jax.Array, tensors: Sequence[Tensor], micro_step: jax.Array
+  when: bool | jax.Array, group: Group, which: Sequence[bool], micro_step: jax.Array
 ) -> Callable[..., Any]:
-  """`maybe`; but `apart` where a scattered tensor is known to be due.
+  """`maybe`; but `apart` where one of these tensors is scattered and known to be due.
 
   Fused with what comes before, its gradient would be read by index once for every result.
   """
-  if when is True and not all(t.cut.contiguous for t in tensors):
-    return functools.partial(_control.apart, count=micro_step)
+  if when is True:
+    for tensor, wanted in zip(group.tensors, which, strict=True):
+      if wanted and not tensor.cut.contiguous:
+        return functools.partial(_control.apart, count=micro_step)
   return functools.partial(_control.maybe, when)
 
 
@@ -284,20 +293,21 @@ def run_inner(
   micro_step: jax.Array,
 ) -> tuple[list[jax.Array], Any]:
   """Updates of the group's tensors, in the gradients' dtype, and the new inner state."""
-  total = _window.total(window) if call.sums else _window.mean(window)
-  grads = [x.astype(call.dtypes[t.leaf]) for t, x in _pairs(group, total)]
-  tree = functools.partial(call.layout.tree, group)
+  grads = _window.total(window) if call.sums else _window.mean(window)
+  for i, tensor in enumerate(group.tensors):
+    grads[i] = grads[i].astype(call.dtypes[tensor.leaf])
   old = call.state_of(group, state, window, micro_step)
-  values = None if params is None else tree(params)
-  updates, new = _inner.update(call.inner_of(group), tree(grads), old, values, call.extra_args)
-  results = []
-  for tensor, update, grad in zip(group.tensors, jax.tree.leaves(updates), grads, strict=True):
-    if jnp.shape(update) != grad.shape:
+  values = None if params is None else call.layout.tree(group, params)
+  inner, tree = call.inner_of(group), call.layout.tree(group, grads)
+  updates, new = _inner.update(inner, tree, old, values, call.extra_args)
+  results = jax.tree.leaves(updates)
+  for i, (tensor, grad) in enumerate(zip(group.tensors, grads, strict=True)):
+    if jnp.shape(results[i]) != grad.shape:
       raise ValueError(
         f"update of {call.layout.name(tensor.leaf)!r}: expected shape {grad.shape} from the"
-        f" inner optimizer, found {jnp.shape(update)}"
+        f" inner optimizer, found {jnp.shape(results[i])}"
       )
-    results.append(update.astype(grad.dtype))
+    results[i] = results[i].astype(grad.dtype)
   return results, _inner.like(new, state) if group.in_pieces else new
 
 
@@ -318,8 +328,3 @@ def close(
   if state.window is not None:
     new = new._replace(window=_control.choose(due, jnp.zeros_like(window.length), window.length))
   return new
-
-
-def _pairs(group: Group, values: Sequence[Any]) -> list[tuple[Tensor, Any]]:
-  """Each of a group's tensors with its value."""
-  return list(zip(group.tensors, values, strict=True))

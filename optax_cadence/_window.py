@@ -117,15 +117,17 @@ def add_squares(
 def total(window: Window) -> list[jax.Array]:
   """The sum over the window; zero for a tensor that has nothing in its own."""
   if window.skipped is None:
-    return window.sums
+    return list(window.sums)
   filled = window.length > 0
   return [jnp.where(filled[i], x, jnp.zeros_like(x)) for i, x in enumerate(window.sums)]
 
 
 def mean(window: Window) -> list[jax.Array]:
   """The mean over the window; zero for a tensor that has nothing in its own."""
-  n = jnp.maximum(window.length, 1)
-  return [divide(x, item(n, i)) for i, x in enumerate(total(window))]
+  n, totals = jnp.maximum(window.length, 1), total(window)
+  for i, x in enumerate(totals):
+    totals[i] = divide(x, item(n, i))
+  return totals
 
 
 def item(x: jax.Array, i: int) -> jax.Array:

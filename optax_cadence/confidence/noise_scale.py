@@ -85,8 +85,11 @@ def noise_scale(every: Any = 8, *, decay: float = 0.9) -> optax.GradientTransfor
   def layout_of(tree: Any) -> layouts.Layout:
     layout = layouts.layout(every, tree)
     for group in layout.groups:
-      with layouts.naming(layout.paths[group.leaves[0]] if group.leaves else ()):
+      try:
         _check_window(group.every)
+      except ValueError as error:
+        path = layout.paths[group.leaves[0]] if group.leaves else ()
+        raise layouts.named(error, path) from None
     return layout
 
   def init(params: optax.Params) -> NoiseScaleState:

@@ -141,7 +141,7 @@ def _with_masked(layout: Layout, leaves: Collection[int]) -> Layout:
     masked = tuple(t for t in group.tensors if t.leaf in leaves)
     tensors = tuple(t for t in group.tensors if t.leaf not in leaves)
     groups.append(dataclasses.replace(group, tensors=tensors, masked=masked))
-  return dataclasses.replace(layout, groups=tuple(groups))
+  return dataclasses.replace(layout, groups=tuple(groups), masked=tuple(sorted(leaves)))
 
 
 def _folded(layout: Layout, leaves: Collection[int]) -> Layout:

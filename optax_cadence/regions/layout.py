@@ -17,6 +17,7 @@ import optax
 
 from optax_cadence import _paths
 from optax_cadence.regions import cuts
+from optax_cadence.regions.grids import Grid
 from optax_cadence.regions.grids import Shape
 from optax_cadence.schedules import phases
 from optax_cadence.schedules.every import as_every
@@ -44,26 +45,30 @@ class Group:
     tensors: Its regions, in the order of the leaves.
     masked: Those of its regions, entries of leaves under a mask, that it trains together with
       other groups; see `entrywise.masks`. They are not among `tensors`.
+    leaves: The leaves that it has a part of.
+    in_pieces: Whether a leaf holds several of its tensors.
   """
 
   name: str
   every: Every
   tensors: tuple[Tensor, ...]
   masked: tuple[Tensor, ...] = ()
+  leaves: tuple[int, ...] = dataclasses.field(init=False)
+  in_pieces: bool = dataclasses.field(init=False)
+
+  def __post_init__(self) -> None:
+    own = [t.leaf for t in self.tensors]
+    leaves = sorted({*own, *(t.leaf for t in self.masked)})
+    object.__setattr__(self, "leaves", tuple(leaves))
+    object.__setattr__(self, "in_pieces", len(set(own)) < len(own))
 
   def take(self, leaves: Mapping[int, jax.Array]) -> list[jax.Array]:
     """This group's tensors, out of the leaves of a tree by position."""
-    return [t.cut.take(leaves[t.leaf]) for t in self.tensors]
-
-  @property
-  def leaves(self) -> list[int]:
-    """The leaves that this group has a part of."""
-    return sorted({t.leaf for t in (*self.tensors, *self.masked)})
-
-  @property
-  def in_pieces(self) -> bool:
-    """Whether a leaf holds several of the group's tensors."""
-    return len({t.leaf for t in self.tensors}) < len(self.tensors)
+    tensors = []
+    for t in self.tensors:
+      leaf = leaves[t.leaf]
+      tensors.append(leaf if isinstance(t.cut, cuts.Whole) else t.cut.take(leaf))
+    return tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +81,9 @@ class Layout:
     shapes: Shape of each leaf.
     groups: The groups, in order of first appearance.
     has_masks: Whether a cadence is a mask.
+    scattered: Whether tensors lie so that an elementwise optimizer could have them in a faster way;
+      see `entrywise.choice`.
+    masked: The leaves under masks that their groups train together.
   """
 
   treedef: Any
@@ -83,25 +91,13 @@ class Layout:
   shapes: tuple[Shape, ...]
   groups: tuple[Group, ...]
   has_masks: bool = False
+  scattered: bool = False
+  masked: tuple[int, ...] = ()
 
   @property
   def cycle(self) -> int | None:
     """Micro-steps after which the schedule repeats; None when a period is dynamic."""
     return phases.cycle(group.every for group in self.groups)
-
-  @property
-  def scattered(self) -> bool:
-    """Whether tensors lie so that an elementwise optimizer could have them in a faster way."""
-    return any(
-      isinstance(t.cut, cuts.Entries) or cuts.can_fold(t.cut, self.shapes[t.leaf])
-      for group in self.groups
-      for t in group.tensors
-    )
-
-  @property
-  def masked(self) -> list[int]:
-    """The leaves under a mask that their groups train together."""
-    return sorted({t.leaf for group in self.groups for t in group.masked})
 
   def name(self, leaf: int) -> str:
     """Path of a leaf as errors and tables show it."""
@@ -142,14 +138,84 @@ def leaves_of(tree: Any) -> Leaves:
   return dict(enumerate(map(jnp.asarray, jax.tree.leaves(tree))))
 
 
-def layout(every: Any, tree: Any, known: "Sequence[Given] | None" = None) -> Layout:
+class Cadences(NamedTuple):
+  """All cadences that `every` has.
+
+  Attributes:
+    by_path: What stands at each path of `every`: an `Every`, a `Grid` or a mask. None for a
+      function of the parameters.
+    everys: Every cadence in them, by its key.
+    names: The name of its group, by its key.
+    has_masks: Whether there is a mask.
+  """
+
+  by_path: dict[_paths.Path, Any] | None
+  everys: dict[Hashable, Every]
+  names: dict[Hashable, str]
+  has_masks: bool
+
+
+def cadences_of(every: Any) -> Cadences | None:
+  """All cadences that `every` has, whatever the parameters.
+
+  Returns:
+    The cadences; None for a function of the parameters that does not say what it may return, as
+    `by_path` does in its attribute `cadences`.
+
+  Raises:
+    ValueError: If one is malformed.
+  """
+  by_path: dict[_paths.Path, Any] | None = None
+  if callable(every):
+    if getattr(every, "cadences", None) is None:
+      return None
+    given: list[tuple[_paths.Path, str, Any]] = [((), place, c) for place, c in every.cadences]
+  else:
+    by_path = dict(_paths.flatten_with_paths(every))
+    given = [(path, _paths.join(path), cadence) for path, cadence in by_path.items()]
+  everys: dict[Hashable, Every] = {}
+  places: dict[Hashable, str] = {}
+  has_masks = False
+  for path, place, cadence in given:
+    try:
+      cells = [as_every(period) for period in cuts.periods_of(cadence)]
+    except ValueError as error:
+      raise named(error, path) from None
+    if by_path is not None and not (cuts.is_mask(cadence) or isinstance(cadence, Grid)):
+      by_path[path] = cells[0]
+    has_masks |= cuts.is_mask(cadence)
+    for cell in cells:
+      everys.setdefault(cell.key, cell)
+      places.setdefault(cell.key, place)
+  return Cadences(by_path, everys, _group_names(everys, places), has_masks)
+
+
+def _group_names(
+  everys: Mapping[Hashable, Every], places: Mapping[Hashable, str]
+) -> dict[Hashable, str]:
+  """A name for the group of each cadence, by its key.
+
+  It is what the cadence is called: "8", "8 (offset 3)", "until_certain(1.0, 2-64)". Of several
+  cadences called the same, such as two policies, it says also where they are given. It does not
+  depend on the order of the groups.
+  """
+  called = collections.Counter(every.name for every in everys.values())
+  names: dict[Hashable, str] = {}
+  for key, every in everys.items():
+    name, place = every.name, places[key]
+    name = f"{name} of {place}" if called[name] > 1 and place else name
+    names[key] = _paths.unused(name, names.values())
+  return names
+
+
+def layout(every: Any, tree: Any, known: Cadences | None = None) -> Layout:
   """Resolves the cadences of a tree.
 
   Args:
     every: A tree prefix of `tree` whose leaves are cadences, matched by key path; or
       a callable from `tree` to one.
     tree: Parameters, or gradients of the same structure; only shapes are read.
-    known: What `declared(every)` returns.
+    known: What `cadences_of(every)` returns.
 
   Returns:
     The layout, groups in order of first appearance. A cadence that no leaf of this tree has,
@@ -161,85 +227,31 @@ def layout(every: Any, tree: Any, known: "Sequence[Given] | None" = None) -> Lay
   """
   leaves, treedef = jax.tree.flatten(tree)
   paths = [path for path, _ in _paths.flatten_with_paths(tree)]
-  given = _called(every, tree) if callable(every) else every
-  everys: dict[Hashable, Every] = {}
-  tensors: dict[Hashable, list[Tensor]] = {}
-  cadences = _match(given, paths, tree)
-  for i, (path, leaf, cadence) in enumerate(zip(paths, leaves, cadences, strict=True)):
-    for cell, cut in _cut(path, np.shape(leaf), cadence):
-      cell_every = as_every(cell)
-      everys.setdefault(cell_every.key, cell_every)
-      tensors.setdefault(cell_every.key, []).append(Tensor(i, cut))
-  known = declared(given) if known is None else known
+  resolved = known
+  if known is None or known.by_path is None:
+    resolved = cadences_of(_called(every, tree) if callable(every) else every)
+    known = known or resolved
   assert known is not None
-  names = group_names(known)
-  for absent in known:
-    everys.setdefault(absent.every.key, absent.every)
-  return Layout(
-    treedef,
-    tuple(paths),
-    tuple(np.shape(leaf) for leaf in leaves),
-    tuple(Group(names[key], e, tuple(tensors.get(key, ()))) for key, e in everys.items()),
-    any(cell.of_mask for cell in known),
-  )
-
-
-class Given(NamedTuple):
-  """A cadence as it stands in `every`.
-
-  Attributes:
-    place: Where: a path, or a pattern.
-    every: The cadence.
-    of_mask: Whether it is the period of some entries of a mask.
-  """
-
-  place: str
-  every: Every
-  of_mask: bool
-
-
-def declared(every: Any) -> list[Given] | None:
-  """All cadences that `every` has, whatever the parameters, repeated ones too.
-
-  Returns:
-    The cadences; None for a function of the parameters that does not say what it may return, as
-    `by_path` does in its attribute `cadences`.
-
-  Raises:
-    ValueError: If one is malformed.
-  """
-  if callable(every):
-    cadences = getattr(every, "cadences", None)
-    if cadences is None:
-      return None
-    given: list[tuple[_paths.Path, str, Any]] = [((), place, c) for place, c in cadences]
-  else:
-    rows = _paths.flatten_with_paths(every)
-    given = [(path, _paths.join(path), cadence) for path, cadence in rows]
-  cells = []
-  for path, place, cadence in given:
-    with naming(path):
-      mask = cuts.is_mask(cadence)
-      cells += [Given(place, as_every(period), mask) for period in cuts.periods_of(cadence)]
-  return cells
-
-
-def group_names(given: Sequence[Given]) -> dict[Hashable, str]:
-  """A name for the group of each cadence, by its key.
-
-  It is what the cadence is called: "8", "8 (offset 3)", "until_certain(1.0, 2-64)". Of several
-  cadences called the same, such as two policies, it says also where they are given. It does not
-  depend on the order of the groups.
-  """
-  first: dict[Hashable, Given] = {}
-  for cell in given:
-    first.setdefault(cell.every.key, cell)
-  called = collections.Counter(cell.every.name for cell in first.values())
-  names: dict[Hashable, str] = {}
-  for key, (place, every, _) in first.items():
-    name = f"{every.name} of {place}" if called[every.name] > 1 and place else every.name
-    names[key] = _paths.unused(name, names.values())
-  return names
+  assert resolved is not None
+  shapes, scattered = [], False
+  tensors: dict[Hashable, list[Tensor]] = {}
+  for i, (leaf, cadence) in enumerate(zip(leaves, _match(resolved, paths, tree), strict=True)):
+    shapes.append(np.shape(leaf))
+    if isinstance(cadence, Every):
+      tensors.setdefault(cadence.key, []).append(Tensor(i, cuts.Whole()))
+      continue
+    try:
+      parts = cuts.cut(cadence, shapes[i], lambda cell: as_every(cell).key)
+    except ValueError as error:
+      raise named(error, paths[i], f" of shape {shapes[i]}") from None
+    for cell, cut in parts:
+      tensors.setdefault(as_every(cell).key, []).append(Tensor(i, cut))
+      scattered |= isinstance(cut, cuts.Entries) or cuts.can_fold(cut, shapes[i])
+  groups = []
+  for key in dict.fromkeys([*tensors, *known.everys]):
+    cadence = known.everys.get(key) or resolved.everys[key]
+    groups.append(Group(known.names[key], cadence, tuple(tensors.get(key, ()))))
+  return Layout(treedef, tuple(paths), tuple(shapes), tuple(groups), known.has_masks, scattered)
 
 
 def _called(every: Callable[[Any], Any], tree: Any) -> Any:
@@ -252,47 +264,35 @@ def _called(every: Callable[[Any], Any], tree: Any) -> Any:
     ) from error
 
 
-def _cut(path: _paths.Path, shape: Shape, cadence: Any) -> list[tuple[Any, cuts.Cut]]:
-  """The cuts of a leaf, each with its cadence."""
-  with naming(path, f" of shape {shape}"):
-    if not (isinstance(cadence, cuts.Grid) or cuts.is_mask(cadence)):
-      return [(as_every(cadence), cuts.Whole())]
-    return cuts.cut(cadence, shape, lambda cell: as_every(cell).key)
+def named(error: Exception, path: _paths.Path, what: str = "") -> ValueError:
+  """The error, which says which leaf the cadence is for."""
+  where = f"cadence of {_paths.join(path)!r}{what}" if path else "cadence"
+  return ValueError(f"{where}: {error}")
 
 
-class naming:
-  """Lets an error that is raised inside say which leaf the cadence is for."""
-
-  def __init__(self, path: _paths.Path, what: str = "") -> None:
-    self.where = f"cadence of {_paths.join(path)!r}{what}" if path else "cadence"
-
-  def __enter__(self) -> None: ...
-
-  def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-    if isinstance(error, ValueError):
-      raise ValueError(f"{self.where}: {error}") from None
-
-
-def _match(every: Any, paths: list[_paths.Path], tree: Any) -> list[Any]:
-  """The cadence of each path: the leaf of `every` whose path is a prefix of it."""
-  given = dict(_paths.flatten_with_paths(every))
-  used, cadences = set(), []
+def _match(cadences: Cadences, paths: list[_paths.Path], tree: Any) -> list[Any]:
+  """The cadence of each path: the one that is given for a prefix of it."""
+  given, used, found = cadences.by_path, set(), []
+  assert given is not None
   for path in paths:
-    prefix = next((path[:n] for n in range(len(path) + 1) if path[:n] in given), None)
-    if prefix is None:
+    n = 0
+    while n < len(path) and path[:n] not in given:
+      n += 1
+    prefix = path[:n]
+    if prefix not in given:
       raise ValueError(
         f"no cadence for {_paths.join(path)!r}: expected every to be a prefix of the"
         f" parameters, found cadences for {_paths.listed(given)}"
       )
     used.add(prefix)
-    cadences.append(given[prefix])
+    found.append(given[prefix])
   for path in given.keys() - used - {()}:
     if not _is_masked(path, tree):
       raise ValueError(
         f"cadence of {_paths.join(path)!r}: no parameter is there; expected a prefix of"
         f" {_paths.listed(paths)}"
       )
-  return cadences
+  return found
 
 
 def _is_masked(path: _paths.Path, tree: Any) -> bool:

@@ -28,6 +28,10 @@ class Every:
       `Policy`, which decides while the window is open.
     offset: Due when t ≡ offset (mod period); the first window is then that long.
       Only for integer periods.
+    static: Whether the period is known while tracing.
+    always: Whether every micro-step is due, as is known while tracing.
+    policy: The policy that decides, if one does.
+    key: What two regions have in common when they share a group.
 
   Raises:
     ValueError: If the period is below 1 or the offset outside `[0, period)`.
@@ -39,47 +43,41 @@ class Every:
 
   period: Any
   offset: int = 0
+  static: bool = dataclasses.field(init=False, repr=False)
+  always: bool = dataclasses.field(init=False, repr=False)
+  policy: Policy | None = dataclasses.field(init=False, repr=False)
+  key: Hashable = dataclasses.field(init=False, repr=False)
 
   def __post_init__(self) -> None:
+    policy = self.period if isinstance(self.period, Policy) else None
     if isinstance(self.period, jax.Array) and self.period.ndim == 0:
       if not jnp.issubdtype(self.period.dtype, jnp.integer):
         raise ValueError(f"a period must be an integer, found dtype {self.period.dtype}")
       if not isinstance(self.period, jax.core.Tracer) and self.period < 1:
         raise ValueError(f"a period must be at least 1, found {self.period}")
-    elif not callable(self.period) and self.policy is None:
+    elif not callable(self.period) and policy is None:
       object.__setattr__(self, "period", integer("a period", self.period))
       if self.period < 1:
         raise ValueError(f"a period must be at least 1, found {self.period}")
     object.__setattr__(self, "offset", integer("an offset", self.offset))
-    if self.static and not 0 <= self.offset < self.period:
+    static = isinstance(self.period, int)
+    if static and not 0 <= self.offset < self.period:
       raise ValueError(
         f"an offset must be at least 0 and below the period {self.period}, found {self.offset}"
       )
-    if not self.static and self.offset:
+    if not static and self.offset:
       raise ValueError(
         f"an offset needs an integer period, found {self.offset} beside a"
         " schedule, a traced period or a policy"
       )
-
-  @property
-  def static(self) -> bool:
-    """Whether the period is known while tracing."""
-    return isinstance(self.period, int)
-
-  @property
-  def always(self) -> bool:
-    """Whether every micro-step is due, as is known while tracing."""
-    return self.static and self.period == 1
-
-  @property
-  def policy(self) -> Policy | None:
-    """The policy that decides, if one does."""
-    return self.period if isinstance(self.period, Policy) else None
-
-  @property
-  def key(self) -> Hashable:
-    """What two regions have in common when they share a group."""
-    return (self.period, self.offset) if self.static else id(self.period)
+    known = {
+      "static": static,
+      "always": static and self.period == 1,
+      "policy": policy,
+      "key": (self.period, self.offset) if static else id(self.period),
+    }
+    for name, value in known.items():
+      object.__setattr__(self, name, value)
 
   @property
   def name(self) -> str:
