@@ -11,9 +11,9 @@ import optax
 import pytest
 from flax import nnx
 
-from optax_cadence.schedules.by_depth import by_depth
-from optax_cadence.schedules.by_path import by_path
-from optax_cadence.schedules.forward_order import forward_order
+from optax_cadence._builders import by_depth
+from optax_cadence._builders import by_path
+from optax_cadence._forward_order import forward_order
 
 
 def w(*shape):

@@ -126,7 +126,7 @@ def in_use(state: oc.CadenceState) -> oc.CadenceState:
     group
     if group.window is None or group.window.any()
     else group._replace(accumulators=jax.tree.map(jnp.zeros_like, group.accumulators))
-    for group in state.groups.values()
+    for group in state.groups
   ]
   return state._replace(groups=tuple(groups))
 

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 import optax_cadence as oc
-from optax_cadence.regions import cuts as _regions
+from optax_cadence import _regions
 
 
 def cut(cadence, shape):

@@ -8,7 +8,7 @@ import oracle
 import pytest
 
 import optax_cadence as oc
-from optax_cadence.programs import primitives
+from optax_cadence import _elementwise
 
 SHAPES = {"bias": (3,), "first": (128, 3), "last": (3, 128), "other": (2, 3, 64, 2)}
 BANDS = [1, 2, 1, 4]
