@@ -19,6 +19,7 @@ from flax import nnx
 from flax.training import train_state
 from jax import export
 from matplotlib.figure import Figure
+from states import groups
 
 import optax_cadence as oc
 from optax_cadence import pruning
@@ -103,6 +104,7 @@ def test_a_mask_takes_at_most_seven_reads_of_the_data_before_it_is_written(x):
   assert selection.HISTOGRAM.ways**3 >= 2**32
 
 
+@pytest.mark.usefixtures("optimized_programs")
 def test_ties_are_settled_within_a_row():
   x = jax.ShapeDtypeStruct((512, 512), jnp.float32)
 
@@ -347,7 +349,7 @@ def test_moments_of_pruned_entries_are_cleared_or_kept_through_a_cadence(clear):
   (*_, (before, _), (after, state)) = run(tx, 5)
   assert zeros(before) == zeros(after) == {"a": 64, "b": 18}
   # At micro-step 5 the group of period 1 updates the first and the last quadrant again.
-  every, *_ = state[0].groups
+  every, *_ = groups(state[0])
   top, bottom = every.inner_state[0].mu["a"]["kernel"]
   kept = pruning.masks(after, state)["a"]["kernel"]
   grad = tree(5)["a"]["kernel"]
@@ -446,6 +448,7 @@ def test_masks_follow_new_shapes():
   assert zeros(optax.apply_updates(wide, updates)) == {"a": 64, "b": 18}
 
 
+@pytest.mark.usefixtures("optimized_programs")
 def test_held_step_copies_no_leaf():
   tx, params = oc.prune(0.5, every=4), {"w": jnp.ones((256, 256))}
 

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from states import groups
 
 import optax_cadence as oc
 from optax_cadence import _elementwise
@@ -37,7 +38,7 @@ def cadence(inner, every=None, **options):
 
 def ranks(state, name):
   """Ranks of the accumulators of a leaf."""
-  found = (group.accumulators for group in state.groups if group.accumulators is not None)
+  found = (group.accumulators for group in groups(state) if group.accumulators is not None)
   return {x.ndim for tree in found for x in jax.tree.leaves(tree[name])}
 
 
@@ -63,14 +64,29 @@ JOINED = {
 }
 
 
+@pytest.mark.parametrize("inner", SPLIT.values(), ids=SPLIT)
+def test_updates_of_split_bands_follow_the_oracle(inner):
+  follow(inner)
+
+
 @pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}], ids=["propagate", "skip"])
 @pytest.mark.parametrize("inner", SPLIT.values(), ids=SPLIT)
-def test_split_bands_follow_the_oracle(inner, options):
+@pytest.mark.ci
+def test_every_way_with_split_bands_follows_the_oracle(inner, options):
+  follow(inner, ("apply", "static apply"), **options)
+
+
+def test_skipping_and_static_phases_with_split_bands_follow_the_oracle():
+  follow(SPLIT["sgd"], ("static apply",), nonfinite="skip")
+
+
+def follow(inner, other_ways=(), **options):
+  """Six micro-steps of `update` and a flush beside the oracle, and of other ways beside those."""
   rng, tx = np.random.default_rng(0), cadence(inner, **options)
   params = random(rng)
   slow = oracle.Oracle(oracle.relaxed(inner), list(params.values()), PIECES)
-  state, update, apply = tx.init(params), jax.jit(tx.update), jax.jit(tx.apply)
-  static = jax.jit(tx.apply, static_argnames="phase")
+  state, update = tx.init(params), jax.jit(tx.update)
+  others = {way: jax.jit(tx.apply, static_argnames="phase") for way in other_ways}
   assert ranks(state, "last") == {2, 3} and ranks(state, "other") == {5}
   for t in range(1, 7):
     grads = random(rng)
@@ -78,11 +94,13 @@ def test_split_bands_follow_the_oracle(inner, options):
     updates, new = update(grads, state, params)
     after = optax.apply_updates(params, updates)
     assert_close(list(updates.values()), expected)
-    assert_close(apply(params, state, grads)[0], after)
-    assert_close(static(params, state, grads, phase=t % 4)[0], after)
+    for way, apply in others.items():
+      phase = t % 4 if way.startswith("static") else None
+      assert_close(apply(params, state, grads, phase=phase)[0], after)
     params, state = after, new
-  updates, _ = jax.jit(tx.flush)(state, params)
-  assert_close(list(updates.values()), slow.flush(list(params.values())))
+  if options or other_ways:
+    updates, _ = jax.jit(tx.flush)(state, params)
+    assert_close(list(updates.values()), slow.flush(list(params.values())))
 
 
 @pytest.mark.parametrize("inner", JOINED.values(), ids=JOINED)
@@ -97,6 +115,7 @@ def test_bands_are_joined_where_that_is_as_fast():
   assert ranks(narrow.init({"w": jnp.ones((3, 128))}), "w") == {2}
 
 
+@pytest.mark.usefixtures("optimized_programs")
 def test_no_array_is_copied():
   tx = cadence(optax.adamw(0.1), {"w": oc.channels([1, 2, 4, 8] * 4)})
   params = {"w": jnp.ones((64, 512))}
