@@ -16,7 +16,7 @@ from optax_cadence import _step
 from optax_cadence import _window
 from optax_cadence._state import CadenceState
 from optax_cadence._state import GroupState
-from optax_cadence._state import RegionNames
+from optax_cadence._state import Regions
 from optax_cadence.regions import layout as layouts
 from optax_cadence.schedules import phases
 from optax_cadence.schedules.every import Every
@@ -251,7 +251,8 @@ class Cadence:
       from optax_cadence.entrywise import masks as entries
 
       masks = entries.init(self.inner, layout, leaves, self.sum_dtype)
-    return CadenceState(jnp.int32(0), groups, RegionNames.of(layout.region_names()), masks)
+    regions = Regions.of(layout.region_names(), layout.folded())
+    return CadenceState(jnp.int32(0), groups, regions, masks)
 
   def _init_group(
     self, inner: Any, every: Every, tensors: list[jax.Array], params: Any, sums: Any
@@ -290,7 +291,7 @@ class Cadence:
       from optax_cadence.entrywise import masks as entries
 
       masks = entries.stand_in(self.inner, placeholder)
-    return CadenceState(jnp.int32(0), groups, RegionNames(None), masks)
+    return CadenceState(jnp.int32(0), groups, Regions(None), masks)
 
   def update(
     self,

@@ -36,7 +36,7 @@ def check_same(what: str, as_where: str, expected: Any, found: Any) -> None:
   """Raises `ValueError` unless two trees have the same paths and shapes."""
   want, structure = jax.tree.flatten(expected)
   have, other = jax.tree.flatten(found)
-  if structure == other and list(map(np.shape, want)) == list(map(np.shape, have)):
+  if other == structure and list(map(np.shape, want)) == list(map(np.shape, have)):
     return
   difference = mismatch(expected, found)
   if difference:

@@ -72,29 +72,37 @@ class MaskState(NamedTuple):
   accumulators: Any
 
 
-class RegionNames(NamedTuple):
-  """The names of all regions, by group: a part of the state's structure, without arrays.
+class Regions(NamedTuple):
+  """The regions of a state: a part of its structure, without arrays.
 
   Attributes:
-    text: The names as JSON, from the name of a group to those of its regions; None where they
-      are not known, as in what `tx.init` makes of the stand-in of
-      `optax.tree_utils.tree_map_params`.
+    text: As JSON, under "names" for each group the names of its regions, and under "folded" the
+      paths of the leaves whose bands keep their fold. None where they are not known, as in what
+      `tx.init` makes of the stand-in of `optax.tree_utils.tree_map_params`.
   """
 
   text: str | None
 
   @classmethod
-  def of(cls, names: Mapping[str, Sequence[str]]) -> "RegionNames":
-    """From a dict."""
-    return cls(json.dumps(names))
+  def of(
+    cls, names: Mapping[str, Sequence[str]], folded: Sequence[Sequence[str]] = ()
+  ) -> "Regions":
+    """The regions with these names, and the leaves whose bands keep their fold."""
+    return cls(json.dumps({"names": names, "folded": folded}))
 
-  def by_group(self) -> dict[str, list[str]]:
-    """As a dict."""
-    return {} if self.text is None else json.loads(self.text)
+  @property
+  def names(self) -> dict[str, list[str]]:
+    """For each group the names of its regions, in order."""
+    return {} if self.text is None else json.loads(self.text)["names"]
+
+  @property
+  def folded(self) -> set[tuple[str, ...]]:
+    """The paths of the leaves whose bands keep their fold."""
+    return set() if self.text is None else set(map(tuple, json.loads(self.text)["folded"]))
 
 
 class _NotYetKnown:
-  """Stands for names that are not known: equal to any, and from then on for those.
+  """Stands for regions that are not known: equal to any, and from then on for those.
 
   `tree_map_params` compares the structure of a state with that of one without parameters, and
   gives back its own state in the structure of the latter.
@@ -111,14 +119,14 @@ class _NotYetKnown:
     return 0
 
 
-def _names_from(text: Any, _: Any) -> RegionNames:
-  return RegionNames(text.text if isinstance(text, _NotYetKnown) else text)
+def _regions_from(text: Any, _: Any) -> Regions:
+  return Regions(text.text if isinstance(text, _NotYetKnown) else text)
 
 
 jax.tree_util.register_pytree_node(
-  RegionNames,
-  lambda names: ((), _NotYetKnown() if names.text is None else names.text),
-  _names_from,
+  Regions,
+  lambda regions: ((), _NotYetKnown() if regions.text is None else regions.text),
+  _regions_from,
 )
 
 
@@ -129,12 +137,12 @@ class CadenceState(NamedTuple):
     micro_step: Micro-steps done: int32 scalar.
     groups: State of each group, by name: "8" for period 8, "8 (offset 3)", or what a schedule
       or policy is called.
-    regions: The names of each group's regions.
+    regions: The names of each group's regions, and how they are laid out.
     masks: State of the leaves under masks that their groups train together, which they do
       where the inner optimizer is elementwise; None where no cadence is a mask.
   """
 
   micro_step: jax.Array
   groups: dict[str, GroupState]
-  regions: RegionNames
+  regions: Regions
   masks: MaskState | None = None

@@ -122,7 +122,7 @@ def flush(call: Call, state: CadenceState, targets: Leaves) -> tuple[Leaves, Cad
   groups, turns, micro_step = {}, {}, state.micro_step - 1
   for group in call.layout.groups:
     old = state.groups[group.name]
-    window = _window.so_far(old)
+    window = _window.so_far(old, call.layout.tree(group, group.take(targets)))
     filled = False if old.window is None else window.length.max(initial=0) > 0
     turns[group.name] = Turn(old.inner_state, window, filled)
     if old.window is not None:

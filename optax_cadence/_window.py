@@ -77,7 +77,7 @@ def accumulate(state: GroupState, tensors: Sequence[jax.Array], tree: Any) -> Wi
     skipped = skipped + 1 - new
   if state.accumulators is None or state.window is None:
     return Window(list(tensors), new, skipped)
-  _paths.check_same("gradient", "as in the state", state.accumulators, tree)
+  _check_tree(state, tree)
   sums = []
   for i, (old, x) in enumerate(zip(jax.tree.leaves(state.accumulators), tensors, strict=True)):
     total = added(old, x, item(state.window, i))
@@ -94,10 +94,18 @@ def added(total: jax.Array, x: jax.Array, length: jax.Array) -> jax.Array:
   return jnp.where(length == 0, x, total + x)
 
 
-def so_far(state: GroupState) -> Window:
-  """The window of a group as it is, without another micro-batch."""
+def so_far(state: GroupState, tree: Any) -> Window:
+  """The window of a group as it is, without another micro-batch; arguments as in `accumulate`."""
+  _check_tree(state, tree)
   length = jnp.int32(0) if state.window is None else state.window
   return Window(jax.tree.leaves(state.accumulators), length, state.skipped)
+
+
+def _check_tree(state: GroupState, tree: Any) -> None:
+  """Raises `ValueError` if a state has accumulators for other tensors than these."""
+  if state.accumulators is not None:
+    where = "as in the state, which goes with the parameters and cadences it was made for"
+    _paths.check_same("gradient", where, state.accumulators, tree)
 
 
 def add_squares(

@@ -43,7 +43,7 @@ def test_keep_passes_on_constants_repeated_and_unchanged_values():
     shared = carry[0] + 10
     return shared, shared, jnp.float32(7), carry[3]
 
-  flags = [jnp.bool_(i % 2) for i in range(4)]
+  flags = tuple(jnp.bool_(i % 2) for i in range(4))
   expected = tuple(
     x if i % 2 else old for i, (x, old) in enumerate(zip(some(carry, ()), carry, strict=True))
   )

@@ -309,17 +309,22 @@ def test_functions_of_a_cadence(call, tx):
   check(lambda: call(tx), "cadence", "oc.chain", "found")
 
 
-def test_cycle_of_a_callable_is_not_known_before_init():
+def test_cycle_of_a_function_of_the_parameters_is_asked_with_them():
   tx = oc.cadence(SGD, lambda params: 2)
-  check(lambda: tx.cycle, "cycle", "init")
   tx.init(PARAMS)
-  assert tx.cycle == 2
+  check(lambda: tx.cycle, "cycle", "describe(tx, params)")
+  assert oc.describe(tx, PARAMS).cycle == 2
 
 
-def test_tree_map_params_is_not_possible_before_init():
-  make = lambda: oc.cadence(SGD, lambda params: 2)
-  state = make().init(PARAMS)
-  check(lambda: optax.tree_utils.tree_map_params(make(), lambda x: x, state), "init")
+def test_tree_map_params_needs_cadences_that_are_known_without_parameters():
+  every = lambda params: {"blk": 2, "head": 1}
+  tx = oc.cadence(SGD, every)
+  state = tx.init(PARAMS)
+  check(lambda: optax.tree_utils.tree_map_params(tx, lambda x: x, state), "every(params)")
+  tx = oc.cadence(SGD, every(PARAMS))
+  same = optax.tree_utils.tree_map_params(tx, lambda x: x, state)
+  assert jax.tree.structure(same) == jax.tree.structure(state)
+  assert same.regions == state.regions
 
 
 # Phases.

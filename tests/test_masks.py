@@ -17,7 +17,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 from states import groups
+from states import mask_moments
 from states import mask_states
+from states import masked_leaves
 
 import optax_cadence as oc
 
@@ -107,7 +109,7 @@ APART = {
 
 @pytest.mark.parametrize("inner", SHARED.values(), ids=SHARED)
 def test_groups_share_what_is_updated_entry_by_entry(inner):
-  assert len(mask_states(cadence(inner).init(random(RNG)))) == 2
+  assert masked_leaves(cadence(inner).init(random(RNG))) == 2
   follow(inner, ways=())
 
 
@@ -124,7 +126,7 @@ def test_apply_gives_the_same_parameters_and_state(inner):
 
 @pytest.mark.parametrize("inner", APART.values(), ids=APART)
 def test_groups_are_apart_where_entries_are_not(inner):
-  assert len(mask_states(cadence(inner).init(random(RNG)))) == 0
+  assert masked_leaves(cadence(inner).init(random(RNG))) == 0
 
 
 def follow(inner, steps=9, seed=0, ways=("apply",), **options):
@@ -172,7 +174,7 @@ def test_moments_and_parameters_of_entries_that_are_not_due_are_bit_for_bit_what
     updates, new = update(random(rng), state, params)
     held = t % MASK != 0
     assert not np.asarray(updates["first"])[held].any()
-    moments = [jax.tree.leaves(mask_states(s)[0].inner_state) for s in (state, new)]
+    moments = [mask_moments(s, "first") for s in (state, new)]
     for before, after in zip(*moments, strict=True):
       np.testing.assert_array_equal(np.asarray(before)[held], np.asarray(after)[held])
       assert (np.asarray(before) != np.asarray(after))[~held].any()
@@ -199,7 +201,7 @@ def test_any_number_of_groups(n):
   inner, params = oracle.relaxed(optax.adam(0.1)), [jnp.ones(SHAPE)]
   tx, slow = oc.cadence(inner, [periods]), oracle.Oracle(inner, params, [oracle.entries(periods)])
   state, update = tx.init(params), jax.jit(tx.update)
-  assert len(mask_states(state)) == (n <= 32)
+  assert masked_leaves(state) == (n <= 32)
   for _ in range(5):
     grads = [jnp.asarray(rng.integers(-8, 9, SHAPE) / 8.0, jnp.float32)]
     updates, state = update(grads, state, params)
@@ -212,9 +214,9 @@ def test_other_dtypes(dtype):
   params = random(rng, dtype)
   tx, slow = cadence(inner), oracle.Oracle(inner, list(params.values()), PIECES)
   state, update = tx.init(params), jax.jit(tx.update)
-  assert len(mask_states(state)) == 2
+  assert masked_leaves(state) == 2
   wide = jnp.complex64 if dtype == "complex64" else jnp.float32
-  assert jax.tree.leaves(mask_states(state)[0].accumulators)[0].dtype == wide
+  assert jax.tree.leaves(state.masks.accumulators)[0].dtype == wide
   for _ in range(4):
     grads = random(rng, dtype)
     expected = slow.step(list(grads.values()), list(params.values()))
@@ -231,7 +233,7 @@ def test_the_clock_of_each_group(clock):
   inner = optax.sgd(optax.linear_schedule(1.0, 0.0, 16))
   tx, params = cadence(inner, clock=clock), random(RNG)
   state, ones = tx.init(params), jax.tree.map(jnp.ones_like, params)
-  assert len(mask_states(state)) == 2
+  assert masked_leaves(state) == 2
   update = jax.jit(tx.update)
   for _ in range(8):
     updates, state = update(ones, state, params)
@@ -242,7 +244,7 @@ def test_the_clock_of_each_group(clock):
 def test_scale_by_cadence_sees_the_window_of_each_entry():
   tx, params = cadence(optax.chain(optax.sgd(1.0), oc.scale_by_cadence("linear"))), random(RNG)
   state, ones = tx.init(params), jax.tree.map(jnp.ones_like, params)
-  assert len(mask_states(state)) == 2
+  assert masked_leaves(state) == 2
   update = jax.jit(tx.update)
   for _ in range(8):
     updates, state = update(ones, state, params)
@@ -263,7 +265,7 @@ def test_a_learning_rate_set_by_hand_holds_for_its_group():
 
 def test_skip_and_latest_are_apart():
   for options in ({"nonfinite": "skip"}, {"accumulate": "latest"}):
-    assert len(mask_states(cadence(optax.adam(0.1), **options).init(random(RNG)))) == 0
+    assert masked_leaves(cadence(optax.adam(0.1), **options).init(random(RNG))) == 0
 
 
 # Around the cadence.
@@ -290,9 +292,9 @@ def test_tree_map_params_reaches_moments_and_accumulators():
   marked = optax.tree_utils.tree_map_params(
     tx, lambda x: jnp.full_like(x, 7), state, transform_non_params=lambda x: x
   )
-  for s in mask_states(marked):
+  for s in mask_states(marked):  # of two leaves
     arrays = jax.tree.leaves(s)
-    assert len(arrays) == 3 and all((x == 7).all() for x in arrays)
+    assert len(arrays) == 6 and all((x == 7).all() for x in arrays)
 
 
 def test_a_saved_state_resumes_bit_for_bit():
@@ -364,7 +366,7 @@ def test_an_optimizer_that_extra_arguments_couple():
   inner = optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update)
   tx, params = cadence(inner), random(RNG)
   state = tx.init(params)
-  assert len(mask_states(state)) == 2
+  assert masked_leaves(state) == 2
   tx.update(params, state, params, unused=1)
   with pytest.raises(ValueError, match=r"'first': expected .* one by one.*found reduce_sum"):
     tx.update(params, state, params, couple=True)

@@ -9,11 +9,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 import optax_cadence as oc
-from optax_cadence import _regions
+from optax_cadence.regions import cuts
 
 
 def cut(cadence, shape):
-  return _regions.cut(cadence, shape, key=lambda cell: cell)
+  return cuts.cut(cadence, shape, key=lambda cell: cell)
 
 
 def written(one, leaf, tensor):
@@ -62,7 +62,7 @@ def test_any_bands(periods, length):
 
 def test_bands_that_cover_the_axis_are_the_whole_leaf():
   ((period, one),) = cut(oc.channels([4, 4, 4]), (2, 7))
-  assert period == 4 and isinstance(one, _regions.Whole)
+  assert period == 4 and isinstance(one, cuts.Whole)
 
 
 def test_rectangles_are_tensors_of_their_own():
@@ -81,11 +81,11 @@ def test_grid_over_three_axes():
 @pytest.mark.parametrize(
   ("mask", "kind"),
   [
-    (np.full((4, 6), 3), _regions.Whole),
-    (np.array([[1], [1], [2], [1]]), _regions.Bands),
-    (np.array([1, 1, 2, 2, 2, 2]), _regions.Box),
-    (np.kron([[1, 2], [2, 1]], np.ones((2, 3), int)), _regions.Box),
-    (np.indices((4, 6)).sum(0) % 2 + 1, _regions.Entries),
+    (np.full((4, 6), 3), cuts.Whole),
+    (np.array([[1], [1], [2], [1]]), cuts.Bands),
+    (np.array([1, 1, 2, 2, 2, 2]), cuts.Box),
+    (np.kron([[1, 2], [2, 1]], np.ones((2, 3), int)), cuts.Box),
+    (np.indices((4, 6)).sum(0) % 2 + 1, cuts.Entries),
   ],
 )
 def test_a_mask_is_the_coarsest_grid_on_which_it_is_constant(mask, kind):

@@ -11,7 +11,7 @@ import optax
 
 from optax_cadence import _control
 from optax_cadence import _window
-from optax_cadence._state import RegionNames
+from optax_cadence._state import Regions
 from optax_cadence.confidence import policies
 from optax_cadence.confidence import statistics
 from optax_cadence.regions import layout as layouts
@@ -47,7 +47,7 @@ class NoiseScaleState(NamedTuple):
 
   micro_step: jax.Array
   groups: dict[str, MeasuredGroup]
-  regions: RegionNames
+  regions: Regions
 
 
 def noise_scale(every: Any = 8, *, decay: float = 0.9) -> optax.GradientTransformation:
@@ -104,7 +104,7 @@ def noise_scale(every: Any = 8, *, decay: float = 0.9) -> optax.GradientTransfor
         jnp.zeros(len(sums), jnp.float32),
         statistics.no_estimate(len(sums)),
       )
-    return NoiseScaleState(jnp.int32(0), groups, RegionNames.of(layout.region_names()))
+    return NoiseScaleState(jnp.int32(0), groups, Regions.of(layout.region_names()))
 
   def update(
     updates: optax.Updates, state: NoiseScaleState, params: Any = None

@@ -8,8 +8,6 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import jax
-
 from optax_cadence import _paths
 from optax_cadence._state import CadenceState
 from optax_cadence.entrywise import proof
@@ -96,13 +94,8 @@ def as_in_state(layout: Layout, state: CadenceState) -> Layout:
       )
     masked = [known[path] for path in paths]
   layout = _with_masked(layout, masked)
-  folded = set()
-  for group in layout.groups:
-    sums = jax.tree.leaves(state.groups[group.name].accumulators)
-    for t, x in zip(group.tensors, sums, strict=False):
-      if cuts.can_fold(t.cut, layout.shapes[t.leaf]) and x.ndim > len(layout.shapes[t.leaf]):
-        folded.add(t.leaf)
-  return _folded(layout, folded)
+  folded = state.regions.folded
+  return _folded(layout, [i for i, path in enumerate(layout.paths) if path in folded])
 
 
 def check_extra_args(

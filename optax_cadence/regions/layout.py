@@ -114,6 +114,12 @@ class Layout:
         slots[t.leaf] = (*(before if isinstance(before, tuple) else (before,)), tensor)
     return self.treedef.unflatten(slots)
 
+  def folded(self) -> list[_paths.Path]:
+    """The paths of the leaves whose bands keep their fold."""
+    tensors = (t for group in self.groups for t in group.tensors)
+    leaves = {t.leaf for t in tensors if isinstance(t.cut, cuts.FoldedBands)}
+    return [self.paths[leaf] for leaf in sorted(leaves)]
+
   def region_names(self) -> dict[str, tuple[str, ...]]:
     """For every group the names of its regions, in the order of its tensors.
 
@@ -180,6 +186,8 @@ def cadences_of(every: Any) -> Cadences | None:
     try:
       cells = [as_every(period) for period in cuts.periods_of(cadence)]
     except ValueError as error:
+      if by_path is None:
+        return None  # with parameters the error can say which one it is for
       raise named(error, path) from None
     if by_path is not None and not (cuts.is_mask(cadence) or isinstance(cadence, Grid)):
       by_path[path] = cells[0]

@@ -62,7 +62,7 @@ def metrics(state: Any) -> dict[str, Any]:
   measured: dict[str, dict[str, Any]] = {}
   for node, (_, groups) in zip(nodes, small, strict=True):
     rows = cadences if isinstance(node, CadenceState) else measured
-    for group, names in node.regions.by_group().items():
+    for group, names in node.regions.names.items():
       for i, name in enumerate(names):
         # Of two cadences on one parameter the second gets a number.
         rows[_paths.unused(name, rows)] = _row(groups[group], i, jnp if traced else np)

@@ -9,7 +9,8 @@ import pytest
 from states import groups
 
 import optax_cadence as oc
-from optax_cadence import _elementwise
+from optax_cadence.entrywise import proof
+from optax_cadence.programs import reading
 
 SHAPES = {"bias": (3,), "first": (128, 3), "last": (3, 128), "other": (2, 3, 64, 2)}
 BANDS = [1, 2, 1, 4]
@@ -65,18 +66,18 @@ JOINED = {
 
 
 @pytest.mark.parametrize("inner", SPLIT.values(), ids=SPLIT)
-def test_updates_of_split_bands_follow_the_oracle(inner):
+def test_updates_of_folded_bands_follow_the_oracle(inner):
   follow(inner)
 
 
 @pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}], ids=["propagate", "skip"])
 @pytest.mark.parametrize("inner", SPLIT.values(), ids=SPLIT)
 @pytest.mark.ci
-def test_every_way_with_split_bands_follows_the_oracle(inner, options):
+def test_every_way_with_folded_bands_follows_the_oracle(inner, options):
   follow(inner, ("apply", "static apply"), **options)
 
 
-def test_skipping_and_static_phases_with_split_bands_follow_the_oracle():
+def test_skipping_and_static_phases_with_folded_bands_follow_the_oracle():
   follow(SPLIT["sgd"], ("static apply",), nonfinite="skip")
 
 
@@ -126,7 +127,7 @@ def test_no_array_is_copied():
     assert compiled.memory_analysis().temp_size_in_bytes <= params["w"].nbytes
 
 
-def test_a_policy_reads_split_bands():
+def test_a_policy_reads_folded_bands():
   policy = oc.until_certain(1.0, 2, 4)
   tx = cadence(optax.adam(0.1), {"w": oc.channels([policy, 1, policy, 1])})
   params = {"w": jnp.ones((3, 128))}
@@ -168,5 +169,5 @@ X = jnp.ones((2, 3))
   ],
 )
 def test_alike(fn, same):
-  two = [_elementwise.trace(fn, x) for x in (X, X.reshape(-1))]
-  assert _elementwise.alike(*two) == same
+  two = [reading.traced(fn, x) for x in (X, X.reshape(-1))]
+  assert proof.alike(*two) == same
