@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from optax_cadence.growth import _variables
+from optax_cadence.growth import _nnx_model
 
 
 def init_kernel(
@@ -223,7 +223,7 @@ class CKConv(nnx.Module):
   def kernel(self) -> jax.Array:
     """The kernel at the present size: [*kernel_size, in, out]."""
     names = [f"{kind}{i}" for i in range(self.depth) for kind in "wb"]
-    params = {name: _variables.get(getattr(self, name)) for name in names}
+    params = {name: _nnx_model.get_array(getattr(self, name)) for name in names}
     return sample_kernel(
       params, self.kernel_size, self.in_features, self.out_features, fitted=self.fitted_size
     )
@@ -247,7 +247,7 @@ class CKConv(nnx.Module):
     return (
       y
       if self.bias is None
-      else y + jnp.expand_dims(_variables.get(self.bias), tuple(range(y.ndim - 1)))
+      else y + jnp.expand_dims(_nnx_model.get_array(self.bias), tuple(range(y.ndim - 1)))
     )
 
 
@@ -297,7 +297,7 @@ def to_continuous(
     omega=omega,
   )
   for name, value in params.items():
-    _variables.put(getattr(layer, name), value)
+    _nnx_model.set_array(getattr(layer, name), value)
   if layer.bias is not None:
-    _variables.put(layer.bias, jnp.asarray(bias))
+    _nnx_model.set_array(layer.bias, jnp.asarray(bias))
   return layer, error
