@@ -44,20 +44,34 @@ def set_variables(model: nnx.Module, tree: Any) -> None:
 
 def forward(model: nnx.Module) -> Callable[..., Any]:
   """The forward pass as a function of `variables(model)`; it returns what changes too."""
+  return _function(model, type(model).__call__)
+
+
+def _function(
+  model: nnx.Module, call: Callable[..., Any], adapt: Callable[[Any], None] = lambda model: None
+) -> Callable[..., Any]:
+  """`call(model, ...)` as a function of the model's variables, of which some may be left out.
+
+  Args:
+    model: The model.
+    call: Its `__call__`, or that of a class above its own.
+    adapt: Adapts the model to the sizes of the variables.
+  """
   graphdef, state = nnx.split(model)
 
   def run(tree: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    model = nnx.merge(graphdef, _filled(state, tree))
-    return model(*args, **kwargs), _changing(model)
+    copy = nnx.merge(graphdef, _filled(state, tree))
+    adapt(copy)
+    return call(copy, *args, **kwargs), _changing(copy)
 
   return run
 
 
 def _filled(state: Any, tree: Any) -> Any:
-  """The state with the arrays of a nested dict."""
-  values = _trees.leaves(tree)
-  paths = [path for path, _ in _paths.flatten_with_paths(state)]
-  return jax.tree.unflatten(jax.tree.structure(state), [values[path] for path in paths])
+  """The state with the arrays of a nested dict; what is not there stays."""
+  leaves = _trees.leaves(tree)
+  values = [leaves.get(path, leaf) for path, leaf in _paths.flatten_with_paths(state)]
+  return jax.tree.unflatten(jax.tree.structure(state), values)
 
 
 def _changing(model: nnx.Module) -> Any:
@@ -108,21 +122,10 @@ def _gated_class(gate: Gate) -> Any:
   base: Any = gate.base
 
   def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    graphdef, state = nnx.split(self)
-    tree = nnx.to_pure_dict(state)
-
-    def run(arrays: Any, args: Any, kwargs: Any, small: bool) -> Any:
-      model = nnx.merge(graphdef, _filled(state, {**arrays, ALPHA: tree[ALPHA]}))
-      if small:
-        fit(model, gate.keep_groups)
-      return base.__call__(model, *args, **kwargs), _changing(model)
-
-    gated = _gate.gated(
-      lambda arrays, *args, **kwargs: run(arrays, args, kwargs, False),
-      gate.plan,
-      old=lambda arrays, *args, **kwargs: run(arrays, args, kwargs, True),
-    )
-    output, changed = gated(tree, *args, **kwargs)
+    # The base's own `__call__`, as that of the copy's class would lead back here.
+    new = _function(self, base.__call__)
+    old = _function(self, base.__call__, lambda model: fit(model, gate.keep_groups))
+    output, changed = _gate.gated(new, gate.plan, old=old)(variables(self), *args, **kwargs)
     if jax.tree.leaves(changed):
       nnx.update(self, _filled(nnx.state(self, nnx.Not(nnx.Param)), changed))
     return output

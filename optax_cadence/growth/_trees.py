@@ -86,10 +86,11 @@ def remove(tree: Any, path: _paths.Path) -> Any:
 
 def _key(tree: Any, name: str) -> Any:
   """The key that is written so, or would be: modules in a list have integers."""
-  in_list = bool(tree) and all(isinstance(key, int) for key in tree)
-  return next(
-    (key for key in tree if str(key) == name), int(name) if in_list and name.isdigit() else name
-  )
+  for key in tree:
+    if str(key) == name:
+      return key
+  in_list = name.isdigit() and tree and all(isinstance(key, int) for key in tree)
+  return int(name) if in_list else name
 
 
 def _like(tree: Any, items: dict[Any, Any]) -> Any:
