@@ -31,14 +31,14 @@ def grow_state(
   """The state of an optimizer after its parameters have grown, shrunk, or lost their gate.
 
   A leaf of the state follows the parameter whose key path its own key path ends in, the longest
-  if there are several: so do moments, and accumulators of open windows. A leaf whose last key is
-  the parameter's `/`-joined path follows it too: so do the masks of `prune`, packed to bits or
-  not. Where the parameters are a single array, all leaves of its shape follow it.
+  if there are several; so do moments and the accumulators of open windows. A leaf whose last key
+  is a parameter's `/`-joined path follows that parameter too; so do the masks of `prune`, packed
+  to bits or not. Where the parameters are a single array, every leaf of its shape follows it.
 
   What follows a parameter keeps its old entries bit for bit and gets new ones as `init` makes
-  them. Everything else (counters, hyperparameters, random keys) is kept, or, where it was not
-  there before, is as `init` makes it. So is what a policy keeps under `confidence.sample`, entries
-  of the old parameters, which tell nothing of the new ones.
+  them. Everything else (counters, hyperparameters, random keys) is kept. Two things are as `init`
+  makes them: what was not in the old state, such as a new group of a cadence, and what a policy
+  keeps under `confidence.sample`, entries of the old parameters to compare the next ones with.
 
   Args:
     tx: The transformation that `state` is of.
@@ -54,8 +54,9 @@ def grow_state(
     The state of `new_tx`, or `tx`, for `new_params`.
 
   Raises:
-    ValueError: If a leaf has another shape than before, which the plan does not explain: it is
-      named. So it is where a cadence cuts a leaf into regions, as bands of equal width would be
+    ValueError: If a leaf has another shape than before and the plan does not explain it, or
+      follows a parameter that was there before and is not in the old state; it is named. So it
+      is where a cadence cuts an axis that grows into regions, as bands of equal width would be
       others afterwards.
 
   >>> import jax.numpy as jnp, optax

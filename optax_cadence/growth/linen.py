@@ -105,21 +105,9 @@ def enlarge(
 ) -> Grown:
   """Gives a convolution a larger kernel, its new taps behind a gate.
 
-  Args:
-    old: See `widen`, as for all that is not said here.
-    new: The same module, defined with the larger kernel.
-    variables: The variables of `old`.
-    *inputs: Inputs of the module, arrays.
-    conv: Path of the convolution, or of its kernel.
-    kernel_size: Its new spatial size.
-    causal: Whether its padding is "CAUSAL": old taps are then the last ones.
-    rngs: As for `new.init`, which gives the new entries; or else `fresh`.
-    fresh: Where they come from instead, as for `Plan.apply`.
-    alpha: Value of the gate.
-    **kwargs: Further arguments of the forward pass (`train`), and of `apply` (`mutable`).
-
-  Returns:
-    The grown variables, the forward pass with its gate, and the plan.
+  `conv` is the path of the convolution, or of its kernel, `kernel_size` the new spatial size;
+  `causal` says that its padding is "CAUSAL", so that old taps are the last ones. All other
+  arguments, and what is returned, are as for `widen`.
 
   Raises:
     ValueError: As `growth.enlarging` and `Plan.apply` do.
@@ -144,20 +132,9 @@ def deepen(
 ) -> Grown:
   """Adds layers, what they add to the residual stream behind a gate.
 
-  Args:
-    old: See `widen`, as for all that is not said here.
-    new: The module with more layers.
-    variables: The variables of `old`.
-    *inputs: Inputs of the module, arrays.
-    outgoing: Paths of those new layers, or leaves, that α multiplies: the last of a residual
-      block. None: they are the identity as they are (Net2Deeper).
-    rngs: As for `new.init`, which gives the new entries; or else `fresh`.
-    fresh: Where they come from instead, as for `Plan.apply`.
-    alpha: Value of the gate.
-    **kwargs: Further arguments of the forward pass (`train`), and of `apply` (`mutable`).
-
-  Returns:
-    The grown variables, the forward pass with its gate, and the plan.
+  `outgoing` are the paths of those new layers, or leaves, that α multiplies: the last of a
+  residual block. None: the new layers are the identity as they are (Net2Deeper). All other
+  arguments, and what is returned, are as for `widen`.
 
   Raises:
     ValueError: As `growth.deepening` does.
@@ -183,18 +160,8 @@ def shrink(
 ) -> tuple[Any, Plan]:
   """Removes units, such as those that a channel mask has pruned.
 
-  Args:
-    old: The module as it is.
-    new: The same module, defined at its smaller size.
-    variables: The variables of `old`.
-    *inputs: Inputs of the module, arrays.
-    producer: See `widen`, as for `axis`, `unit`, `blocks` and further arguments.
-    keep: Which units stay: indices, or a bool mask over the units.
-    remove: Which go, in place of `keep`.
-    axis: See `widen`.
-    unit: See `widen`.
-    blocks: See `widen`.
-    **kwargs: See `widen`.
+  `keep` says which units stay: indices, or a bool mask over the units; or `remove`, which go. `new`
+  is the module at its smaller size. All other arguments are as for `widen`.
 
   Returns:
     The smaller variables, for `new`, and the plan.

@@ -128,18 +128,8 @@ def enlarge(
 ) -> Plan:
   """Gives a convolution of a live model a larger kernel, its new taps behind a gate.
 
-  Args:
-    model: The model; it is changed in place, or, on an error, not at all.
-    *inputs: Inputs of its forward pass; with them FLOPs are counted and the result checked.
-    conv: The `nnx.Conv` inside.
-    kernel_size: Its new spatial size.
-    fresh: As `rngs`, `optimizer` and `alpha`: see `widen`.
-    rngs: See there.
-    optimizer: See there.
-    alpha: See there.
-
-  Returns:
-    The `Plan` that was applied.
+  `conv` is the `nnx.Conv` inside, `kernel_size` its new spatial size. With inputs, FLOPs are
+  counted and the result is checked. All other arguments, and what is returned, are as for `widen`.
 
   Raises:
     ValueError: If the kernel would become smaller, or its padding does not keep the taps.
@@ -202,14 +192,9 @@ def grow(
 ) -> None:
   """Applies a plan for the tree `nnx.variables(model)` to the live model.
 
-  Args:
-    model: The model; it is changed in place, or, on an error, not at all.
-    plan: A plan of `growth.widening` or `growth.enlarging`, or a sum of them.
-    fresh: Where new entries come from, as for `Plan.apply`.
-    inputs: Inputs of the forward pass, to check the result.
-    optimizer: The model's optimizer, whose state follows.
-    alpha: Value of the gate.
-    keep_groups: Whether the groups of a `GroupNorm` get wider, instead of more.
+  `plan` is one of `growth.widening` or `growth.enlarging`, or a sum of them; `keep_groups` says
+  that the groups of a `GroupNorm` get wider, instead of more. All other arguments are as for
+  `widen`.
   """
   grown = _driver.grow(_network(model), plan, fresh, alpha)
   _put(model, grown, inputs, optimizer, keep_groups)
