@@ -105,7 +105,7 @@ class Evaluator:
       # The sum over what comes from old entries, then over what comes from new ones.
       for bits in itertools.product((0, 1), repeat=len(axes.summed)):
         at = {**kept, **dict(zip(axes.summed, bits, strict=True))}
-        outputs = _parts.bound(old, new, axes, at, axes.blocks(operands, at))
+        outputs = _parts.bind(old, new, axes, at, axes.blocks(operands, at))
         if any(bits):
           self.mixes += 1
           if not any(kept_bits):

@@ -205,7 +205,7 @@ def _ties_in_parts(old: Any, new: Any, grown: set[tuple[int, int]]) -> Iterator[
     yield primitives.Tie(taps, summed=True)
 
 
-def bound(
+def bind(
   old: Any, new: Any, axes: Combinations, at: dict[int, int], blocks: list[Any]
 ) -> list[Any]:
   """Runs an operation on one combination of parts."""
