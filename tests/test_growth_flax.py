@@ -1,7 +1,9 @@
 """Live NNX models and Linen modules: grown, trained, merged, shrunk."""
 
+import copy
 import functools
 import inspect
+import pickle
 
 import growth_nets as nets
 import jax
@@ -302,6 +304,42 @@ def test_a_merged_model_loads_into_the_plain_class():
   nnx.update(other, nnx.state(model))
   other.eval()
   close(out(other, nets.IMAGES), expected)
+
+
+def pickled(model):
+  if hasattr(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), "kernel_init"):
+    pytest.skip("layers keep their initializers in this version of Flax, which do not pickle")
+  return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [pickled, copy.deepcopy])
+def test_a_model_with_a_gate_is_copied_with_its_gate(copied):
+  model = nets.make(nets.Mlp)
+  plan = widen_mlp(model, nets.IMAGES, alpha=0.5)
+  model.eval()
+  expected = out(model, nets.IMAGES)
+  other = copied(model)
+  assert isinstance(other, nets.Mlp) and str(growth.nnx.plan_of(other)) == str(plan)
+  growth.nnx.set_alpha(model, 0.0)
+  close(out(other, nets.IMAGES), expected)
+  growth.merge(other)
+  assert type(other) is nets.Mlp
+  close(out(other, nets.IMAGES), expected)
+
+
+def test_a_call_changes_no_class():
+  classes = set()
+
+  class Net(nets.Mlp):
+    def __call__(self, x):
+      classes.update(map(type, (self, model)))
+      return super().__call__(x)
+
+  model = nets.make(Net)
+  widen_mlp(model, nets.IMAGES)
+  classes.clear()
+  model(nets.IMAGES)
+  assert classes == {type(model)} != {Net}
 
 
 def test_a_shrunk_model_runs():

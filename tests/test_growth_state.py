@@ -11,6 +11,7 @@ import pytest
 from growth_nets import equal
 
 import optax_cadence as oc
+from optax_cadence import _paths
 from optax_cadence import growth
 
 X = jax.random.normal(jax.random.key(1), (16, 5))
@@ -164,6 +165,45 @@ def test_what_pruning_remembers_follows():
   found = growth.grow_state(tx, state, params, bigger, PLAN).memory["two/kernel"]
   np.testing.assert_array_equal(found[:8], state.memory["two/kernel"])
   assert not found[8:].any()
+
+
+@pytest.mark.parametrize(
+  "pack",
+  [
+    lambda p: [p["one"]["kernel"], p["one"]["bias"], p["two"]["kernel"]],
+    lambda p: {"net": (p["one"]["kernel"], [p["one"]["bias"]], p["two"]["kernel"])},
+  ],
+)
+def test_trees_of_tuples_and_lists_follow(pack):
+  # A list has no place for a gate, so the tree is given at its new size, as after the merge.
+  small = pack(PARAMS)
+  big = jax.tree.map(lambda x: jnp.ones([12 if n == 8 else n for n in x.shape]), small)
+  names = ["/".join(path) for path, _ in _paths.flatten_with_paths(small)]
+  units = growth.dimension(small, dict(zip(names, (-1, 0, 0), strict=True)))
+  plan = growth.widening(small, units, by=4)
+  tx = optax.chain(optax.trace(0.5), oc.cadence(optax.adam(1e-2), oc.as_settled(2, 4)))
+  with nets.relaxed():
+    _, state = tx.update(small, tx.init(small), small)
+    found = growth.grow_state(tx, state, small, big, plan)
+    equal(jax.tree.map(jnp.shape, found), jax.tree.map(jnp.shape, tx.init(big)))
+  for a, b in zip(jax.tree.leaves(found[0].trace), jax.tree.leaves(small), strict=True):
+    expected = np.zeros(a.shape, a.dtype)
+    expected[tuple(map(slice, b.shape))] = b
+    np.testing.assert_array_equal(a, expected)
+  assert int(found[1].micro_step) == 1
+  equal(growth.grow_state(tx, found, big, small, plan.inverse())[0], state[0])
+
+
+def test_a_single_array_follows():
+  params, bigger = jnp.ones((3, 4)), jnp.ones((3, 6))
+  change = growth.LeafChange((), (3, 4), (3, 6), "follows", {1: np.arange(4)})
+  tx = optax.chain(optax.adam(1e-2), oc.cadence(optax.trace(0.5), 2))
+  with nets.relaxed():
+    _, state = tx.update(params, tx.init(params), params)
+    found = growth.grow_state(tx, state, params, bigger, growth.Plan((change,)))
+    equal(jax.tree.map(jnp.shape, found), jax.tree.map(jnp.shape, tx.init(bigger)))
+  np.testing.assert_array_equal(found[0][0].mu[:, :4], state[0][0].mu)
+  assert not found[0][0].mu[:, 4:].any() and int(found[0][0].count) == 1
 
 
 def test_a_cut_leaf_is_refused():

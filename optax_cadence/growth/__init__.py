@@ -6,9 +6,11 @@ models, and `CKConv` and `to_continuous` are NNX's. `merge` ends a growth of all
 """
 
 import importlib
+import sys
 from typing import Any
 
-from optax_cadence.growth._coupling import couple
+from optax_cadence.growth import _gate
+from optax_cadence.growth._couple import couple
 from optax_cadence.growth._dimension import Axis
 from optax_cadence.growth._dimension import Dimension
 from optax_cadence.growth._dimension import dimension
@@ -18,19 +20,18 @@ from optax_cadence.growth._fresh import given
 from optax_cadence.growth._fresh import gradmax
 from optax_cadence.growth._fresh import outer_product
 from optax_cadence.growth._gate import gated
-from optax_cadence.growth._gate import merge
-from optax_cadence.growth._kernels import deepening
-from optax_cadence.growth._kernels import enlarging
-from optax_cadence.growth._kernels import identity_kernel
+from optax_cadence.growth._graph import flops
 from optax_cadence.growth._phase_in import periods
 from optax_cadence.growth._phase_in import phase_in
 from optax_cadence.growth._phase_in import PhaseInState
 from optax_cadence.growth._plan import LeafChange
 from optax_cadence.growth._plan import Plan
-from optax_cadence.growth._program import flops
+from optax_cadence.growth._planners import deepening
+from optax_cadence.growth._planners import enlarging
+from optax_cadence.growth._planners import identity_kernel
+from optax_cadence.growth._planners import shrinking
+from optax_cadence.growth._planners import widening
 from optax_cadence.growth._state import grow_state
-from optax_cadence.growth._widening import shrinking
-from optax_cadence.growth._widening import widening
 
 _FLAX = {
   "CKConv": "ckconv",
@@ -48,6 +49,32 @@ def __getattr__(name: str) -> Any:
   if name in _FLAX:
     return getattr(importlib.import_module(f"{__name__}.{_FLAX[name]}"), name)
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def merge(variables: Any, plan: Plan | None = None, *, optimizer: Any = None) -> Any:
+  """Folds the gate into the weights and removes it: what is left is the plain tree, or model.
+
+  Args:
+    variables: The grown tree, gate included; or a live NNX model, changed in place.
+    plan: The plan by which the tree has grown. A live model knows its own.
+    optimizer: The live model's optimizer, from whose state the gate goes.
+
+  Returns:
+    The tree at its new size; None for a live model. At α = 1 nothing but the gate changes. At
+    any other value the outgoing weights of new units are multiplied by it.
+
+  Raises:
+    ValueError: If α is not 1 and cannot be folded into weights: because something else than
+      a product with a weight sums over the new units (the statistics of a norm, queries
+      with keys), or one weight is used both ways (a tied embedding).
+  """
+  flax = sys.modules.get("flax.nnx")
+  if flax is not None and isinstance(variables, flax.Module):
+    importlib.import_module(f"{__name__}.nnx").merge(variables, optimizer=optimizer)
+    return None
+  if plan is None:
+    raise ValueError("expected the plan by which the tree has grown: growth.merge(variables, plan)")
+  return _gate.merge(variables, plan)
 
 
 __all__ = [

@@ -105,21 +105,24 @@ def dimension(variables: Any, members: Mapping[str, Any]) -> Dimension:
     b axis 0: follows
   """
   shapes = _trees.shapes(variables)
-  found: list[tuple[_paths.Path, Axis, int]] = []
-  for name, given in members.items():
+  axes: list[Member] = []
+  units: list[int] = []
+  for name, axis_or_axes in members.items():
     path = _trees.find(shapes, name)
-    for axis in given if isinstance(given, list) else [given]:
-      axis = axis if isinstance(axis, Axis) else Axis(axis)
-      found.append((path, *_units(path, shapes[path], axis)))
-  sizes = {size for _, _, size in found}
-  if len(sizes) != 1:
-    listed = ", ".join(f"{_paths.join(p)!r} of shape {shapes[p]}: {n}" for p, _, n in found)
+    for axis in axis_or_axes if isinstance(axis_or_axes, list) else [axis_or_axes]:
+      number, outer, inner = axis if isinstance(axis, Axis) else Axis(axis)
+      units.append(_count(path, shapes[path], Axis(number, outer, inner)))
+      labels = np.tile(np.repeat(np.arange(units[-1]), inner), outer)
+      axes.append(Member(path, number % len(shapes[path]), labels, "follows"))
+  if len(set(units)) != 1:
+    pairs = zip(axes, units, strict=True)
+    listed = ", ".join(f"{_paths.join(m.path)!r} of shape {shapes[m.path]}: {n}" for m, n in pairs)
     raise ValueError(f"the axes of a dimension must hold as many units, found {listed}")
-  made = [Member(p, a.axis, _labels(n, a), "follows") for p, a, n in found]
-  return Dimension(sizes.pop(), tuple(made))
+  return Dimension(units[0], tuple(axes))
 
 
-def _units(path: _paths.Path, shape: tuple[int, ...], axis: Axis) -> tuple[Axis, int]:
+def _count(path: _paths.Path, shape: tuple[int, ...], axis: Axis) -> int:
+  """How many units an axis holds."""
   number, outer, inner = axis
   if not -len(shape) <= number < len(shape):
     raise ValueError(f"{_paths.join(path)!r} of shape {shape} has no axis {number}")
@@ -129,11 +132,7 @@ def _units(path: _paths.Path, shape: tuple[int, ...], axis: Axis) -> tuple[Axis,
       f"{_paths.join(path)!r} of shape {shape}: axis {number} of size {size} cannot hold units"
       f" {outer} times, {inner} long each"
     )
-  return Axis(number % len(shape), outer, inner), size // (outer * inner)
-
-
-def _labels(units: int, axis: Axis) -> Labels:
-  return np.tile(np.repeat(np.arange(units), axis.inner), axis.outer)
+  return size // (outer * inner)
 
 
 def extended(labels: np.ndarray, units: int, more: int) -> np.ndarray:

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_cadence import _paths
-from optax_cadence.growth import _program
+from optax_cadence.growth import _graph
 from optax_cadence.growth import _trees
 from optax_cadence.growth._dimension import extended
 from optax_cadence.growth._plan import LeafChange
 from optax_cadence.growth._plan import Plan
+from optax_cadence.programs import primitives
 from optax_cadence.programs import reading
 
 Fresh = Callable[[_paths.Path, tuple[int, ...], Any], Any]
@@ -65,17 +66,21 @@ def copies(variables: Any, plan: Plan, fresh: Any, key: jax.Array, *, noise: flo
 
 
 def _sources(labels: np.ndarray, new: np.ndarray, units: int, chosen: np.ndarray) -> np.ndarray:
-  """For each position of the new axis the position of the old one to copy."""
+  """For each position of the new axis the position of the old one to copy.
+
+  Args:
+    labels: The unit of each old position.
+    new: The unit of each new position.
+    units: Number of old units.
+    chosen: For each unit that is new the old one that it copies.
+  """
   result = np.zeros(len(new), int)
-  seen = np.zeros(len(new), int)
-  count: dict[int, int] = {}
-  for i, label in enumerate(new):  # the k-th position of a unit copies the k-th of its source
-    count[label] = count.get(label, -1) + 1
-    seen[i] = count[label]
-  places = {u: np.flatnonzero(labels == u) for u in set(labels.tolist())}
-  for i, label in enumerate(new):
-    source = int(chosen[label - units]) if label >= units else int(label)
-    result[i] = places[source][seen[i]]
+  positions_so_far: dict[int, int] = {}
+  for i, unit in enumerate(new.tolist()):
+    k = positions_so_far.get(unit, 0)  # the k-th position of a unit copies the k-th of its source
+    positions_so_far[unit] = k + 1
+    source = chosen[unit - units] if unit >= units else unit
+    result[i] = np.flatnonzero(labels == source)[k]
   return result
 
 
@@ -122,8 +127,9 @@ def given(plan: Plan, fresh: Any, values: Mapping[str, Any]) -> Fresh:
 
 
 def _value(fresh: Any, path: _paths.Path, shape: tuple[int, ...], dtype: Any) -> Any:
-  found = fresh(path, shape, dtype) if callable(fresh) else _trees.leaves(fresh)[path]
-  return jnp.asarray(found, dtype)
+  """Fresh values of a leaf, of a function or tree."""
+  value = fresh(path, shape, dtype) if callable(fresh) else _trees.leaves(fresh)[path]
+  return jnp.asarray(value, dtype)
 
 
 def gradmax(outer: Any, units: int, norm: float = 1.0) -> jax.Array:
@@ -183,15 +189,47 @@ def outer_product(
   Raises:
     ValueError: If the input of one and the output of the other do not lie side by side.
   """
-  names = [_trees.find(_trees.shapes(variables), name) for name in (producer, consumer)]
-  program, paths, _ = _program.trace(loss, variables, *args)
-  values = [*_trees.leaves(variables).values(), *_trees.partition_arrays((args, {}))[0]]
-  sizes: list[tuple[int, int]] = []
+  shapes = _trees.shapes(variables)
+  before, after = _trees.find(shapes, producer), _trees.find(shapes, consumer)
+  traced = _graph.trace(loss, variables, *args)
+  leaves = _trees.leaves(variables)
+  inputs = [*leaves.items(), *((None, x) for x in traced.arrays)]
+  sizes: list[tuple[int, int]] = []  # of the virtual matrix, for each pair of products
 
-  def run(probe: Any) -> Any:
-    walk = _Probe(names[0], names[1], probe, sizes)
-    origins = [*paths, *([None] * (len(values) - len(paths)))]
-    return walk.run(program, list(zip(values, origins, strict=True)))[0][0]
+  def run(matrix: Any) -> Any:
+    """The loss with a matrix from the producer's input to the consumer's output."""
+    h: Any = None  # the producer's input, once it has run
+
+    def operation(eqns: reading.Eqns, operands: list[Any]) -> list[Any]:
+      nonlocal h
+      (eqn,) = eqns
+      inner = reading.called(eqn)
+      if inner is not None:
+        return reading.walk([inner], operands, operation, constant)
+      name, arrays = eqn.primitive.name, [x for _, x in operands]
+      results = reading.bind(eqn, arrays)
+      if name in primitives.REARRANGEMENTS:
+        return [(operands[0][0], results[0])]
+      if name in primitives.PRODUCTS:
+        leaf, output = operands[1][0], results[0]
+        if leaf == after and h is not None:
+          if h.shape[:-1] != output.shape[:-1]:
+            raise ValueError(
+              f"the input of {producer!r} has shape {h.shape}, the output of {consumer!r}"
+              f" {output.shape}: expected one shape but for their last axes"
+            )
+          sizes.append((h.shape[-1], output.shape[-1]))
+          results = [output if matrix is None else output + h @ matrix]
+        if leaf == before:
+          h = arrays[0]
+      return [(None, x) for x in results]
+
+    def constant(numbers: tuple[Any, ...]) -> Any:
+      return None, numbers[0]
+
+    # Each value stands with the path of the leaf whose entries it holds.
+    ((_, value),) = reading.walk([traced.program], inputs, operation, constant)
+    return value
 
   jax.eval_shape(lambda: run(None))
   if len(sizes) != 1:
@@ -199,52 +237,4 @@ def outer_product(
       f"expected {producer!r} and, after it, {consumer!r} in one product each, found"
       f" {len(sizes)} such pairs"
     )
-  return jax.grad(run)(jnp.zeros(sizes[0], _trees.leaves(variables)[names[1]].dtype))
-
-
-class _Probe:
-  """Runs a program with a matrix from the input of one product to the output of another."""
-
-  def __init__(self, producer: Any, consumer: Any, probe: Any, sizes: list[tuple[int, int]]):
-    self.producer, self.consumer, self.probe, self.sizes = producer, consumer, probe, sizes
-    self.before: Any = None
-
-  def run(self, program: Any, inputs: list[Any]) -> list[Any]:
-    jaxpr, consts = reading.opened(program)
-    known = {v: (c, None) for v, c in zip(jaxpr.constvars, consts, strict=True)}
-    known.update(zip(jaxpr.invars, inputs, strict=True))
-
-    def read(var: Any) -> Any:
-      return (var.val, None) if reading.is_literal(var) else known[var]
-
-    for eqn in jaxpr.eqns:
-      operands = [read(v) for v in eqn.invars]
-      inner = reading.called(eqn)
-      if inner is not None:
-        results = self.run(inner, operands)
-      else:
-        results = [(y, None) for y in reading.bind(eqn, [x for x, _ in operands])]
-        if eqn.primitive.name in ("convert_element_type", "copy", "transpose", "reshape"):
-          results = [(results[0][0], operands[0][1])]
-        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-          results = [(self._product(operands, results[0][0]), None)]
-      known.update(zip(eqn.outvars, results, strict=True))
-    return [read(v) for v in jaxpr.outvars]
-
-  def _product(self, operands: list[Any], output: Any) -> Any:
-    (x, _), (_, origin) = operands[0], operands[1]
-    if origin == self.consumer and self.before is not None:
-      h = self.before
-      if h.shape[:-1] != output.shape[:-1]:
-        raise ValueError(
-          f"the input of {_paths.join(self.producer)!r} has shape {h.shape}, the output of"
-          f" {_paths.join(self.consumer)!r} {output.shape}: expected one shape but for their last"
-          " axes"
-        )
-      if self.probe is None:
-        self.sizes.append((h.shape[-1], output.shape[-1]))
-      else:
-        output = output + h @ self.probe
-    if origin == self.producer:
-      self.before = x
-    return output
+  return jax.grad(run)(jnp.zeros(sizes[0], leaves[after].dtype))

@@ -1,8 +1,6 @@
 """The gate: the forward pass of a grown network, with α on all that goes out of new entries."""
 
 import functools
-import importlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,16 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_cadence import _paths
-from optax_cadence.growth import _program
+from optax_cadence.growth import _couple
+from optax_cadence.growth import _graph
+from optax_cadence.growth import _parts
 from optax_cadence.growth import _trees
 from optax_cadence.growth._dimension import extended
 from optax_cadence.growth._evaluate import Evaluator
 from optax_cadence.growth._plan import LeafChange
 from optax_cadence.growth._plan import Plan
-from optax_cadence.growth._split import joined
-from optax_cadence.growth._split import split
-from optax_cadence.growth._split import whole
-from optax_cadence.growth._spread import spread
 
 
 def gated(
@@ -69,12 +65,13 @@ def gated(
 
   @functools.wraps(fn)
   def forward(variables: Any, *args: Any, **kwargs: Any) -> Any:
-    alpha = _alpha(variables, plan)
-    variables = _trees.remove(variables, plan.alpha)
-    plan.check(variables, "after")
+    alpha, variables = _without_gate(variables, plan)
     changed = [c for c in plan.changes if c.positions]
     if not changed:
-      return fn(_scaled(variables, plan, alpha), *args, **kwargs)
+      leaves = _trees.leaves(variables)
+      scaled = {c.path: leaves[c.path] for c in plan.changes if c.scaled}
+      scaled = {path: leaf * alpha.astype(leaf.dtype) for path, leaf in scaled.items()}
+      return fn(_trees.with_leaves(variables, scaled), *args, **kwargs)
     if len(changed) < len(plan.changes):
       raise ValueError(
         f"the plan adds {_paths.listed(c.path for c in plan.changes if not c.positions)} and"
@@ -85,46 +82,38 @@ def gated(
   return forward
 
 
-def _alpha(variables: Any, plan: Plan) -> Any:
-  found = _trees.leaves(variables)
-  if plan.alpha not in found:
-    raise ValueError(f"no gate at {_paths.join(plan.alpha)!r}: apply the plan first, or call fn")
-  return jnp.asarray(found[plan.alpha])
-
-
-def _scaled(variables: Any, plan: Plan, alpha: Any) -> Any:
+def _without_gate(variables: Any, plan: Plan) -> tuple[Any, Any]:
+  """The gate's value, and the other variables."""
   leaves = _trees.leaves(variables)
-  new = {
-    c.path: leaves[c.path] * alpha.astype(leaves[c.path].dtype) for c in plan.changes if c.scaled
-  }
-  return _trees.with_leaves(variables, new)
+  if plan.alpha not in leaves:
+    raise ValueError(f"no gate at {_paths.join(plan.alpha)!r}: apply the plan first, or call fn")
+  variables = _trees.remove(variables, plan.alpha)
+  plan.check(variables, "after")
+  return jnp.asarray(leaves[plan.alpha]), variables
 
 
 def _run(fn: Any, old: Any, plan: Plan, alpha: Any, variables: Any, args: Any, kwargs: Any) -> Any:
-  changes = plan.by_path
-  small = _trees.with_leaves(
-    variables,
-    {
-      path: jax.ShapeDtypeStruct(changes[path].before or (), jnp.asarray(leaf).dtype)
-      for path, leaf in _trees.leaves(variables).items()
-      if path in changes
-    },
-  )
-  before, paths, _ = _program.trace(old, small, *args, **kwargs)
+  """Runs the forward passes at the old and the new size side by side."""
+  leaves, changes = _trees.leaves(variables), plan.by_path
+  small = {
+    path: jax.ShapeDtypeStruct(change.before or (), jnp.asarray(leaves[path]).dtype)
+    for path, change in changes.items()
+  }
+  before = _graph.trace(old, _trees.with_leaves(variables, small), *args, **kwargs)
   try:
-    after, _, rebuild = _program.trace(fn, variables, *args, **kwargs)
-  except (TypeError, ValueError) as error:
+    after = _graph.trace(fn, variables, *args, **kwargs)
+  except ValueError as error:
     raise _does_not_run(plan, variables, error) from error
-  leaves = _trees.leaves(variables)
-  inputs = [split(leaves[p], changes[p]) if p in changes else whole(leaves[p]) for p in paths]
-  inputs += [whole(x) for x in _trees.partition_arrays((args, kwargs))[0]]
-  outputs = Evaluator(alpha).run(before, after, inputs)
+  inputs = [
+    _parts.cut(leaves[path], changes[path]) if path in changes else _parts.whole(leaves[path])
+    for path in after.paths
+  ]
+  inputs += map(_parts.whole, after.arrays)
+  outputs = Evaluator(alpha).run(before.program, after.program, inputs)
   if any(x.axes for x in outputs):
-    positions = _output_positions(before, paths, plan)
-    outputs = [
-      whole(joined(x, at)) if x.axes else x for x, at in zip(outputs, positions, strict=True)
-    ]
-  return rebuild([x.blocks[()] for x in outputs])
+    positions = _output_positions(before, plan)
+    return after.rebuild([_parts.joined(x, at) for x, at in zip(outputs, positions, strict=True)])
+  return after.rebuild([x.blocks[()] for x in outputs])
 
 
 def _does_not_run(plan: Plan, variables: Any, error: Exception) -> ValueError:
@@ -143,48 +132,24 @@ def _does_not_run(plan: Plan, variables: Any, error: Exception) -> ValueError:
   )
 
 
-def _output_positions(program: Any, paths: Any, plan: Plan) -> list[dict[int, np.ndarray]]:
+def _output_positions(traced: _graph.Traced, plan: Plan) -> list[dict[int, np.ndarray]]:
   """For each output and grown axis, where the old entries lie."""
-  found: list[dict[int, np.ndarray]] = []
+  positions: list[dict[int, np.ndarray]] = []
   for dimension, more in plan.dimensions:
-    graph = _program.flattened(program, paths)
-    for member in dimension.members:
-      graph.leaves[member.path].put(member.axis, member.labels, "the plan")
-    spread(graph)
-    found = found or [{} for _ in graph.outputs]
-    for positions, node in zip(found, graph.outputs, strict=True):
+    graph = _graph.Graph(traced.program, traced.paths)
+    _couple.spread(graph, dimension, "the plan")
+    positions = positions or [{} for _ in graph.outputs]
+    for at, node in zip(positions, graph.outputs, strict=True):
       for axis, labels in node.labels.items():
-        positions[axis] = np.flatnonzero(extended(labels, dimension.size, more) < dimension.size)
-  return found
+        at[axis] = np.flatnonzero(extended(labels, dimension.size, more) < dimension.size)
+  return positions
 
 
-def merge(variables: Any, plan: Plan | None = None, *, optimizer: Any = None) -> Any:
-  """Folds the gate into the weights and removes it: what is left is the plain tree, or model.
-
-  Args:
-    variables: The grown tree, gate included; or a live NNX model, changed in place.
-    plan: The plan by which the tree has grown. A live model knows its own.
-    optimizer: The live model's optimizer, from whose state the gate goes.
-
-  Returns:
-    The tree at its new size; None for a live model. At α = 1 nothing but the gate changes. At
-    any other value the outgoing weights of new units are multiplied by it.
-
-  Raises:
-    ValueError: If α is not 1 and cannot be folded into weights: because something else than
-      a product with a weight sums over the new units (the statistics of a norm, queries
-      with keys), or one weight is used both ways (a tied embedding).
-  """
-  flax = sys.modules.get("flax.nnx")
-  if flax is not None and isinstance(variables, flax.Module):
-    importlib.import_module("optax_cadence.growth.nnx").merge(variables, optimizer=optimizer)
-    return None
-  if plan is None:
-    raise ValueError("expected the plan by which the tree has grown: growth.merge(variables, plan)")
+def merge(variables: Any, plan: Plan) -> Any:
+  """Folds the gate into the weights of a tree and removes it; see `growth.merge`."""
   _trees.check_concrete("merge", variables)
-  alpha = float(_alpha(variables, plan))
-  variables = _trees.remove(variables, plan.alpha)
-  plan.check(variables, "after")
+  gate, variables = _without_gate(variables, plan)
+  alpha = float(gate)
   if alpha == 1.0:
     return variables
   if not all(dimension.folds for dimension, _ in plan.dimensions):

@@ -1,6 +1,6 @@
 """The gate over time: set from a schedule, learned, or one after the other."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ import optax
 
 from optax_cadence import _paths
 from optax_cadence.growth import _trees
+from optax_cadence.growth._plan import changes_for
 from optax_cadence.growth._plan import Plan
 
 
@@ -80,8 +81,8 @@ def phase_in(
   ) -> tuple[Any, PhaseInState]:
     if params is None:
       raise ValueError("phase_in needs the parameters: expected params, found None")
-    gates = [x for p, x in _paths.flatten_with_paths(params) if p == path]
-    if not gates:
+    gate = _trees.leaves(params).get(path)
+    if gate is None:
       updates, inner_state = inside.update(updates, state.inner_state, params, **extra_args)
       return updates, PhaseInState(jnp.zeros_like(state.micro_step), inner_state)
     step = optax.safe_increment(state.micro_step)
@@ -89,18 +90,17 @@ def phase_in(
     if inner is not None:
       updates = _at(updates, path, lambda g: jnp.where(scheduled, jnp.zeros_like(g), g))
     updates, inner_state = inside.update(updates, state.inner_state, params, **extra_args)
-    target = jnp.asarray(schedule(step)).astype(gates[0].dtype)
-    updates = _at(
-      updates, path, lambda u: jnp.where(scheduled, (target - gates[0]).astype(u.dtype), u)
-    )
+    to_target = jnp.asarray(schedule(step)).astype(gate.dtype) - gate
+    updates = _at(updates, path, lambda u: jnp.where(scheduled, to_target.astype(u.dtype), u))
     return updates, PhaseInState(step, inner_state)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _at(tree: Any, path: _paths.Path, fn: Callable[[Any], Any]) -> Any:
-  found = _trees.leaves(tree)
-  return _trees.with_leaves(tree, {path: fn(found[path])}) if path in found else tree
+  """The tree with `fn` of the leaf at a path in its place, if there is one."""
+  leaves = _trees.leaves(tree)
+  return _trees.with_leaves(tree, {path: fn(leaves[path])}) if path in leaves else tree
 
 
 def periods(plan: Plan, params: Any, *, old: Any, new: Any = 1) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def periods(plan: Plan, params: Any, *, old: Any, new: Any = 1) -> dict[str, Any
   >>> print(growth.periods(plan, params, old=4)["a"])
   [[4 4 1]]
   """
-  changes = relative(plan, params)
+  changes = changes_for(plan, params)
   result: dict[str, Any] = {}
   for path, leaf in _paths.flatten_with_paths(params):
     change, value = changes.get(path), old
@@ -136,17 +136,3 @@ def periods(plan: Plan, params: Any, *, old: Any, new: Any = 1) -> dict[str, Any
       value[change.index] = old
     result = _trees.insert(result, path, value)
   return result
-
-
-def relative(plan: Plan, params: Any) -> Mapping[_paths.Path, Any]:
-  """The changes of a plan by the paths of `params`, be they all variables or a part of them.
-
-  A plan for Linen's variables says "params/…", where an optimizer sees what is below.
-  """
-  prefix = plan.alpha[:-1]
-  known = _trees.shapes(params)
-  found = plan.by_path
-  if any(path in known for path in found) or not prefix:
-    return found
-  n = len(prefix)
-  return {path[n:]: c for path, c in found.items() if path[:n] == prefix}

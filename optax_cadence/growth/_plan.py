@@ -145,11 +145,11 @@ class Plan:
         result = result if change.after is not None else _trees.remove(result, change.path)
       return result
     source = fresh if callable(fresh) else _reader(fresh, old)
-    made = {c.path: _grown(c, old.get(c.path), source) for c in self.changes}
-    result = _trees.with_leaves(variables, {p: x for p, x in made.items() if p in old})
-    for path in (p for p in made if p not in old):
-      result = _trees.insert(result, path, made[path])
-    return _trees.insert(result, self.alpha, jnp.asarray(alpha, _alpha_dtype(old)))
+    grown = {c.path: _grown(c, old.get(c.path), source) for c in self.changes}
+    result = _trees.with_leaves(variables, {p: x for p, x in grown.items() if p in old})
+    for path in (p for p in grown if p not in old):
+      result = _trees.insert(result, path, grown[path])
+    return _trees.insert(result, self.alpha, jnp.asarray(alpha, float_dtype(old.values())))
 
   def inverse(self) -> "Plan":
     """The plan that shrinks what this one has grown: it gives back the old tree.
@@ -170,49 +170,64 @@ class Plan:
 
   def check(self, variables: Any, when: str) -> None:
     """Raises `ValueError` unless the leaves have their shapes "before" or "after"."""
-    found = _trees.shapes(variables)
+    shapes = _trees.shapes(variables)
     for change in self.changes:
-      want = getattr(change, when)
-      have = found.get(change.path)
+      want, have = getattr(change, when), shapes.get(change.path)
       if have != want:
         raise ValueError(
-          f"{_paths.join(change.path)!r}: the plan expected {expected(want)}, found"
-          f" {expected(have)}"
+          f"{_paths.join(change.path)!r}: the plan expected {described(want)}, found"
+          f" {described(have)}"
         )
 
 
 def joined(changes: Iterable[LeafChange]) -> tuple[LeafChange, ...]:
-  """One change for each leaf: those along several axes of it become one."""
-  found: dict[_paths.Path, LeafChange] = {}
+  """One change for each leaf: those along several axes of it become one.
+
+  Raises:
+    ValueError: If two changes of a leaf are along the same axis.
+  """
+  by_path: dict[_paths.Path, LeafChange] = {}
   for change in changes:
-    old = found.get(change.path)
-    found[change.path] = change if old is None else _both(old, change)
-  return tuple(found.values())
+    other = by_path.get(change.path)
+    if other is not None:
+      shared = other.positions.keys() & change.positions.keys()
+      if shared or other.before != change.before or other.before is None:
+        raise ValueError(
+          f"{_paths.join(other.path)!r} of shape {other.before} is in both plans, along axis"
+          f" {sorted(shared)}: expected each axis once"
+        )
+      sizes = zip(other.before, other.after or (), change.after or (), strict=True)
+      change = dataclasses.replace(
+        other,
+        after=tuple(m if m != n else k for n, k, m in sizes),
+        role=other.role if other.role == change.role else "both",
+        positions={**other.positions, **change.positions},
+        spatial=other.spatial or change.spatial,
+        outgoing=other.outgoing + change.outgoing,
+      )
+    by_path[change.path] = change
+  return tuple(by_path.values())
 
 
-def _both(one: LeafChange, two: LeafChange) -> LeafChange:
-  shared = one.positions.keys() & two.positions.keys()
-  if shared or one.before != two.before or one.before is None:
-    raise ValueError(
-      f"{_paths.join(one.path)!r} of shape {one.before} is in both plans, along axis"
-      f" {sorted(shared)}: expected each axis once"
-    )
-  sizes = zip(one.before, one.after or (), two.after or (), strict=True)
-  return dataclasses.replace(
-    one,
-    after=tuple(b if b != n else a for n, a, b in sizes),
-    role=one.role if one.role == two.role else "both",
-    positions={**one.positions, **two.positions},
-    spatial=one.spatial or two.spatial,
-    outgoing=one.outgoing + two.outgoing,
-  )
+def changes_for(plan: Plan, params: Any) -> Mapping[_paths.Path, LeafChange]:
+  """The changes of a plan by the paths of `params`, be they all variables or a part of them.
+
+  A plan for Linen's variables says "params/…", where an optimizer sees what is below.
+  """
+  prefix = plan.alpha[:-1]
+  known = _trees.shapes(params)
+  if any(path in known for path in plan.by_path) or not prefix:
+    return plan.by_path
+  n = len(prefix)
+  return {path[n:]: c for path, c in plan.by_path.items() if path[:n] == prefix}
 
 
 def _shown(shape: Shape | None) -> str:
   return "-" if shape is None else "x".join(map(str, shape)) or "scalar"
 
 
-def expected(shape: Shape | None) -> str:
+def described(shape: Shape | None) -> str:
+  """A shape, or that there is none, for an error."""
   return "nothing there" if shape is None else f"shape {shape}"
 
 
@@ -222,21 +237,23 @@ def _added(change: LeafChange) -> int:
 
 
 def _reader(fresh: Any, old: Mapping[_paths.Path, Any]) -> Callable[..., Any]:
-  given = _trees.leaves(fresh)
+  """Fresh values of a tree, as a function `(path, shape, dtype) -> array`."""
+  leaves = _trees.leaves(fresh)
 
   def read(path: _paths.Path, shape: Shape, dtype: Any) -> Any:
-    found = given.get(path)
-    if found is None or tuple(np.shape(found)) != shape:
+    leaf = leaves.get(path)
+    if leaf is None or tuple(np.shape(leaf)) != shape:
       raise ValueError(
         f"fresh values of {_paths.join(path)!r}: expected shape {shape}, found"
-        f" {expected(None if found is None else tuple(np.shape(found)))}"
+        f" {described(None if leaf is None else tuple(np.shape(leaf)))}"
       )
-    return found if path not in old else jnp.asarray(found, dtype)
+    return leaf if path not in old else jnp.asarray(leaf, dtype)
 
   return read
 
 
 def _grown(change: LeafChange, old: Any, fresh: Callable[..., Any]) -> Any:
+  """A leaf at its new shape."""
   new = fresh(change.path, change.after, None if old is None else jnp.asarray(old).dtype)
   if tuple(np.shape(new)) != change.after:
     raise ValueError(
@@ -247,8 +264,7 @@ def _grown(change: LeafChange, old: Any, fresh: Callable[..., Any]) -> Any:
   return new if old is None else _trees.placed(new, change.index, jnp.asarray(old, new.dtype))
 
 
-def _alpha_dtype(old: Mapping[_paths.Path, Any]) -> Any:
-  floats = [
-    x.dtype for x in map(jnp.asarray, old.values()) if jnp.issubdtype(x.dtype, jnp.floating)
-  ]
-  return floats[0] if floats else jnp.float32
+def float_dtype(arrays: Iterable[Any]) -> Any:
+  """The dtype of the first floating-point array, which the gate gets too."""
+  dtypes = (jnp.asarray(x).dtype for x in arrays)
+  return next((d for d in dtypes if jnp.issubdtype(d, jnp.floating)), jnp.float32)

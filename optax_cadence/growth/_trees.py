@@ -46,13 +46,13 @@ def kernel(tree: Any, prefix: _paths.Path) -> _paths.Path:
     ValueError: If there are none, or several.
   """
   under = {p: len(s) for p, s in shapes(tree).items() if p[: len(prefix)] == prefix}
-  found = [path for path, axes in under.items() if axes == max(under.values())]
-  if len(found) != 1:
+  kernels = [path for path, axes in under.items() if axes == max(under.values())]
+  if len(kernels) != 1:
     raise ValueError(
       f"{_paths.join(prefix)!r}: expected one kernel there, found"
-      f" {_paths.listed(found or shapes(tree))}; name the layer, or the leaf, inside"
+      f" {_paths.listed(kernels or shapes(tree))}; name the layer, or the leaf, inside"
     )
-  return found[0]
+  return kernels[0]
 
 
 def insert(tree: Any, path: _paths.Path, value: Any) -> Any:
@@ -85,11 +85,16 @@ def remove(tree: Any, path: _paths.Path) -> Any:
 
 
 def _key(tree: Any, name: str) -> Any:
-  """The key that is written so: modules in a list have integers."""
-  return next((key for key in tree if str(key) == name), name)
+  """The key that is written so, or would be: modules in a list have integers."""
+  for key in tree:
+    if str(key) == name:
+      return key
+  in_list = name.isdigit() and tree and all(isinstance(key, int) for key in tree)
+  return int(name) if in_list else name
 
 
-def _like(tree: Any, items: dict[str, Any]) -> Any:
+def _like(tree: Any, items: dict[Any, Any]) -> Any:
+  """A mapping of the same kind."""
   kind: Any = type(tree)
   return kind(items)
 

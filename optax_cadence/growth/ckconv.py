@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from optax_cadence.growth import _variables
+from optax_cadence.growth import _nnx_model
 
 
 def init_kernel(
@@ -54,13 +54,13 @@ def init_kernel(
   sizes = [dims, *[hidden] * layers, in_features * out_features]
   params = {}
   for i, (n, m) in enumerate(itertools.pairwise(sizes)):
-    key, one, two = jax.random.split(key, 3)
+    key, weight_key, bias_key = jax.random.split(key, 3)
     bound = omega / n if i == 0 else math.sqrt(6 / n)
     if i == layers:  # so that a kernel's variance is that of a usual initializer
       bound = math.sqrt(6 / (n * in_features))
-    params[f"w{i}"] = jax.random.uniform(one, (n, m), minval=-bound, maxval=bound)
+    params[f"w{i}"] = jax.random.uniform(weight_key, (n, m), minval=-bound, maxval=bound)
     phase = math.pi if i < layers else 0.0
-    params[f"b{i}"] = jax.random.uniform(two, (m,), minval=-phase, maxval=phase)
+    params[f"b{i}"] = jax.random.uniform(bias_key, (m,), minval=-phase, maxval=phase)
   return params
 
 
@@ -203,17 +203,10 @@ class CKConv(nnx.Module):
     self.kernel_size = self.fitted_size = tuple(kernel_size)
     self.padding = padding
     omega = smooth(self.kernel_size) if omega is None else omega
-    params = init_kernel(
-      rngs.params(),
-      len(self.kernel_size),
-      in_features,
-      out_features,
-      hidden=hidden,
-      layers=layers,
-      omega=omega,
-    )
-    taps = math.prod(self.kernel_size)
-    params[f"w{layers}"] = params[f"w{layers}"] / math.sqrt(taps)
+    settings: Any = {"hidden": hidden, "layers": layers, "omega": omega}
+    dims = len(self.kernel_size)
+    params = init_kernel(rngs.params(), dims, in_features, out_features, **settings)
+    params[f"w{layers}"] = params[f"w{layers}"] / math.sqrt(math.prod(self.kernel_size))
     self.depth = layers + 1
     for name, value in params.items():
       setattr(self, name, nnx.Param(value))
@@ -223,7 +216,7 @@ class CKConv(nnx.Module):
   def kernel(self) -> jax.Array:
     """The kernel at the present size: [*kernel_size, in, out]."""
     names = [f"{kind}{i}" for i in range(self.depth) for kind in "wb"]
-    params = {name: _variables.get(getattr(self, name)) for name in names}
+    params = {name: _nnx_model.get_array(getattr(self, name)) for name in names}
     return sample_kernel(
       params, self.kernel_size, self.in_features, self.out_features, fitted=self.fitted_size
     )
@@ -244,11 +237,9 @@ class CKConv(nnx.Module):
     y = jax.lax.conv_general_dilated(
       x, self.kernel, (1,) * len(size), padding, dimension_numbers=spec
     )
-    return (
-      y
-      if self.bias is None
-      else y + jnp.expand_dims(_variables.get(self.bias), tuple(range(y.ndim - 1)))
-    )
+    if self.bias is None:
+      return y
+    return y + jnp.expand_dims(_nnx_model.get_array(self.bias), tuple(range(y.ndim - 1)))
 
 
 def to_continuous(
@@ -281,23 +272,13 @@ def to_continuous(
     The layer, and the error that is left: norm of the difference over that of the kernel.
   """
   *size, n, m = jnp.shape(kernel)
-  settings = {"hidden": hidden, "layers": layers, "omega": omega}
+  settings: Any = {"hidden": hidden, "layers": layers, "omega": omega}
   params, error = fit_kernel(
     kernel, rngs.params(), steps=steps, learning_rate=learning_rate, **settings
   )
-  layer = CKConv(
-    n,
-    m,
-    size,
-    padding=padding,
-    use_bias=bias is not None,
-    rngs=rngs,
-    hidden=hidden,
-    layers=layers,
-    omega=omega,
-  )
+  layer = CKConv(n, m, size, padding=padding, use_bias=bias is not None, rngs=rngs, **settings)
   for name, value in params.items():
-    _variables.put(getattr(layer, name), value)
+    _nnx_model.set_array(getattr(layer, name), value)
   if layer.bias is not None:
-    _variables.put(layer.bias, jnp.asarray(bias))
+    _nnx_model.set_array(layer.bias, jnp.asarray(bias))
   return layer, error

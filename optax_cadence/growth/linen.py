@@ -5,23 +5,18 @@ call in place of `new.apply` until `growth.merge(variables, plan)`; and the plan
 `growth.grow_state` takes the optimizer's state along.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from optax_cadence import _paths
-from optax_cadence.growth import _coupling
+from optax_cadence.growth import _driver
 from optax_cadence.growth import _gate
-from optax_cadence.growth import _kernels
-from optax_cadence.growth import _program
-from optax_cadence.growth import _trees
-from optax_cadence.growth import _widening
+from optax_cadence.growth import _planners
 from optax_cadence.growth._dimension import Dimension
+from optax_cadence.growth._driver import Network
 from optax_cadence.growth._plan import Plan
 
-ALPHA = "params/alpha"
 Grown = tuple[Any, Callable[..., Any], Plan]
 
 
@@ -38,8 +33,8 @@ def couple(module: Any, variables: Any, *inputs: Any, producer: str, **kwargs: A
   Returns:
     The `Dimension`, for the tree `variables`.
   """
-  name = _kernel(variables, producer)
-  return _coupling.couple(module.apply, variables, *inputs, producer=name, **kwargs)
+  network = _network(module, variables, inputs, {})
+  return _driver.couple(network, _kernel(network, producer), **kwargs)
 
 
 def widen(
@@ -81,11 +76,18 @@ def widen(
   Raises:
     ValueError: As `growth.couple`, `growth.widening` and `Plan.apply` do.
   """
-  units = couple(
-    old, variables, *inputs, producer=producer, axis=axis, unit=unit, blocks=blocks, **kwargs
+  network = _network(old, variables, inputs, kwargs, new, rngs)
+  grown = _driver.widen(
+    network,
+    _kernel(network, producer),
+    by,
+    axis=axis,
+    unit=unit,
+    blocks=blocks,
+    fresh=fresh,
+    alpha=alpha,
   )
-  plan = _widening.widening(variables, units, by, alpha=ALPHA)
-  return _grown(old, new, variables, plan, fresh or _init(new, inputs, rngs, kwargs), alpha)
+  return _with_forward(old, new, grown)
 
 
 def enlarge(
@@ -103,31 +105,18 @@ def enlarge(
 ) -> Grown:
   """Gives a convolution a larger kernel, its new taps behind a gate.
 
-  Args:
-    old: See `widen`, as for all that is not said here.
-    new: The same module, defined with the larger kernel.
-    variables: The variables of `old`.
-    *inputs: Inputs of the module, arrays.
-    conv: Path of the convolution, or of its kernel.
-    kernel_size: Its new spatial size.
-    causal: Whether its padding is "CAUSAL": old taps are then the last ones.
-    rngs: As for `new.init`, which gives the new entries; or else `fresh`.
-    fresh: Where they come from instead, as for `Plan.apply`.
-    alpha: Value of the gate.
-    **kwargs: Further arguments of the forward pass (`train`), and of `apply` (`mutable`).
-
-  Returns:
-    The grown variables, the forward pass with its gate, and the plan.
+  `conv` is the path of the convolution, or of its kernel, `kernel_size` the new spatial size;
+  `causal` says that its padding is "CAUSAL", so that old taps are the last ones. All other
+  arguments, and what is returned, are as for `widen`.
 
   Raises:
     ValueError: As `growth.enlarging` and `Plan.apply` do.
   """
-  name = _kernel(variables, conv)
-  fn = functools.partial(old.apply, **kwargs)
-  plan = _kernels.enlarging(
-    variables, {name: kernel_size}, causal=causal, alpha=ALPHA, fn=fn, args=inputs
+  network = _network(old, variables, inputs, kwargs, new, rngs)
+  grown = _driver.enlarge(
+    network, _kernel(network, conv), kernel_size, causal=causal, fresh=fresh, alpha=alpha
   )
-  return _grown(old, new, variables, plan, fresh or _init(new, inputs, rngs, kwargs), alpha)
+  return _with_forward(old, new, grown)
 
 
 def deepen(
@@ -143,31 +132,17 @@ def deepen(
 ) -> Grown:
   """Adds layers, what they add to the residual stream behind a gate.
 
-  Args:
-    old: See `widen`, as for all that is not said here.
-    new: The module with more layers.
-    variables: The variables of `old`.
-    *inputs: Inputs of the module, arrays.
-    outgoing: Paths of those new layers, or leaves, that α multiplies: the last of a residual
-      block. None: they are the identity as they are (Net2Deeper).
-    rngs: As for `new.init`, which gives the new entries; or else `fresh`.
-    fresh: Where they come from instead, as for `Plan.apply`.
-    alpha: Value of the gate.
-    **kwargs: Further arguments of the forward pass (`train`), and of `apply` (`mutable`).
-
-  Returns:
-    The grown variables, the forward pass with its gate, and the plan.
+  `outgoing` are the paths of those new layers, or leaves, that α multiplies: the last of a
+  residual block. None: the new layers are the identity as they are (Net2Deeper). All other
+  arguments, and what is returned, are as for `widen`.
 
   Raises:
     ValueError: As `growth.deepening` does.
   """
-  deeper = fresh or _init(new, inputs, rngs, kwargs)
-  flops = (
-    _program.flops(old.apply, variables, *inputs, **kwargs),
-    _program.flops(new.apply, deeper, *inputs, **kwargs),
-  )
-  plan = _kernels.deepening(variables, deeper, outgoing=outgoing, alpha=ALPHA, flops=flops)
-  return _grown(old, new, variables, plan, deeper, alpha)
+  network = _network(old, variables, inputs, kwargs, new, rngs)
+  deeper = _network(new, network.init() if fresh is None else fresh, inputs, kwargs)
+  grown = _driver.deepen(network, deeper, outgoing=outgoing, alpha=alpha)
+  return _with_forward(old, new, grown)
 
 
 def shrink(
@@ -185,18 +160,8 @@ def shrink(
 ) -> tuple[Any, Plan]:
   """Removes units, such as those that a channel mask has pruned.
 
-  Args:
-    old: The module as it is.
-    new: The same module, defined at its smaller size.
-    variables: The variables of `old`.
-    *inputs: Inputs of the module, arrays.
-    producer: See `widen`, as for `axis`, `unit`, `blocks` and further arguments.
-    keep: Which units stay: indices, or a bool mask over the units.
-    remove: Which go, in place of `keep`.
-    axis: See `widen`.
-    unit: See `widen`.
-    blocks: See `widen`.
-    **kwargs: See `widen`.
+  `keep` says which units stay: indices, or a bool mask over the units; or `remove`, which go. `new`
+  is the module at its smaller size. All other arguments are as for `widen`.
 
   Returns:
     The smaller variables, for `new`, and the plan.
@@ -204,31 +169,44 @@ def shrink(
   Raises:
     ValueError: If `new` does not run with what is left, or as `growth.shrinking` does.
   """
-  units = couple(
-    old, variables, *inputs, producer=producer, axis=axis, unit=unit, blocks=blocks, **kwargs
-  )
-  plan = _widening.shrinking(variables, units, keep=keep, remove=remove)
+  network = _network(old, variables, inputs, kwargs)
+  name = _kernel(network, producer)
+  units = _driver.couple(network, name, axis=axis, unit=unit, blocks=blocks)
+  plan = _planners.shrinking(variables, units, keep=keep, remove=remove)
   smaller = plan.apply(variables)
-  _program.trace(new.apply, smaller, *inputs, **kwargs)
+  _driver.check_runs(_network(new, smaller, inputs, kwargs), type(new).__name__)
   return smaller, plan
 
 
-def _kernel(variables: Any, name: str) -> str:
-  if "params" not in variables:
+def _network(
+  module: Any,
+  variables: Any,
+  inputs: Sequence[Any],
+  settings: Mapping[str, Any],
+  new: Any = None,
+  rngs: Any = None,
+) -> Network:
+  """A module as the driver sees it; `new` and `rngs` give its new entries."""
+
+  def init() -> Any:
+    if rngs is None:
+      raise ValueError("new entries need a source: expected rngs=, for new.init, or fresh=")
+    of_init = {name: value for name, value in settings.items() if name != "mutable"}
+    return jax.jit(lambda rngs: new.init(rngs, *inputs, **of_init))(rngs)
+
+  return Network(module.apply, variables, inputs, settings, "params/alpha", init)
+
+
+def _kernel(network: Network, name: str) -> str:
+  """The path of the kernel of a layer, or of a leaf, that was named."""
+  if "params" not in network.variables:
     raise ValueError(
       'expected variables as `init` returns them, {"params": …}, found the keys'
-      f" {sorted(variables)}"
+      f" {sorted(network.variables)}"
     )
-  return _paths.join(_trees.kernel(variables, tuple(name.split("/"))))
+  return network.kernel(tuple(name.split("/")))
 
 
-def _grown(old: Any, new: Any, variables: Any, plan: Plan, fresh: Any, alpha: float) -> Grown:
-  grown = plan.apply(variables, fresh, alpha=alpha)
-  return grown, _gate.gated(new.apply, plan, old=old.apply), plan
-
-
-def _init(new: Any, inputs: Sequence[Any], rngs: Any, kwargs: Mapping[str, Any]) -> Any:
-  if rngs is None:
-    raise ValueError("new entries need a source: expected rngs=, for new.init, or fresh=")
-  settings = {name: value for name, value in kwargs.items() if name != "mutable"}
-  return jax.jit(lambda rngs: new.init(rngs, *inputs, **settings))(rngs)
+def _with_forward(old: Any, new: Any, grown: _driver.Grown) -> Grown:
+  """The result of a growth: the variables, the forward pass with its gate, and the plan."""
+  return grown.variables, _gate.gated(new.apply, grown.plan, old=old.apply), grown.plan

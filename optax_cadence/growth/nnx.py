@@ -2,7 +2,7 @@
 
 A grown model stays the object it was, of a subclass of its own class whose forward pass goes
 through the gate, with the gate as one more parameter, `alpha`. After `merge` it is a plain
-model of its old class again, at its new size.
+model of its own class again, at its new size.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,24 +13,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from optax_cadence import _paths
-from optax_cadence.growth import _coupling
 from optax_cadence.growth import _dimension
+from optax_cadence.growth import _driver
 from optax_cadence.growth import _gate
-from optax_cadence.growth import _kernels
-from optax_cadence.growth import _nnx_gate
-from optax_cadence.growth import _nnx_layers
-from optax_cadence.growth import _program
+from optax_cadence.growth import _nnx_model
 from optax_cadence.growth import _state
 from optax_cadence.growth import _trees
-from optax_cadence.growth import _variables
-from optax_cadence.growth import _widening
 from optax_cadence.growth._dimension import Axis
 from optax_cadence.growth._dimension import Dimension
+from optax_cadence.growth._driver import Network
 from optax_cadence.growth._fresh import Fresh
-from optax_cadence.growth._nnx_gate import ALPHA
-from optax_cadence.growth._nnx_gate import forward
-from optax_cadence.growth._nnx_gate import variables
-from optax_cadence.growth._nnx_layers import default_init
+from optax_cadence.growth._nnx_model import default_init
+from optax_cadence.growth._nnx_model import forward
+from optax_cadence.growth._nnx_model import variables
 from optax_cadence.growth._plan import Plan
 
 __all__ = [
@@ -64,11 +59,8 @@ def couple(
   Returns:
     The `Dimension`, for the tree `nnx.variables(model)`.
   """
-  _check_plain(model)
-  name = _paths.join(_kernel(model, producer))
-  return _coupling.couple(
-    forward(model), variables(model), *inputs, producer=name, axis=axis, **kwargs
-  )
+  network = _network(model, inputs)
+  return _driver.couple(network, network.kernel(_path(model, producer)), axis=axis, **kwargs)
 
 
 def widen(
@@ -111,35 +103,17 @@ def widen(
   Raises:
     ValueError: If something does not fit; it names the path, the shapes, what is missing.
   """
-  _check_plain(model)
-  tree = variables(model)
-  _trees.check_concrete("widen", tree)
-  if isinstance(producer, Dimension):
-    described: Dimension | None = producer
-  elif consumers is not None:
-    described = _described(model, producer, consumers, also, Axis(axis, blocks, unit))
-  else:
-    described = None
-  if inputs:
-    named = described or _paths.join(_kernel(model, producer))
-    units = _coupling.couple(
-      forward(model), tree, *inputs, producer=named, axis=axis, unit=unit, blocks=blocks
-    )
-  elif described is None:
-    raise ValueError("widen needs inputs, to find what reads the units, or consumers=[...]")
-  else:
-    units = described
-  plan = _widening.widening(tree, units, by)
-  grow(
-    model,
-    plan,
-    fresh or default_init(model, rngs),
-    inputs=inputs,
-    optimizer=optimizer,
-    alpha=alpha,
-    keep_groups=blocks > 1,
+  network = _network(model, inputs, rngs)
+  units: Any = producer
+  if not isinstance(producer, Dimension):
+    if consumers is not None:
+      units = _described(model, producer, consumers, also, Axis(axis, blocks, unit))
+    else:
+      units = network.kernel(_path(model, producer))
+  grown = _driver.widen(
+    network, units, by, axis=axis, unit=unit, blocks=blocks, fresh=fresh, alpha=alpha
   )
-  return plan
+  return _put(model, grown, inputs, optimizer, keep_groups=blocks > 1)
 
 
 def enlarge(
@@ -154,33 +128,22 @@ def enlarge(
 ) -> Plan:
   """Gives a convolution of a live model a larger kernel, its new taps behind a gate.
 
-  Args:
-    model: The model; it is changed in place, or, on an error, not at all.
-    *inputs: Inputs of its forward pass; with them FLOPs are counted and the result checked.
-    conv: The `nnx.Conv` inside.
-    kernel_size: Its new spatial size.
-    fresh: As `rngs`, `optimizer` and `alpha`: see `widen`.
-    rngs: See there.
-    optimizer: See there.
-    alpha: See there.
-
-  Returns:
-    The `Plan` that was applied.
+  `conv` is the `nnx.Conv` inside, `kernel_size` its new spatial size. With inputs, FLOPs are
+  counted and the result is checked. All other arguments, and what is returned, are as for `widen`.
 
   Raises:
     ValueError: If the kernel would become smaller, or its padding does not keep the taps.
   """
-  _check_plain(model)
-  plan = _kernels.enlarging(
-    variables(model),
-    {_paths.join(_kernel(model, conv)): kernel_size},
+  network = _network(model, inputs, rngs)
+  grown = _driver.enlarge(
+    network,
+    network.kernel(_path(model, conv)),
+    kernel_size,
     causal=getattr(conv, "padding", None) == "CAUSAL",
-    fn=forward(model) if inputs else None,
-    args=inputs,
+    fresh=fresh,
+    alpha=alpha,
   )
-  fresh = fresh or default_init(model, rngs)
-  grow(model, plan, fresh, inputs=inputs, optimizer=optimizer, alpha=alpha)
-  return plan
+  return _put(model, grown, inputs, optimizer)
 
 
 def deepen(
@@ -209,27 +172,12 @@ def deepen(
   Raises:
     ValueError: If nothing is new or the model does not run with it.
   """
-  _check_plain(model)
-  deeper = nnx.clone(model)
-  add(deeper)
-  values = nnx.state(deeper)
-  before, after = variables(model), variables(deeper)
-  _trees.check_concrete("deepen", before)
-  flops = None
-  if inputs:
-    pairs = ((model, before), (deeper, after))
-    old, new = (_program.flops(forward(m), tree, *inputs) for m, tree in pairs)
-    flops = old, new
-  names = [_paths.join(_path(deeper, module)) for module in outgoing(deeper)]
-  plan = _kernels.deepening(before, after, outgoing=names, flops=flops)
-
-  def change(model: nnx.Module) -> None:
-    add(model)
-    nnx.update(model, values)
-    _nnx_gate.close(model, plan, alpha)
-
-  _apply(model, plan, change, inputs, optimizer)
-  return plan
+  network = _network(model, inputs)
+  copy = nnx.clone(model)
+  add(copy)
+  names = [_paths.join(_path(copy, module)) for module in outgoing(copy)]
+  grown = _driver.deepen(network, _network(copy, inputs), outgoing=names, alpha=alpha)
+  return _put(model, grown, inputs, optimizer, add=add)
 
 
 def grow(
@@ -244,24 +192,12 @@ def grow(
 ) -> None:
   """Applies a plan for the tree `nnx.variables(model)` to the live model.
 
-  Args:
-    model: The model; it is changed in place, or, on an error, not at all.
-    plan: A plan of `growth.widening` or `growth.enlarging`, or a sum of them.
-    fresh: Where new entries come from, as for `Plan.apply`.
-    inputs: Inputs of the forward pass, to check the result.
-    optimizer: The model's optimizer, whose state follows.
-    alpha: Value of the gate.
-    keep_groups: Whether the groups of a `GroupNorm` get wider, instead of more.
+  `plan` is one of `growth.widening` or `growth.enlarging`, or a sum of them; `keep_groups` says
+  that the groups of a `GroupNorm` get wider, instead of more. All other arguments are as for
+  `widen`.
   """
-  _check_plain(model)
-  tree = _trees.remove(plan.apply(variables(model), fresh, alpha=alpha), plan.alpha)
-
-  def change(model: nnx.Module) -> None:
-    _nnx_gate.replace(model, tree)
-    _nnx_layers.fit(model, keep_groups)
-    _nnx_gate.close(model, plan, alpha, keep_groups)
-
-  _apply(model, plan, change, inputs, optimizer)
+  grown = _driver.grow(_network(model), plan, fresh, alpha)
+  _put(model, grown, inputs, optimizer, keep_groups)
 
 
 def shrink(
@@ -283,8 +219,7 @@ def shrink(
     optimizer: The model's optimizer, whose state follows.
     keep_groups: Whether the groups of a `GroupNorm` get narrower, instead of fewer.
   """
-  _check_plain(model)
-  tree = plan.apply(variables(model))
+  tree = plan.apply(_network(model).variables)
 
   def change(model: nnx.Module) -> None:
     take_out(model)
@@ -293,14 +228,14 @@ def shrink(
       raise ValueError(
         f"the plan removes {_paths.listed(sorted(left))}: take the modules out with take_out="
       )
-    _nnx_gate.replace(model, tree)
-    _nnx_layers.fit(model, keep_groups)
+    _nnx_model.set_variables(model, tree)
+    _nnx_model.fit(model, keep_groups)
 
-  _apply(model, plan, change, inputs, optimizer)
+  _change(model, plan, change, inputs, optimizer)
 
 
 def merge(model: nnx.Module, *, optimizer: nnx.Optimizer | None = None) -> None:
-  """Folds the gate into the weights: the model is a plain one of its old class again.
+  """Folds the gate into the weights: the model is a plain one of its own class again.
 
   Args:
     model: The grown model; it is changed in place.
@@ -311,32 +246,46 @@ def merge(model: nnx.Module, *, optimizer: nnx.Optimizer | None = None) -> None:
   """
   plan = plan_of(model)
   tree = _gate.merge(variables(model), plan)
-  _apply(model, plan, lambda model: _nnx_gate.open_(model, tree), (), optimizer)
+
+  def change(model: nnx.Module) -> None:
+    _nnx_model.detach_gate(model)
+    _nnx_model.set_variables(model, tree)
+
+  _change(model, plan, change, (), optimizer)
 
 
 def set_alpha(model: nnx.Module, alpha: float) -> None:
   """Sets the gate of a grown model by hand."""
   plan_of(model)
-  gate = getattr(model, ALPHA)
-  _variables.put(gate, jnp.asarray(alpha, _variables.get(gate).dtype))
+  variable = getattr(model, _nnx_model.ALPHA)
+  dtype = _nnx_model.get_array(variable).dtype
+  _nnx_model.set_array(variable, jnp.asarray(alpha, dtype))
 
 
 def plan_of(model: nnx.Module) -> Plan:
   """The plan by which a model with a gate has grown."""
-  growth = _nnx_gate.growth_of(model)
-  if growth is None:
+  gate = _nnx_model.gate_of(model)
+  if gate is None:
     raise ValueError(f"{type(model).__name__} has no gate: it has not grown, or is merged already")
-  return growth.plan
+  return gate.plan
 
 
-def _check_plain(model: nnx.Module) -> None:
-  if _nnx_gate.growth_of(model) is not None:
-    raise ValueError(f"{type(model).__name__} has a gate already: merge it before the next growth")
-  if hasattr(model, ALPHA):
-    raise ValueError(f"{type(model).__name__} has an attribute 'alpha', where the gate would be")
+def _network(
+  model: nnx.Module, inputs: Sequence[Any] = (), rngs: nnx.Rngs | None = None
+) -> Network:
+  """A model without a gate, as the driver sees it."""
+  name = type(model).__name__
+  if _nnx_model.gate_of(model) is not None:
+    raise ValueError(f"{name} has a gate already: merge it before the next growth")
+  if hasattr(model, _nnx_model.ALPHA):
+    raise ValueError(f"{name} has an attribute 'alpha', where the gate would be")
+  tree = variables(model)
+  _trees.check_concrete("growth", tree)
+  return Network(forward(model), tree, inputs, init=lambda: default_init(model, rngs))
 
 
-def _path(model: nnx.Module, module: nnx.Module) -> _paths.Path:
+def _path(model: nnx.Module, module: Any) -> _paths.Path:
+  """The path of a module inside the model."""
   for path, node in nnx.iter_graph(model):
     if node is module:
       return tuple(map(str, path))
@@ -346,18 +295,13 @@ def _path(model: nnx.Module, module: nnx.Module) -> _paths.Path:
   )
 
 
-def _kernel(model: nnx.Module, module: Any) -> _paths.Path:
-  """The path of a module's kernel, or embedding."""
-  return _trees.kernel(variables(model), _path(model, module))
-
-
 def _described(
   model: nnx.Module, producer: Any, consumers: Sequence[Any], also: Sequence[Any], axis: Axis
 ) -> Dimension:
   """The dimension between modules that were named."""
   tree = variables(model)
   shapes = _trees.shapes(tree)
-  kernel = _kernel(model, producer)
+  kernel = _trees.kernel(tree, _path(model, producer))
   members: dict[str, Any] = {_paths.join(kernel): axis}
   size = shapes[kernel][axis.axis]
   bias = (*kernel[:-1], "bias")
@@ -367,7 +311,7 @@ def _described(
     if -from_end <= len(shapes[bias]):
       members[_paths.join(bias)] = axis._replace(axis=from_end)
   for module in consumers:
-    path = _kernel(model, module)
+    path = _trees.kernel(tree, _path(model, module))
     number = 0 if isinstance(module, nnx.Linear | nnx.LinearGeneral) else -2
     if shapes[path][number] % size:
       raise ValueError(
@@ -384,7 +328,42 @@ def _described(
   return _dimension.dimension(tree, members)
 
 
-def _apply(
+def _put(
+  model: nnx.Module,
+  grown: _driver.Grown,
+  inputs: Sequence[Any],
+  optimizer: nnx.Optimizer | None,
+  keep_groups: bool = False,
+  add: Callable[[Any], None] = lambda model: None,
+) -> Plan:
+  """Puts grown variables into a live model, and attaches its gate.
+
+  Args:
+    model: The model.
+    grown: Its grown variables and the plan.
+    inputs: Inputs of the forward pass, to check the result.
+    optimizer: The model's optimizer, whose state follows.
+    keep_groups: Whether the groups of a `GroupNorm` get wider, instead of more.
+    add: Puts new modules into the model.
+
+  Returns:
+    The plan.
+  """
+  plan = grown.plan
+  alpha = _trees.leaves(grown.variables)[plan.alpha]
+  tree = _trees.remove(grown.variables, plan.alpha)
+
+  def change(model: nnx.Module) -> None:
+    add(model)
+    _nnx_model.set_variables(model, tree)
+    _nnx_model.fit(model, keep_groups)
+    _nnx_model.attach_gate(model, plan, alpha, keep_groups)
+
+  _change(model, plan, change, inputs, optimizer)
+  return plan
+
+
+def _change(
   model: nnx.Module,
   plan: Plan,
   change: Callable[[Any], None],
@@ -392,41 +371,33 @@ def _apply(
   optimizer: nnx.Optimizer | None,
 ) -> None:
   """Changes a model and its optimizer's state, or, on an error, neither."""
-  probe = nnx.clone(model)
-  change(probe)
-  if inputs:
-    try:
-      jax.eval_shape(forward(probe), variables(probe), *inputs)
-    except Exception as error:
-      raise ValueError(
-        f"{type(model).__name__} does not run at its new size, so nothing was changed. A shared"
-        " dimension may lack a member, or a module keep its size in an attribute of its own."
-        f" ({type(error).__name__}: {error})"
-      ) from error
+  changed = nnx.clone(model)
+  change(changed)
+  _driver.check_runs(Network(forward(changed), variables(changed), inputs), type(model).__name__)
   if optimizer is None:
     change(model)
     return
-  before, after = (nnx.state(m, optimizer.wrt) for m in (model, probe))
-  state = _state.grow_state(optimizer.tx, _state_of(optimizer, before), before, after, plan)
+  before, after = (nnx.state(m, optimizer.wrt) for m in (model, changed))
+  old_arrays = [_nnx_model.get_array(x) for x in _opt_variables(optimizer)]
+  structure: Any = jax.tree.structure(jax.eval_shape(optimizer.tx.init, before))
+  if structure.num_leaves != len(old_arrays):
+    raise ValueError(
+      f"optimizer: expected the state for this model, {structure.num_leaves} arrays, found"
+      f" {len(old_arrays)}"
+    )
+  old_state = jax.tree.unflatten(structure, old_arrays)
+  state = _state.grow_state(optimizer.tx, old_state, before, after, plan)
   change(model)
   fresh = type(optimizer)(model, optimizer.tx, wrt=optimizer.wrt)
   for variable, value in zip(_opt_variables(fresh), jax.tree.leaves(state), strict=True):
-    _variables.put(variable, value)
+    _nnx_model.set_array(variable, value)
   optimizer.opt_state = fresh.opt_state
 
 
-def _state_of(optimizer: Any, params: Any) -> Any:
-  """The state of an NNX optimizer as its transformation knows it."""
-  arrays = [_variables.get(x) for x in _opt_variables(optimizer)]
-  made: Any = jax.tree.structure(jax.eval_shape(optimizer.tx.init, params))
-  if made.num_leaves != len(arrays):
-    raise ValueError(
-      f"optimizer: expected the state for this model, {made.num_leaves} arrays, found {len(arrays)}"
-    )
-  return jax.tree.unflatten(made, arrays)
-
-
 def _opt_variables(optimizer: Any) -> list[Any]:
+  """The variables in which an NNX optimizer keeps its state, in order."""
   flat = jax.tree.leaves(optimizer.opt_state, is_leaf=lambda x: isinstance(x, nnx.Variable))
   # What an optimizer has masked is no array, but it is wrapped all the same.
-  return [x for x in flat if isinstance(x, nnx.Variable) and hasattr(_variables.get(x), "dtype")]
+  return [
+    x for x in flat if isinstance(x, nnx.Variable) and hasattr(_nnx_model.get_array(x), "dtype")
+  ]

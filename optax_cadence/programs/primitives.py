@@ -44,6 +44,10 @@ PRODUCTS = frozenset(["conv_general_dilated", "dot_general"])
 CONTRACTIONS = PRODUCTS | frozenset(
   ["gather", "ragged_dot", "ragged_dot_general", "scaled_dot", "scaled_matmul"]
 )
+# Their result holds the entries of their first operand, each as it is but for its dtype.
+REARRANGEMENTS = frozenset(
+  ["broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "transpose"]
+)
 _REDUCTIONS = frozenset(
   ["reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum", "reduce_xor"]
 )

@@ -1,0 +1,263 @@
+"""Which axes of which leaves run over the same units: read from the traced program.
+
+A *dimension* is one set of units (neurons, channels, heads, entries of the residual
+stream) with all its members: the axes of leaves that have an entry, or several, for every
+unit (as in the dependency graph of Torch-Pruning, arXiv:2301.12900). Every axis of the program
+gets labels, the number of the unit behind each of its positions; they pass from one axis to all
+that are tied to it, forward and backward, until nothing changes. No parameter is changed here.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from optax_cadence import _paths
+from optax_cadence.growth import _graph
+from optax_cadence.growth._dimension import Axis
+from optax_cadence.growth._dimension import Contraction
+from optax_cadence.growth._dimension import Dimension
+from optax_cadence.growth._dimension import dimension
+from optax_cadence.growth._dimension import Member
+from optax_cadence.growth._dimension import NO_UNIT
+from optax_cadence.growth._graph import Graph
+from optax_cadence.growth._graph import Node
+from optax_cadence.growth._graph import Operation
+from optax_cadence.programs import primitives
+from optax_cadence.programs import reading
+
+
+def couple(
+  fn: Callable[..., Any],
+  variables: Any,
+  *args: Any,
+  producer: str | Sequence[str] | Dimension,
+  axis: int = -1,
+  unit: int = 1,
+  blocks: int = 1,
+  **kwargs: Any,
+) -> Dimension:
+  """Finds every axis that must change its size together with one of `producer`.
+
+  The program that `fn(variables, *args)` traces is read, not run. Names play no part.
+
+  Args:
+    fn: The forward pass.
+    variables: Tree of arrays or `jax.ShapeDtypeStruct`: the parameters, and whatever else
+      changes its shape with them (running statistics).
+    *args: Further arguments of `fn`: arrays, `jax.ShapeDtypeStruct`s, or trees of them.
+      Whatever is no array is passed as it is.
+    producer: Path of a leaf whose `axis` holds the units; several where the program does not
+      tie them; or a `Dimension` made by hand, which is then checked.
+    axis: The axis of `producer`.
+    unit: Adjacent positions that make one unit (the entries of a head, of a norm group).
+    blocks: How often the units repeat along the axis (groups of a norm that all grow).
+    **kwargs: Further arguments of `fn`.
+
+  Returns:
+    The `Dimension`.
+
+  Raises:
+    ValueError: If the axis cannot be followed through the program, or ends in its input: it
+      says where. If a `Dimension` made by hand lacks a member: it names it.
+
+  >>> import jax.numpy as jnp
+  >>> from optax_cadence import growth
+  >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones(4), "c": jnp.ones((4, 2))}
+  >>> fn = lambda p, x: jnp.tanh(x @ p["a"] + p["b"][None]) @ p["c"]
+  >>> print(growth.couple(fn, params, jnp.ones((5, 3)), producer="a"))
+  4 units
+    a axis 1: incoming
+    b axis 0: follows
+    c axis 0: outgoing
+  """
+  if isinstance(producer, Dimension):
+    described = producer
+  else:
+    names = [producer] if isinstance(producer, str) else list(producer)
+    described = dimension(variables, {name: Axis(axis, blocks, unit) for name in names})
+  graph = _graph.read(fn, variables, *args, **kwargs)
+  spread(graph, described, "the description")
+  members = tuple(_members(graph, described.size))
+  if producer is described:
+    _check_complete(described, members, graph)
+  sums = [
+    (operation, ends)
+    for operation in graph.operations
+    for tie, ends in operation.labelled()
+    if tie.summed
+  ]
+  if not any(operation.name in primitives.PRODUCTS for operation, _ in sums):
+    raise ValueError(
+      f"nothing uses the units of {_paths.listed(m.path for m in members)}: no product sums over"
+      " them, so widening would change the output"
+    )
+  of_weights = all(any(node.origin for node, _ in ends) for _, ends in sums)
+  folds = of_weights and all(m.role != "both" for m in members)
+  return Dimension(described.size, members, tuple(_contractions(graph)), folds)
+
+
+def _check_complete(described: Dimension, members: Sequence[Member], graph: Graph) -> None:
+  """Raises `ValueError` if the program has members that a description lacks."""
+  named = {(m.path, m.axis) for m in described.members}
+  for m in members:
+    if (m.path, m.axis) not in named:
+      raise ValueError(
+        f"the description lacks {_paths.join(m.path)!r} of shape {graph.leaves[m.path].shape}: its"
+        f" axis {m.axis} shares units with {_paths.listed(d.path for d in described.members)}"
+      )
+
+
+def _members(graph: Graph, units: int) -> Iterator[Member]:
+  """The axes of leaves that have units, and what they do with them."""
+  roles = _roles(graph)
+  for path, leaf in graph.leaves.items():
+    for axis, labels in sorted(leaf.labels.items()):
+      if units == 1 and (labels == 0).sum() > 1:
+        raise ValueError(
+          f"{_paths.join(path)!r} has {len(labels)} positions for a single unit: how a second one"
+          " would lie among them cannot be derived; expected at least two units"
+        )
+      yield Member(path, axis, labels, roles.get((path, axis), "follows"))
+
+
+def _roles(graph: Graph) -> dict[tuple[_paths.Path, int], str]:
+  """For axes of leaves whether products sum over them ("outgoing") or not ("incoming")."""
+  roles: dict[tuple[_paths.Path, int], set[str]] = {}
+  for operation in graph.operations:
+    if operation.name in primitives.PRODUCTS or operation.name == "gather":
+      for tie, ends in operation.labelled():
+        for node, axis in ends:
+          if node.origin is None:
+            continue
+          # The weight may have been transposed or reshaped on its way into the product.
+          leaf, size = graph.leaves[node.origin], len(node.labels[axis])
+          axes = [a for a, labels in leaf.labels.items() if len(labels) == size]
+          for a in axes or leaf.labels:
+            role = "outgoing" if tie.summed else "incoming"
+            roles.setdefault((node.origin, a), set()).add(role)
+  return {key: names.pop() if len(names) == 1 else "both" for key, names in roles.items()}
+
+
+def _contractions(graph: Graph) -> Iterator[Contraction]:
+  for operation in graph.operations:
+    if flops := operation.flops:
+      axes = [node.labels[a] for _, ends in operation.labelled() for node, a in ends[-1:]]
+      yield Contraction(flops, tuple((len(labels), int((labels == 0).sum())) for labels in axes))
+
+
+def spread(graph: Graph, units: Dimension, what: str) -> None:
+  """Labels the members of a dimension, and all axes of the program that run over its units.
+
+  Args:
+    graph: The program, whose nodes get the labels.
+    units: The dimension.
+    what: What the dimension is called in errors.
+
+  Raises:
+    ValueError: If the units cannot be followed.
+  """
+  for member in units.members:
+    graph.leaves[member.path].put(member.axis, member.labels, what)
+  changed = True
+  while changed:
+    changed = False
+    for operation in graph.operations:
+      changed |= _spread_through(operation)
+    for outside, inside in graph.slices:
+      for a in range(len(inside.shape)):
+        changed |= _spread_among([(outside, a + 1), (inside, a)], "a loop")
+    for node, other in graph.same:
+      for a in range(len(node.shape)):
+        changed |= _spread_among([(node, a), (other, a)], "a branch or loop")
+
+
+def _spread_through(operation: Operation) -> bool:
+  """Spreads labels through an operation; returns whether any is new."""
+  nodes = [node for node in [*operation.operands, *operation.results] if node is not None]
+  if not any(node.labels for node in nodes):
+    return False
+  where = f"{operation.name} of shapes {[node.shape for node in nodes]}"
+  ties = primitives.ties(operation.eqn)
+  if ties is None:
+    raise ValueError(
+      f"the units cannot be followed through {where}; describe the dimension by hand"
+    )
+  changed = False
+  for tie in ties:
+    changed |= _spread_among(operation.ends(tie), where)
+  if operation.name == "reshape" and len(nodes) == 2:
+    source, target = nodes
+    for ins, outs in primitives.reshape_groups(source.shape, target.shape):
+      changed |= _regroup(source, ins, target, outs, where)
+      changed |= _regroup(target, outs, source, ins, where)
+  for whole, part, axis, at in _cuts(operation):
+    if whole is not None and part is not None:
+      changed |= _spread_to_part(whole, part, axis, at, where)
+  return changed
+
+
+def _spread_among(ends: list[tuple[Node, int]], where: str) -> bool:
+  """Spreads among axes that run over the same units."""
+  changed = False
+  for (source, a), (target, b) in itertools.permutations(ends, 2):
+    if a in source.labels and source.shape[a] == target.shape[b]:
+      changed |= target.put(b, source.labels[a], where)
+  return changed
+
+
+def _regroup(source: Node, ins: list[int], target: Node, outs: list[int], where: str) -> bool:
+  """Spreads from axes of the source to those of the target that a reshape makes of them."""
+  changed = False
+  for a in ins:
+    if a not in source.labels:
+      continue
+    before = [source.shape[i] for i in ins]
+    after = [target.shape[o] for o in outs]
+    along_a = source.labels[a].reshape([-1 if i == a else 1 for i in ins])
+    labels = np.broadcast_to(along_a, before).reshape(after)  # of every entry
+    for k, o in enumerate(outs):
+      rows = np.moveaxis(labels, k, 0).reshape(after[k], -1)
+      if (rows == rows[:, :1]).all() and (after[k] > 1 or labels.size == 1):
+        changed |= target.put(o, rows[:, 0].copy(), where)
+        break
+    else:
+      raise ValueError(
+        f"{where} cuts {source.shape[a]} positions into {tuple(after)}: expected every unit in one"
+        f" piece; say which are the units with unit={after[-1]} (whole groups are added) or"
+        f" blocks={after[0]} (every group grows)"
+      )
+  return changed
+
+
+def _cuts(operation: Operation) -> Iterator[tuple[Node | None, Node | None, int, np.ndarray]]:
+  """What an operation cuts or joins: whole, part, the axis, and where in the whole it lies."""
+  eqn, operands, results, _ = operation
+  p = eqn.params
+  if operation.name == "slice":
+    sizes = reading.shape(eqn.outvars[0])
+    strides = p["strides"] or (1,) * len(sizes)
+    for axis, (start, size, step) in enumerate(
+      zip(p["start_indices"], sizes, strides, strict=True)
+    ):
+      yield operands[0], results[0], axis, start + step * np.arange(size)
+  elif operation.name in ("concatenate", "split"):
+    joined = operation.name == "concatenate"
+    whole, parts = (results[0], operands) if joined else (operands[0], results)
+    axis = p["dimension"] if joined else p["axis"]
+    lengths = [reading.shape(v)[axis] for v in (eqn.invars if joined else eqn.outvars)]
+    for part, size, end in zip(parts, lengths, np.cumsum(lengths), strict=True):
+      yield whole, part, axis, np.arange(end - size, end)
+
+
+def _spread_to_part(whole: Node, part: Node, axis: int, at: np.ndarray, where: str) -> bool:
+  """Spreads between an array and a part of it."""
+  changed = False
+  if axis in part.labels:
+    labels = np.full(whole.shape[axis], NO_UNIT)
+    labels[at] = part.labels[axis]
+    changed |= whole.put(axis, labels, where)
+  if axis in whole.labels:
+    changed |= part.put(axis, whole.labels[axis][at], where)
+  return changed

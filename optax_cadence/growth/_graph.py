@@ -1,0 +1,281 @@
+"""A traced program as a flat list of operations, in which calls and loops are opened.
+
+The values between operations are nodes. `_couple` puts labels on their axes to find out which
+axes grow together; the products among the operations give the FLOPs of a forward pass.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from optax_cadence import _paths
+from optax_cadence.growth import _trees
+from optax_cadence.growth._dimension import Labels
+from optax_cadence.growth._dimension import NO_UNIT
+from optax_cadence.programs import primitives
+from optax_cadence.programs import reading
+
+
+@dataclasses.dataclass(eq=False)
+class Node:
+  """A value of the program.
+
+  Attributes:
+    shape: Its shape.
+    what: What it is called in errors.
+    origin: Path of the leaf of the variables whose entries it holds, if it is one.
+    fixed: Whether it cannot grow, as arguments and constants cannot.
+    labels: For each axis that has units, the unit of every position along it.
+  """
+
+  shape: tuple[int, ...]
+  what: str = ""
+  origin: _paths.Path | None = None
+  fixed: bool = False
+  labels: dict[int, Labels] = dataclasses.field(default_factory=dict)
+
+  def put(self, axis: int, labels: Labels, where: str) -> bool:
+    """Adds what is known of an axis; returns whether anything is new.
+
+    Raises:
+      ValueError: If a position would belong to two units.
+    """
+    old = self.labels.get(axis)
+    if old is None:
+      if (labels == NO_UNIT).all():
+        return False
+      if self.fixed:
+        raise ValueError(
+          f"{self.what} of shape {self.shape} has the units along its axis {axis} (found at"
+          f" {where}): it does not grow, so expected none there; name another axis"
+        )
+      self.labels[axis] = labels
+      return True
+    if ((old != labels) & (old != NO_UNIT) & (labels != NO_UNIT)).any():
+      raise ValueError(
+        f"at {where}: positions along an axis of size {len(labels)} belong to two units at once"
+        f" ({_shown(old)} and {_shown(labels)}); describe the units by hand, with unit= or blocks="
+      )
+    merged = np.where(old == NO_UNIT, labels, old)
+    self.labels[axis] = merged
+    return bool((merged != old).any())
+
+
+def _shown(labels: Labels) -> str:
+  return "[" + " ".join(map(str, labels[:6])) + (" …]" if len(labels) > 6 else "]")
+
+
+class Operation(NamedTuple):
+  """One operation of the flat program.
+
+  Attributes:
+    eqn: The operation as it stands in the program.
+    operands: A node for each operand; None for a scalar constant.
+    results: A node for each result.
+    repeat: How often it runs, more than once inside a scan.
+  """
+
+  eqn: Any
+  operands: list[Node | None]
+  results: list[Node]
+  repeat: int
+
+  @property
+  def name(self) -> str:
+    """The name of its primitive."""
+    return self.eqn.primitive.name
+
+  @property
+  def flops(self) -> int:
+    """Multiplications and additions, if it is a product."""
+    if self.name not in primitives.PRODUCTS:
+      return 0
+    left, right, result = (reading.shape(v) for v in (*self.eqn.invars, *self.eqn.outvars))
+    numbers = self.eqn.params["dimension_numbers"]
+    if self.name == "dot_general":
+      terms = math.prod(left[a] for a in numbers[0][0])
+    else:
+      terms = math.prod(right) // right[numbers.rhs_spec[0]]
+    return 2 * terms * math.prod(result) * self.repeat
+
+  def ends(self, tie: primitives.Tie) -> list[tuple[Node, int]]:
+    """The axes that a tie ties."""
+    pairs = [(self.operands[i], a) for i, a in tie.operands]
+    pairs += [(self.results[i], a) for i, a in tie.results]
+    return [(node, a) for node, a in pairs if node is not None]
+
+  def labelled(self) -> Iterator[tuple[primitives.Tie, list[tuple[Node, int]]]]:
+    """Its ties that have labels, and the axes that have them."""
+    for tie in primitives.ties(self.eqn) or []:
+      ends = [(node, a) for node, a in self.ends(tie) if a in node.labels]
+      if ends:
+        yield tie, ends
+
+
+class Graph:
+  """The flat form of a traced program.
+
+  Attributes:
+    leaves: The node of each leaf of the variables.
+    outputs: The nodes of what the program returns.
+    operations: In the order in which they run.
+    slices: Pairs (outside, inside) of what a scan reads or writes one slice of at a time.
+    same: Pairs that stand for one value.
+  """
+
+  def __init__(self, program: Any, paths: list[_paths.Path]):
+    """Flattens a program whose first arguments are the leaves at `paths`."""
+    self.operations: list[Operation] = []
+    self.slices: list[tuple[Node, Node]] = []
+    self.same: list[tuple[Node, Node]] = []
+    nodes = []
+    for i, var in enumerate(reading.opened(program)[0].invars):
+      if i < len(paths):
+        nodes.append(Node(reading.shape(var), repr(_paths.join(paths[i])), paths[i]))
+      else:
+        nodes.append(Node(reading.shape(var), f"argument {i - len(paths)}", fixed=True))
+    self.leaves = dict(zip(paths, nodes, strict=False))
+    self.outputs = [node or Node(()) for node in self._flatten(program, nodes, 1)]
+
+  def flops(self, factor: Callable[[_paths.Path], float] = lambda path: 1.0) -> tuple[int, int]:
+    """FLOPs now, and with each product's multiplied by `factor` of the leaf that is its weight."""
+    before, after = 0, 0.0
+    for operation in self.operations:
+      weights = [node.origin for node in operation.operands if node is not None and node.origin]
+      before += operation.flops
+      after += operation.flops * max(map(factor, weights), default=1.0)
+    return before, round(after)
+
+  def _flatten(self, program: Any, inputs: list[Any], repeat: int) -> list[Any]:
+    """Adds the operations of a program that runs `repeat` times; returns its results' nodes."""
+
+    def operation(eqns: reading.Eqns, operands: list[Any]) -> list[Any]:
+      (eqn,) = eqns
+      name, inner = eqn.primitive.name, reading.called(eqn)
+      if inner is not None:
+        return self._flatten(inner, operands, repeat)
+      results = [Node(reading.shape(v)) for v in eqn.outvars]
+      if name == "scan":
+        self._flatten_scan(eqn, operands, results, repeat)
+      elif name == "cond":
+        for branch in eqn.params["branches"]:
+          self._add_same(self._flatten(branch, operands[1:], repeat), results)
+      elif name == "while":
+        self._flatten_while(eqn, operands, results, repeat)
+      else:
+        if name in primitives.REARRANGEMENTS and operands[0] is not None:
+          results[0].origin = operands[0].origin
+        self.operations.append(Operation(eqn, operands, results, repeat))
+      return results
+
+    def constant(numbers: tuple[Any, ...]) -> Node | None:
+      shape = np.shape(numbers[0])
+      return Node(shape, "a constant", fixed=True) if shape else None
+
+    return reading.walk([program], inputs, operation, constant)
+
+  def _flatten_scan(self, eqn: Any, operands: list[Any], results: list[Node], repeat: int) -> None:
+    consts, carried = reading.scan_counts(eqn)
+    body, _ = reading.opened(eqn.params["jaxpr"])
+    first = consts + carried  # the first operand that is read slice by slice
+    inside: list[Any] = list(operands[:first])
+    for var, outside in zip(body.invars[first:], operands[first:], strict=True):
+      node = Node(reading.shape(var))
+      if outside is not None:
+        node.origin = outside.origin
+        self.slices.append((outside, node))
+      inside.append(node)
+    outputs = self._flatten(eqn.params["jaxpr"], inside, repeat * eqn.params["length"])
+    self._add_same(outputs[:carried], results[:carried])
+    self._add_same(operands[consts:first], results[:carried])
+    pairs = zip(results[carried:], outputs[carried:], strict=True)
+    self.slices += [(result, node) for result, node in pairs if node is not None]
+
+  def _flatten_while(self, eqn: Any, operands: list[Any], results: list[Node], repeat: int) -> None:
+    head, body = reading.while_counts(eqn)
+    carry = operands[head + body :]
+    self._flatten(eqn.params["cond_jaxpr"], operands[:head] + carry, repeat)
+    outputs = self._flatten(eqn.params["body_jaxpr"], operands[head : head + body] + carry, repeat)
+    self._add_same(outputs, results)
+    self._add_same(carry, results)
+
+  def _add_same(self, nodes: list[Any], others: list[Node]) -> None:
+    pairs = zip(nodes, others, strict=True)
+    self.same += [(node, other) for node, other in pairs if node is not None]
+
+
+def flops(fn: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) -> int:
+  """Multiplications and additions in the products of one call of `fn(variables, *args)`.
+
+  >>> import jax.numpy as jnp
+  >>> from optax_cadence import growth
+  >>> growth.flops(lambda w, x: x @ w, jnp.ones((3, 4)), jnp.ones((5, 3)))
+  120
+  """
+  return read(fn, variables, *args, **kwargs).flops()[0]
+
+
+def read(fn: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) -> Graph:
+  """Traces `fn` and flattens its program."""
+  traced = trace(fn, variables, *args, **kwargs)
+  return Graph(traced.program, traced.paths)
+
+
+class Traced(NamedTuple):
+  """A traced function.
+
+  Attributes:
+    program: Its program.
+    paths: Paths of the program's first arguments, the leaves of the variables.
+    arrays: The arrays among its further arguments, which are the rest of the program's.
+    rebuild: A function that turns the program's outputs into what the function returns.
+  """
+
+  program: Any
+  paths: list[_paths.Path]
+  arrays: list[Any]
+  rebuild: Callable[[list[Any]], Any]
+
+
+def trace(fn: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) -> Traced:
+  """Traces `fn(variables, *args, **kwargs)`.
+
+  Raises:
+    ValueError: If it does not run on these shapes.
+  """
+  leaves, structure = jax.tree.flatten(variables)
+  arrays, rebuild = _trees.partition_arrays((args, kwargs))
+  rebuilds: list[Callable[[list[Any]], Any]] = []
+
+  def flat(leaves: list[Any], arrays: list[Any]) -> list[Any]:
+    args, kwargs = rebuild(arrays)
+    result = fn(jax.tree.unflatten(structure, leaves), *args, **kwargs)
+    outputs, rebuild_result = _trees.partition_arrays(result)
+    rebuilds.append(rebuild_result)
+    return outputs
+
+  try:
+    program = jax.make_jaxpr(flat)(leaves, arrays)
+  except _forward_errors() as error:
+    given = ", ".join(f"{np.shape(x)} {x.dtype}" for x in arrays)
+    raise ValueError(
+      f"the forward pass does not run on {len(leaves)} variables and arguments of shapes"
+      f" {given or 'none'}: {type(error).__name__}: {error}"
+    ) from error
+  paths = [path for path, _ in _paths.flatten_with_paths(variables)]
+  return Traced(program, paths, arrays, rebuilds[-1])
+
+
+def _forward_errors() -> tuple[type[Exception], ...]:
+  """What a forward pass raises that does not fit its arguments.
+
+  Flax's errors have no base of Python's own; they are known only where Flax is imported.
+  """
+  flax = sys.modules.get("flax.errors")
+  errors = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError)
+  return (*errors, TypeError, ValueError, *([flax.FlaxError] if flax is not None else []))

@@ -1,0 +1,262 @@
+"""A live NNX model as a tree of arrays and a function of it; its layers; the gate in its class."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from optax_cadence import _paths
+from optax_cadence.growth import _gate
+from optax_cadence.growth import _plan
+from optax_cadence.growth import _trees
+from optax_cadence.growth._fresh import Fresh
+from optax_cadence.growth._plan import Plan
+
+ALPHA = "alpha"
+
+
+def get_array(variable: Any) -> Any:
+  """The array in a variable, in every version of Flax that is supported."""
+  return variable.get_value() if hasattr(variable, "get_value") else variable.value
+
+
+def set_array(variable: Any, value: Any) -> None:
+  """Puts an array into a variable."""
+  if hasattr(variable, "set_value"):
+    variable.set_value(value)
+  else:
+    variable.value = value
+
+
+def variables(model: nnx.Module) -> dict[str, Any]:
+  """All variables of a model as a nested dict of arrays: the tree that its plans are for."""
+  return nnx.to_pure_dict(nnx.state(model))
+
+
+def set_variables(model: nnx.Module, tree: Any) -> None:
+  """Puts the arrays of such a tree into the model."""
+  nnx.update(model, _filled(nnx.state(model), tree))
+
+
+def forward(model: nnx.Module) -> Callable[..., Any]:
+  """The forward pass as a function of `variables(model)`; it returns what changes too."""
+  return _function(model, type(model).__call__)
+
+
+def _function(
+  model: nnx.Module, call: Callable[..., Any], adapt: Callable[[Any], None] = lambda model: None
+) -> Callable[..., Any]:
+  """`call(model, ...)` as a function of the model's variables, of which some may be left out.
+
+  Args:
+    model: The model.
+    call: Its `__call__`, or that of a class above its own.
+    adapt: Adapts the model to the sizes of the variables.
+  """
+  graphdef, state = nnx.split(model)
+
+  def run(tree: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    copy = nnx.merge(graphdef, _filled(state, tree))
+    adapt(copy)
+    return call(copy, *args, **kwargs), _changing(copy)
+
+  return run
+
+
+def _filled(state: Any, tree: Any) -> Any:
+  """The state with the arrays of a nested dict; what is not there stays."""
+  leaves = _trees.leaves(tree)
+  values = [leaves.get(path, leaf) for path, leaf in _paths.flatten_with_paths(state)]
+  return jax.tree.unflatten(jax.tree.structure(state), values)
+
+
+def _changing(model: nnx.Module) -> Any:
+  """What a forward pass may change: running statistics, random keys."""
+  return nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
+
+
+class Gate(NamedTuple):
+  """What the class of a model with a gate knows.
+
+  Attributes:
+    base: The model's own class.
+    plan: The plan by which it has grown.
+    keep_groups: Whether the groups of a `GroupNorm` have got wider, instead of more.
+  """
+
+  base: type
+  plan: Plan
+  keep_groups: bool
+
+
+def gate_of(model: nnx.Module) -> Gate | None:
+  """How a model has grown; None for one without a gate."""
+  return getattr(type(model), "_gate", None)
+
+
+def attach_gate(model: nnx.Module, plan: Plan, alpha: Any, keep_groups: bool = False) -> None:
+  """Attaches the gate to a model whose arrays have grown: a parameter, and another class."""
+  floats = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+  setattr(model, ALPHA, nnx.Param(jnp.asarray(alpha, _plan.float_dtype(floats))))
+  cls = _gated_class(Gate(type(model), plan, keep_groups))
+  object.__setattr__(model, "__class__", cls)
+
+
+def detach_gate(model: nnx.Module) -> None:
+  """Takes the gate away: the model has its own class again."""
+  gate = gate_of(model)
+  assert gate is not None
+  object.__setattr__(model, "__class__", gate.base)
+  delattr(model, ALPHA)
+
+
+def _gated_class(gate: Gate) -> Any:
+  """A subclass of a model's class whose calls go through the gate.
+
+  Python looks `__call__` up in the class, so a model with a gate needs one of its own.
+  """
+  base: Any = gate.base
+
+  def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    # The base's own `__call__`, as that of the copy's class would lead back here.
+    new = _function(self, base.__call__)
+    old = _function(self, base.__call__, lambda model: fit(model, gate.keep_groups))
+    output, changed = _gate.gated(new, gate.plan, old=old)(variables(self), *args, **kwargs)
+    if jax.tree.leaves(changed):
+      nnx.update(self, _filled(nnx.state(self, nnx.Not(nnx.Param)), changed))
+    return output
+
+  def reduce(self: Any, protocol: Any) -> Any:
+    del protocol  # pickle would look for the class by its name, and find `base`
+    return _without_attributes, (gate,), self.__getstate__()
+
+  body = {
+    "__call__": call,
+    "__module__": base.__module__,
+    "__qualname__": base.__qualname__,
+    "__reduce_ex__": reduce,
+    "_gate": gate,
+  }
+  return type(base)(base.__name__, (base,), body)
+
+
+def _without_attributes(gate: Gate) -> Any:
+  """A model with a gate as pickle makes it, before it puts the attributes in."""
+  cls = _gated_class(gate)
+  return cls.__new__(cls)
+
+
+def fit(model: nnx.Module, keep_groups: bool = False) -> None:
+  """Makes the attributes of layers that repeat sizes agree with their arrays.
+
+  Args:
+    model: The model; it is changed in place.
+    keep_groups: Whether the groups of a `GroupNorm` get wider, instead of more.
+  """
+  for _, node in nnx.iter_graph(model):
+    for kind, sizes in _SIZES.items():
+      if isinstance(node, kind):
+        for name, value in sizes(node).items():
+          if hasattr(node, name):
+            setattr(node, name, value)
+    if isinstance(node, nnx.GroupNorm) and _features(node):
+      if keep_groups:
+        node.group_size = _features(node)["num_features"] // node.num_groups
+      else:
+        node.num_groups = _features(node)["num_features"] // node.group_size
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+  return tuple(np.shape(get_array(variable)))
+
+
+def _features(m: Any) -> dict[str, Any]:
+  arrays = [getattr(m, name, None) for name in ("scale", "bias", "mean")]
+  sizes = [_shape(x)[-1] for x in arrays if x is not None]
+  return {"num_features": sizes[0]} if sizes else {}
+
+
+def _linear(m: Any) -> dict[str, Any]:
+  return dict(zip(("in_features", "out_features"), _shape(m.kernel), strict=True))
+
+
+def _general(m: Any) -> dict[str, Any]:
+  n, shape = len(m.in_features), _shape(m.kernel)
+  return {} if m.batch_axis else {"in_features": shape[:n], "out_features": shape[n:]}
+
+
+def _conv(m: Any) -> dict[str, Any]:
+  shape = _shape(m.kernel)
+  sizes = {"kernel_shape": shape, "kernel_size": shape[:-2], "out_features": shape[-1]}
+  if m.feature_group_count == 1:
+    return {**sizes, "in_features": shape[-2]}
+  if shape[-2] == 1:  # one filter per channel
+    return {**sizes, "in_features": shape[-1], "feature_group_count": shape[-1]}
+  return sizes
+
+
+def _embed(m: Any) -> dict[str, Any]:
+  return dict(zip(("num_embeddings", "features"), _shape(m.embedding), strict=True))
+
+
+def _attention(m: Any) -> dict[str, Any]:
+  query, key, out = _shape(m.query.kernel), _shape(m.key.kernel), _shape(m.out.kernel)
+  return {
+    "num_heads": query[-2],
+    "head_dim": query[-1],
+    "qkv_features": query[-2] * query[-1],
+    "in_features": query[0],
+    "out_features": out[-1],
+    "in_kv_features": key[0],
+    "num_kv_heads": key[-2],
+  }
+
+
+_SIZES: dict[Any, Callable[[Any], dict[str, Any]]] = {
+  nnx.Linear: _linear,
+  nnx.LinearGeneral: _general,
+  nnx.Conv: _conv,
+  nnx.Embed: _embed,
+  nnx.BatchNorm: _features,
+  nnx.LayerNorm: _features,
+  nnx.RMSNorm: _features,
+  nnx.MultiHeadAttention: _attention,
+}
+
+
+def default_init(model: nnx.Module, rngs: nnx.Rngs | None = None) -> Fresh:
+  """Fresh values by the initializers that the layers' classes have by default.
+
+  A class of the user's takes part if its constructor has a parameter `<leaf>_init`.
+
+  Args:
+    model: The model before it grows.
+    rngs: Random numbers.
+
+  Returns:
+    A function `(path, shape, dtype) -> array` for `Plan.apply`; it raises a `ValueError` that
+    names a leaf for which no initializer is known.
+  """
+  nodes = {tuple(map(str, path)): node for path, node in nnx.iter_graph(model)}
+  rngs = nnx.Rngs(0) if rngs is None else rngs
+
+  def read(path: _paths.Path, shape: tuple[int, ...], dtype: Any) -> Any:
+    node = nodes[path[:-1]]
+    if isinstance(node, nnx.BatchNorm) and path[-1] in ("mean", "var"):
+      return (jnp.zeros if path[-1] == "mean" else jnp.ones)(shape, dtype)
+    parameter = inspect.signature(type(node).__init__).parameters.get(f"{path[-1]}_init")
+    if parameter is None or not callable(parameter.default):
+      raise ValueError(
+        f"no initializer is known for {_paths.join(path)!r} of {type(node).__name__}: give fresh="
+      )
+    flat = shape
+    if isinstance(node, nnx.LinearGeneral) and path[-1] == "kernel":
+      n = len(node.in_features)
+      flat = (int(np.prod(shape[:n])), int(np.prod(shape[n:])))
+    return parameter.default(rngs.params(), flat, dtype).reshape(shape)
+
+  return read

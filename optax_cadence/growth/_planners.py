@@ -1,0 +1,303 @@
+"""The four ways to a plan: more units, fewer units, larger filters, new layers."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from optax_cadence import _paths
+from optax_cadence.growth import _graph
+from optax_cadence.growth import _plan
+from optax_cadence.growth import _trees
+from optax_cadence.growth._dimension import Contraction
+from optax_cadence.growth._dimension import Dimension
+from optax_cadence.growth._dimension import extended
+from optax_cadence.growth._dimension import Member
+from optax_cadence.growth._plan import LeafChange
+from optax_cadence.growth._plan import Plan
+from optax_cadence.growth._plan import Shape
+
+
+def widening(
+  variables: Any,
+  dimensions: Dimension | Mapping[Dimension, int],
+  by: int | None = None,
+  *,
+  alpha: str = "alpha",
+) -> Plan:
+  """Plans more units, appended after the last.
+
+  Args:
+    variables: Tree of arrays or `jax.ShapeDtypeStruct`.
+    dimensions: A `Dimension`, of `couple` or `dimension`; or several, with the number of new
+      units for each.
+    by: The number of new units.
+    alpha: Path at which the gate will be.
+
+  Returns:
+    A `Plan`.
+
+  Raises:
+    ValueError: If a number is below 1 or a member is not as described.
+
+  >>> import jax.numpy as jnp
+  >>> from optax_cadence import growth
+  >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+  >>> print(growth.widening(params, growth.dimension(params, {"a": -1, "b": 0}), by=2))
+  leaf   role     before  after  parameters
+  a      follows  3x4     3x6            +6
+  b      follows  4x2     6x2            +4
+  total                                 +10
+  gate: alpha
+  """
+  numbers = dimensions if isinstance(dimensions, Mapping) else {dimensions: by}
+  shapes = _trees.shapes(variables)
+  changes, flops = [], []
+  for dimension, more in numbers.items():
+    if not isinstance(more, int | np.integer) or isinstance(more, bool) or more < 1:
+      raise ValueError(f"by must be a positive integer, found {more!r}")
+    for member in dimension.members:
+      labels = extended(member.labels, dimension.size, more)
+      at = np.flatnonzero(labels < dimension.size)
+      changes.append(_change(member, shapes, len(labels), at))
+    flops.append(_flops(dimension.contractions, more))
+  total = None
+  known = [f for f in flops if f is not None]
+  if known and len(known) == len(flops):
+    before = known[0][0]
+    total = before, before + sum(n - m for m, n in known)
+  path = tuple(alpha.split("/"))
+  return Plan(_plan.joined(changes), True, path, total, tuple(numbers.items()))  # type: ignore[arg-type]
+
+
+def shrinking(
+  variables: Any, dimension: Dimension, *, keep: Any = None, remove: Any = None
+) -> Plan:
+  """Plans fewer units.
+
+  Args:
+    variables: Tree of arrays or `jax.ShapeDtypeStruct`.
+    dimension: The units and who has them.
+    keep: Which units stay: indices, or a bool mask over the units.
+    remove: Which go, in place of `keep`.
+
+  Returns:
+    A `Plan`. Outputs stay the same if the outgoing weights of what is removed are zero, or
+    its units always are.
+
+  Raises:
+    ValueError: If a unit is not there, or none would be left.
+  """
+  if (keep is None) == (remove is None):
+    raise ValueError("expected either keep= or remove=, the units that stay or go")
+  chosen = _chosen(keep if remove is None else remove, dimension.size)
+  kept = chosen if remove is None else np.setdiff1d(np.arange(dimension.size), chosen)
+  if not len(kept) or len(kept) == dimension.size:
+    raise ValueError(
+      f"expected some of {dimension.size} units to go and some to stay, found {len(kept)} to stay"
+    )
+  shapes = _trees.shapes(variables)
+  changes = []
+  for member in dimension.members:
+    at = np.flatnonzero(np.isin(member.labels, kept) | (member.labels < 0))
+    changes.append(_change(member, shapes, len(at), at))
+  flops = _flops(dimension.contractions, len(kept) - dimension.size)
+  return Plan(_plan.joined(changes), False, flops=flops)
+
+
+def _chosen(units: Any, size: int) -> np.ndarray:
+  """Indices of units, of indices or a mask."""
+  units = np.asarray(units)
+  if units.dtype == bool:
+    if units.shape != (size,):
+      raise ValueError(f"a mask over {size} units must have shape ({size},), found {units.shape}")
+    return np.flatnonzero(units)
+  if not np.issubdtype(units.dtype, np.integer) or units.ndim != 1:
+    raise ValueError(
+      f"expected indices of units or a bool mask, found {units.dtype} of shape {units.shape}"
+    )
+  if len(set(units.tolist())) != len(units) or ((units < 0) | (units >= size)).any():
+    raise ValueError(f"expected distinct units from 0 to {size - 1}, found {units.tolist()}")
+  return np.sort(units)
+
+
+def _change(
+  member: Member, shapes: Mapping[_paths.Path, Shape], size: int, at: np.ndarray
+) -> LeafChange:
+  """The change of a leaf along one axis to `size` positions, where `at` is what stays."""
+  before = shapes.get(member.path)
+  if before is None or before[member.axis] != len(member.labels):
+    raise ValueError(
+      f"{_paths.join(member.path)!r}: expected {len(member.labels)} entries along axis"
+      f" {member.axis}, found {_plan.described(before)}"
+    )
+  after = (*before[: member.axis], size, *before[member.axis + 1 :])
+  outgoing = (member.axis,) if member.role == "outgoing" else ()
+  return LeafChange(member.path, before, after, member.role, {member.axis: at}, outgoing=outgoing)
+
+
+def _flops(contractions: Iterable[Contraction] | None, more: int) -> tuple[int, int] | None:
+  """FLOPs of some products before and after there are `more` units."""
+  if contractions is None:
+    return None
+  before, after = 0, 0.0
+  for flops, shares in contractions:
+    before += flops
+    after += flops * math.prod((size + more * unit) / size for size, unit in shares)
+  return before, round(after)
+
+
+def enlarging(
+  variables: Any,
+  sizes: Mapping[str, Sequence[int]],
+  *,
+  causal: bool = False,
+  alpha: str = "alpha",
+  fn: Callable[..., Any] | None = None,
+  args: Sequence[Any] = (),
+) -> Plan:
+  """Plans larger convolution kernels: the trained taps in the middle, new ones around them.
+
+  Args:
+    variables: Tree of arrays or `jax.ShapeDtypeStruct`.
+    sizes: For the path of each kernel, of shape [*spatial, in, out], its new spatial size.
+    causal: Whether old taps are at the end, as padding "CAUSAL" needs it, instead of where
+      "SAME" pads them.
+    alpha: Path at which the gate will be.
+    fn: The forward pass, to count FLOPs.
+    args: Its arguments after the variables.
+
+  Returns:
+    A `Plan`.
+
+  Raises:
+    ValueError: If a kernel would become smaller, or stay as it is.
+
+  >>> import jax.numpy as jnp
+  >>> from optax_cadence import growth
+  >>> print(growth.enlarging({"kernel": jnp.ones((3, 3, 1, 8))}, {"kernel": (5, 5)}))
+  leaf    role  before   after    parameters
+  kernel  taps  3x3x1x8  5x5x1x8        +128
+  total                                 +128
+  gate: alpha
+  """
+  shapes = _trees.shapes(variables)
+  changes = [
+    _more_taps(path, shapes[path], size, causal)
+    for path, size in ((_trees.find(shapes, name), size) for name, size in sizes.items())
+  ]
+  flops = None
+  if fn is not None:
+    factors = {c.path: math.prod(c.after or ()) / math.prod(c.before or ()) for c in changes}
+    flops = _graph.read(fn, variables, *args).flops(lambda path: factors.get(path, 1.0))
+  return Plan(tuple(changes), True, tuple(alpha.split("/")), flops)
+
+
+def _more_taps(path: _paths.Path, before: Shape, size: Sequence[int], causal: bool) -> LeafChange:
+  """The change of a kernel to another spatial size."""
+  spatial = tuple(range(len(before) - 2))
+  after = (*map(int, size), *before[-2:])
+  if not spatial or len(after) != len(before):
+    raise ValueError(
+      f"{_paths.join(path)!r} of shape {before}: expected a kernel with as many spatial axes as"
+      f" the size has numbers, found {tuple(size)}"
+    )
+  if any(m < n for n, m in zip(before, after, strict=True)) or after == before:
+    raise ValueError(
+      f"{_paths.join(path)!r} of shape {before}: expected a larger spatial size than"
+      f" {before[:-2]}, found {tuple(size)}"
+    )
+  positions = {}
+  for axis in spatial:
+    n, m = before[axis], after[axis]
+    start = m - n if causal else (m - 1) // 2 - (n - 1) // 2
+    if m != n:
+      positions[axis] = np.arange(start, start + n)
+  return LeafChange(path, before, after, "taps", positions, spatial=spatial)
+
+
+def deepening(
+  variables: Any,
+  deeper: Any,
+  *,
+  outgoing: Iterable[str] = (),
+  alpha: str = "alpha",
+  flops: tuple[int, int] | None = None,
+) -> Plan:
+  """Plans leaves that are new: a residual block, of which α multiplies what it ends in.
+
+  Args:
+    variables: Tree of arrays or `jax.ShapeDtypeStruct`.
+    deeper: The tree with the new leaves; those of `variables` are in it unchanged in shape.
+    outgoing: Paths of the new leaves, or of modules that hold them, through which the block
+      adds to its residual stream: kernel and bias of its last layer, or scale and bias of
+      its last norm. None: the block is the identity as it is (Net2Deeper).
+    alpha: Path at which the gate will be.
+    flops: Of a forward pass before and after, see `growth.flops`; shown with the plan.
+
+  Returns:
+    A `Plan`; apply it with `deeper` as the fresh values.
+
+  Raises:
+    ValueError: If nothing is new, an old leaf is missing or has another shape, or a path of
+      `outgoing` is not new.
+
+  >>> import jax.numpy as jnp
+  >>> from optax_cadence import growth
+  >>> deeper = {"head": jnp.ones(2), "block": {"kernel": jnp.ones((2, 2))}}
+  >>> print(growth.deepening({"head": jnp.ones(2)}, deeper, outgoing=["block/kernel"]))
+  leaf          role   before  after  parameters
+  block/kernel  added  -       2x2            +4
+  total                                       +4
+  gate: alpha
+  """
+  old, new = _trees.shapes(variables), _trees.shapes(deeper)
+  for path, shape in old.items():
+    if new.get(path) != shape:
+      raise ValueError(
+        f"{_paths.join(path)!r}: expected shape {shape} in the deeper tree, found"
+        f" {new.get(path, 'nothing there')}"
+      )
+  added = [path for path in new if path not in old]
+  scaled: set[_paths.Path] = set()
+  for name in outgoing:
+    prefix = tuple(name.split("/"))
+    under = [p for p in added if p[: len(prefix)] == prefix]
+    if not under:
+      raise ValueError(f"outgoing {name!r}: expected it to be new, one of {_paths.listed(added)}")
+    scaled.update(under)
+  if not added:
+    raise ValueError("expected new leaves in the deeper tree, found none")
+  changes = [LeafChange(p, None, new[p], "added", scaled=p in scaled) for p in added]
+  return Plan(tuple(changes), True, tuple(alpha.split("/")), flops)
+
+
+def identity_kernel(shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
+  """The kernel of a layer that returns its input: Net2Deeper's.
+
+  Between a ReLU and the next layer, a layer with this kernel, no bias and a ReLU changes
+  nothing, and learns from there.
+
+  Args:
+    shape: [*spatial, n, n]; dense layers have no spatial axes.
+    dtype: Its dtype.
+
+  Returns:
+    Array of that shape.
+
+  Raises:
+    ValueError: If it has not as many inputs as outputs.
+
+  References:
+    Chen et al. 2015, arXiv:1511.05641.
+
+  >>> from optax_cadence import growth
+  >>> print(growth.identity_kernel((3, 2, 2))[:, 0, 0])
+  [0. 1. 0.]
+  """
+  if len(shape) < 2 or shape[-1] != shape[-2]:
+    raise ValueError(f"an identity needs as many inputs as outputs, found shape {tuple(shape)}")
+  centre = tuple((n - 1) // 2 for n in shape[:-2])
+  return jnp.zeros(shape, dtype).at[centre].set(jnp.eye(shape[-1], dtype=dtype))
