@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_cadence import _inner
 from optax_cadence import _paths
 from optax_cadence import _step
 from optax_cadence import _window
@@ -243,8 +244,8 @@ class Cadence:
       try:
         group.every.first_window()
       except ValueError as error:
-        raise layouts.named(error, layout.paths[group.leaves[0]]) from None
-      inner = call.inner_of(group)
+        raise layouts.named(error, layout.paths[group.leaves[0]] if group.leaves else ()) from None
+      inner = call.inner_of(group) if group.leaves else _inner.for_no_leaves(self.inner)
       groups[group.name] = self._init_group(inner, group.every, tensors, *trees)
     masks = None
     if layout.has_masks:
@@ -261,7 +262,7 @@ class Cadence:
     if every.policy is not None:
       from optax_cadence.confidence import deciding
 
-      confidence = deciding.init(every.policy, tensors)
+      confidence = deciding.init(every.policy, params, n)
     return GroupState(
       inner_state=inner.init(params),
       accumulators=sums if accumulates else None,
@@ -329,7 +330,8 @@ class Cadence:
   def flush(
     self, state: CadenceState, params: optax.Params, **extra_args: Any
   ) -> tuple[optax.Updates, CadenceState]:
-    _check_given("flush", params, needed=getattr(state, "groups", None) != {})
+    trains = not isinstance(state, CadenceState) or any(state.regions.names.values())
+    _check_given("flush", params, needed=trains)
     call = self._prepare(params, state, params, extra_args)
     zeros = {i: jnp.zeros_like(p) for i, p in layouts.leaves_of(params).items()}
     updates, state = _step.flush(call, state, zeros)
@@ -385,6 +387,8 @@ class Cadence:
         " made for"
       )
     for group in layout.groups:
+      if not group.leaves:
+        continue
       accumulates = self.accumulates(group.every)
       needed = {
         "accumulators": accumulates,

@@ -41,6 +41,18 @@ def update(
     ) from error
 
 
+def for_no_leaves(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+  """The inner optimizer of a group that trains nothing: it may not take a tree without leaves."""
+
+  def init(params: Any) -> Any:
+    try:
+      return inner.init(params)
+    except (TypeError, ValueError, IndexError):
+      return optax.EmptyState()
+
+  return optax.GradientTransformation(init, inner.update)
+
+
 def told_window(state: optax.OptState, layout: Layout, group: Group, length: jax.Array) -> Any:
   """The state, of which every part that has a method `with_window` is told the window's length.
 

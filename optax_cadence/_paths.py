@@ -34,9 +34,9 @@ def unused(name: str, names: Collection[str]) -> str:
 
 def check_same(what: str, as_where: str, expected: Any, found: Any) -> None:
   """Raises `ValueError` unless two trees have the same paths and shapes."""
-  want, structure = jax.tree.flatten(expected)
-  have, other = jax.tree.flatten(found)
-  if other == structure and list(map(np.shape, want)) == list(map(np.shape, have)):
+  structures: Any = jax.tree.structure(expected), jax.tree.structure(found)
+  want, have = jax.tree.leaves(expected), jax.tree.leaves(found)
+  if structures[0] == structures[1] and list(map(np.shape, want)) == list(map(np.shape, have)):
     return
   difference = mismatch(expected, found)
   if difference:

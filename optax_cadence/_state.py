@@ -18,14 +18,14 @@ class ConfidenceState(NamedTuple):
     squares: Sum of the squared norms of the gradients in the window: float32 [R]; of no
       meaning while the window is empty. None where the policy does not read them.
     estimate: |G|² and tr Σ, smoothed over the windows until now; None likewise.
-    sample: Some entries of all regions' parameters, as they were before the last update: one
-      vector; None where the policy does not read updates.
+    sample: Some entries of the parameters, as they were before the last update, in the tree that
+      the inner optimizer sees; None where the policy does not read updates.
     policy: What the policy remembers.
   """
 
   squares: jax.Array | None
   estimate: "Estimate | None"
-  sample: jax.Array | None
+  sample: Any
   policy: Any
 
 

@@ -64,10 +64,10 @@ def test_clock_of_micro_steps_leaves_the_count_of_adam_alone(injected):
   make = optax.inject_hyperparams(optax.adam) if injected else optax.adam
   tx = cadence(make(learning_rate=SCHEDULE), {"body": 4, "head": 1}, clock="micro_steps")
   _, state = trained(tx)
-  counts = [int(s.count) for s in subtree(state, optax.ScaleByAdamState)]
+  counts = [int(s.count) for s in subtree(groups(state), optax.ScaleByAdamState)]
   assert counts == [2, 9]
   kind = type(groups(state)[0].inner_state) if injected else optax.ScaleByScheduleState
-  clocks = [int(s.count) for s in subtree(state, kind)]
+  clocks = [int(s.count) for s in subtree(groups(state), kind)]
   assert clocks == [8, 9]
 
 

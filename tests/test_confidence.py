@@ -249,7 +249,7 @@ def test_updates_are_told_from_a_sample_of_large_regions():
   grads = jax.tree.map(lambda p: jnp.full((2, *p.shape), 0.5, p.dtype), params)
   _, state = run(tx, grads, params)
   confidence = jax.tree.map(lambda x: x[-1], groups(state)[0].confidence)
-  assert 2048 <= confidence.sample[0].size <= 4096 and confidence.sample[1].size == 7
+  assert 2048 <= confidence.sample["a"].size <= 4096 and confidence.sample["b"].size == 7
   # What stood at 2 moved by 0.5; only the second window knows what the first has moved.
   np.testing.assert_allclose(confidence.policy.size / confidence.policy.weight, 0.25, rtol=1e-6)
 
@@ -350,7 +350,7 @@ def test_a_policy_has_no_phase_and_no_score():
 
 def test_a_state_without_the_statistics_is_refused():
   fixed, tx = oc.cadence(optax.sgd(1.0), 4), oc.cadence(optax.sgd(1.0), Fixed(4))
-  with pytest.raises(ValueError, match="state: expected 1 groups"):
+  with pytest.raises(ValueError, match=r"state: expected the groups 'Fixed\(1-100\)'.*found '4'"):
     tx.update(PARAMS, fixed.init(PARAMS))
 
 

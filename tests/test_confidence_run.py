@@ -134,12 +134,20 @@ def test_outside_of_a_cadence_a_window_is_one_gradient_long():
   np.testing.assert_allclose(updates["head"], np.full(3, 0.25))
 
 
-def test_a_rebuilt_tree_is_an_error_that_names_both():
-  inner = optax.flatten(oc.scale_by_cadence())
-  tx = oc.cadence(inner, 2)
-  expected = "scale_by_cadence: expected tensors of the cadence, 'body'"
+def test_a_rebuilt_tree_is_scaled_by_the_one_length_of_its_group():
+  tx = oc.cadence(optax.flatten(oc.scale_by_cadence("linear")), 2)
+  state = tx.init(PARAMS)
+  for _ in range(2):
+    updates, state = tx.update(PARAMS, state, PARAMS)
+  jax.tree.map(np.testing.assert_allclose, updates, jax.tree.map(lambda p: 2 * p, PARAMS))
+
+
+def test_a_rebuilt_tree_with_a_length_for_each_tensor_is_an_error_that_names_both():
+  state = oc.scale_by_cadence().init([jnp.ones(3)])
+  lengths = {"body": jnp.int32(1), "head": jnp.int32(2)}
+  expected = "scale_by_cadence: expected tensors of the cadence, 'body', 'head', found '0'"
   with pytest.raises(ValueError, match=expected):
-    tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    state.with_window(lengths)
 
 
 # --------------------------------------------------------------------------------- metrics

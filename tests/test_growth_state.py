@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from growth_nets import equal
+from states import groups
 
 import optax_cadence as oc
 from optax_cadence import _paths
@@ -99,7 +100,13 @@ def test_a_run_with_the_gate_shut_is_the_run_without_growth(name):
   # The state shrinks by the same description: all moments and counters are those of the run.
   back_state = growth.grow_state(tx, grown_state, bigger, back, PLAN)
   back_state = growth.grow_state(old_tx, back_state, back, small, PLAN.inverse())
-  equal(back_state[0], state[0])
+  if name.startswith("cadence"):
+    # A group that trains nothing is left out: that of the gate has counted while there was one.
+    equal(
+      [back_state[0].micro_step, groups(back_state[0])], [state[0].micro_step, groups(state[0])]
+    )
+  else:
+    equal(back_state[0], state[0])
   assert float(bigger["alpha"]) == 0
 
 

@@ -27,13 +27,19 @@ if TYPE_CHECKING:
 _DECAY = 0.9
 
 
-def init(policy: Policy, tensors: list[jax.Array]) -> ConfidenceState:
-  """What a group under a policy knows before the first gradient."""
-  n, memory = len(tensors), jax.tree.map(jnp.asarray, policy.init())
+def init(policy: Policy, tensors: Any, regions: int) -> ConfidenceState:
+  """What a group under a policy knows before the first gradient.
+
+  Args:
+    policy: The policy.
+    tensors: The tree of the group's tensors.
+    regions: How many there are.
+  """
+  n, memory = regions, jax.tree.map(jnp.asarray, policy.init())
   return ConfidenceState(
     squares=jnp.zeros(n, jnp.float32) if policy.reads_gradients else None,
     estimate=statistics.no_estimate(n) if policy.reads_gradients else None,
-    sample=sample.nothing_seen(tensors) if policy.reads_updates else None,
+    sample=jax.tree.map(sample.nothing_seen, tensors) if policy.reads_updates else None,
     policy=_control.cast_like(memory, memory),
   )
 
@@ -118,10 +124,12 @@ def _look(decision: Decision, call: "Call", group: Group, targets: Leaves) -> De
   def look(carry: Any, params: Leaves) -> Any:
     return *sample.distances(carry[0], group.take(params)), jnp.array(True)
 
-  carry = state.confidence.sample, jnp.stack([known.update, known.params]), jnp.array(False)
+  samples, structure = jax.tree.flatten(state.confidence.sample)
+  carry = samples, jnp.stack([known.update, known.params]), jnp.array(False)
   consts = {i: params[i] for i in group.leaves}
   about_to_fire = decision.due & (decision.window.length > 0).any()
-  seen, (update, norm), fires = _control.maybe(about_to_fire, look, carry, consts)
+  samples, (update, norm), fires = _control.maybe(about_to_fire, look, carry, consts)
+  seen = jax.tree.unflatten(structure, samples)
   return dataclasses.replace(
     decision,
     state=state._replace(confidence=state.confidence._replace(sample=seen)),

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optax_cadence import _window
 from optax_cadence.confidence import statistics
@@ -29,24 +28,15 @@ def of(x: jax.Array) -> jax.Array:
   return entries.astype(_window.accumulator_dtype(x.dtype, None))
 
 
-def nothing_seen(tensors: Sequence[jax.Array]) -> jax.Array:
+def nothing_seen(x: jax.Array) -> jax.Array:
   """The sample from before the first update: NaN, from which no distance can be told."""
-  return jnp.full_like(_joined([of(x) for x in tensors]), jnp.nan)
+  return jnp.full_like(of(x), jnp.nan)
 
 
-def distances(before: jax.Array, tensors: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
-  """The new sample, and the squared norms of what has changed and of what was: float32 [2, R]."""
+def distances(
+  before: Sequence[jax.Array], tensors: Sequence[jax.Array]
+) -> tuple[list[jax.Array], jax.Array]:
+  """New samples, and the squared norms of what has changed and of what was: float32 [2, R]."""
   now = [of(x) for x in tensors]
-  ends = np.cumsum([x.size for x in now]).tolist()
-  old = jnp.split(before, ends[:-1])
-  changes = [x.reshape(-1) - y for x, y in zip(now, old, strict=True)]
-  norms = jnp.stack([statistics.squared_norms(changes), statistics.squared_norms(old)])
-  return _joined(now), norms
-
-
-def _joined(samples: Sequence[jax.Array]) -> jax.Array:
-  """The samples of all regions as one vector."""
-  if not samples:
-    return jnp.zeros(0, jnp.float32)
-  with jax.numpy_dtype_promotion("standard"):
-    return jnp.concatenate([x.reshape(-1) for x in samples])
+  changes = [x - y for x, y in zip(now, before, strict=True)]
+  return now, jnp.stack([statistics.squared_norms(x) for x in (changes, before)])

@@ -98,21 +98,31 @@ def _equal(x: Any, y: Any) -> bool:
   return known and bool(x == y)
 
 
-def init(inner: Any, layout: Layout, leaves: Leaves, sum_dtype: Callable[[Any], Any]) -> MaskState:
+def init(
+  inner: Any, layout: Layout, leaves: Leaves, sum_dtype: Callable[[Any], Any]
+) -> MaskState | None:
   """The state of all leaves under masks."""
   masks = masks_of(layout)
+  vectors: dict[int, list[jax.ShapeDtypeStruct]] = {}
   held: dict[Any, Any] = {}
   for mask in masks:
     leaf = leaves[mask.leaf]
-    vectors = [jax.ShapeDtypeStruct((cut.indices.size,), leaf.dtype) for cut in mask.cuts]
-    programs = [reading.traced(inner.init, proof.tree_of(layout, {mask.leaf: v})) for v in vectors]
-    moments = _moments(inner, layout, mask.leaf, vectors[0])
+    sizes = [cut.indices.size for cut in mask.cuts]
+    vectors[mask.leaf] = [jax.ShapeDtypeStruct((size,), leaf.dtype) for size in sizes]
+    programs = [
+      reading.traced(inner.init, proof.tree_of(layout, {mask.leaf: v})) for v in vectors[mask.leaf]
+    ]
+    moments = _moments(inner, layout, mask.leaf, vectors[mask.leaf][0])
     look_up = functools.partial(mask.look_up, mask.codes(leaf.shape), leaf)
     parts = [reading.part(program, [0], list(moments.values())) for program in programs]
     values = lanes.run(parts, [leaf], look_up)
     held |= dict(zip(moments, (lanes.as_array(x, look_up) for x in values), strict=True))
   sums = {m.leaf: jnp.zeros(layout.shapes[m.leaf], sum_dtype(leaves[m.leaf].dtype)) for m in masks}
-  example = jax.eval_shape(inner.init, proof.tree_of(layout, {i: leaves[i] for i in layout.masked}))
+  tree = proof.tree_of(layout, {leaf: vector[0] for leaf, vector in vectors.items()})
+  try:
+    example = jax.eval_shape(inner.init, tree)
+  except proof.REFUSALS:
+    return None  # No leaf is trained here, and an optimizer need not take a tree without any.
   kept = jax.tree_util.tree_map_with_path(
     lambda path, _: held.get(path, optax.MaskedNode()), example
   )
@@ -216,9 +226,10 @@ def _by_leaf(
   held = dict(jax.tree_util.tree_flatten_with_path(state.inner_state)[0])
   totals = dict(zip(call.layout.masked, jax.tree.leaves(state.accumulators), strict=True))
   paths = {}
-  for leaf, total in totals.items():
+  for mask in masks_of(call.layout):
+    leaf, size = mask.leaf, mask.cuts[0].indices.size
     dtype = call.dtypes[leaf] if call.params is None else call.params[leaf].dtype
-    entries = jax.ShapeDtypeStruct(total.shape, dtype)
+    entries = jax.ShapeDtypeStruct((size,), dtype)
     paths[leaf] = list(_moments(call.inner, call.layout, leaf, entries))
   return totals, paths, {leaf: [held[path] for path in paths[leaf]] for leaf in paths}
 
