@@ -59,9 +59,10 @@ def stopped(size, windows):
   def step(carry):
     t, state, found = carry
     noise = jax.random.normal(jax.random.fold_in(key, t), (size,))
-    done, before = state.groups[0].updates, state.groups[0].confidence.estimate
+    (group,) = state.groups.values()
+    done, before = group.updates, group.confidence.estimate
     _, state = tx.update(SCALE**-0.5 + noise, state)
-    group = state.groups[0]
+    (group,) = state.groups.values()
     # What one more window added to the decaying sum is the estimate of that window.
     last = (group.confidence.estimate.signal - 0.9 * before.signal)[0] / 0.1
     at = jnp.where(group.updates > done, done, windows)
@@ -69,7 +70,8 @@ def stopped(size, windows):
     return t + 1, state, found.at[:, at].set(values, mode="drop")
 
   start = jnp.int32(0), tx.init(params), jnp.zeros((2, windows))
-  run = jax.jit(lambda c: jax.lax.while_loop(lambda c: c[1].groups[0].updates < windows, step, c))
+  done = lambda carry: next(iter(carry[1].groups.values())).updates
+  run = jax.jit(lambda c: jax.lax.while_loop(lambda c: done(c) < windows, step, c))
   return run(start)[2]
 
 
@@ -84,7 +86,8 @@ def unstopped(size, windows):
 
   times = jnp.arange(n * windows)
   state = jax.jit(lambda: jax.lax.scan(step, tx.init(jnp.zeros(size)), times)[0])()
-  return state.groups[0].estimate.signals()[0] / (size / SCALE)
+  (group,) = state.groups.values()
+  return group.estimate.signals()[0] / (size / SCALE)
 
 
 # -------------------------------------------------------------------------------- settled

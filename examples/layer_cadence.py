@@ -169,15 +169,15 @@ def train(tx, train_set, test_set, steps, tested_at, seeds, progress):
     params, state = flush(params, state)
     curve[-1] = test(params)
     curves.append(jnp.stack(curve))
-  return np.stack(curves), count_updates(tx, params, state)
+  return np.stack(curves), count_updates(state)
 
 
-def count_updates(tx, params, state):
+def count_updates(state):
   """How often each layer was updated; several numbers if its regions have several periods."""
   counts = {layer: set() for layer in LAYERS}
-  for summary, group in zip(oc.describe(tx, params).groups, state.groups, strict=True):
-    for path in summary.leaves:
-      counts[path.split("/")[0]].add(int(group.updates))
+  for name, value in oc.metrics(state).items():
+    if name.endswith("/updates"):
+      counts[name.split("/")[0]].add(int(value))
   return [" ".join(map(str, sorted(counts[layer], reverse=True))) for layer in LAYERS]
 
 
