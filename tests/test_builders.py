@@ -11,9 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from optax_cadence._builders import by_depth
-from optax_cadence._builders import by_path
-from optax_cadence._forward_order import forward_order
+import optax_cadence as oc
 
 
 def w(*shape):
@@ -31,7 +29,7 @@ PARAMS = {
 
 class TestByPath:
   def test_first_match_wins_and_prefixes_match(self):
-    tree = by_path({"*/bias": 1, "stem": 8, "*": 2})(PARAMS)
+    tree = oc.by_path({"*/bias": 1, "stem": 8, "*": 2})(PARAMS)
     assert tree == {
       "head": 2,
       "stem": {"conv": {"bias": 1, "kernel": 8}, "norm": 8},
@@ -39,31 +37,31 @@ class TestByPath:
     }
 
   def test_prefix_ends_at_a_slash(self):
-    tree = by_path({"stem/conv/": 8}, default=3)(PARAMS)
+    tree = oc.by_path({"stem/conv/": 8}, default=3)(PARAMS)
     assert tree["stem"] == {"conv": {"bias": 8, "kernel": 8}, "norm": 3}
     assert tree["stem2"] == 3
 
   def test_star_crosses_slashes_and_case_matters(self):
-    assert by_path({"s*l": 5}, default=1)(PARAMS)["stem"]["conv"] == {"bias": 1, "kernel": 5}
+    assert oc.by_path({"s*l": 5}, default=1)(PARAMS)["stem"]["conv"] == {"bias": 1, "kernel": 5}
     with pytest.raises(ValueError, match="'Head' matches no parameter"):
-      by_path({"Head": 5}, default=1)(PARAMS)
+      oc.by_path({"Head": 5}, default=1)(PARAMS)
 
   def test_leaf_without_cadence_is_named(self):
     with pytest.raises(ValueError, match=r"'stem/norm'.*no default.*\['head', 'stem/conv'"):
-      by_path({"head": 1, "stem/conv": 1, "stem2": 1})(PARAMS)
+      oc.by_path({"head": 1, "stem/conv": 1, "stem2": 1})(PARAMS)
 
   def test_misspelled_pattern_is_named_with_the_paths(self):
     with pytest.raises(ValueError, match="'hed' matches no parameter.*'stem/conv/bias'"):
-      by_path({"hed": 1}, default=1)(PARAMS)
+      oc.by_path({"hed": 1}, default=1)(PARAMS)
 
   @pytest.mark.parametrize("masked", [None, optax.MaskedNode()])
   def test_masked_parts_stay_and_switch_the_check_off(self, masked):
-    tree = by_path({"head": 1, "stem": 2})({"head": masked, "stem": [w(3), masked]})
+    tree = oc.by_path({"head": 1, "stem": 2})({"head": masked, "stem": [w(3), masked]})
     assert tree == {"head": masked, "stem": [2, masked]}
 
   def test_shadowed_pattern_and_empty_tree(self):
-    assert by_path({"*": 1, "head": 2})(PARAMS)["head"] == 1
-    assert by_path({"head": 2})({}) == {}
+    assert oc.by_path({"*": 1, "head": 2})(PARAMS)["head"] == 1
+    assert oc.by_path({"head": 2})({}) == {}
 
   def test_cadences_are_opaque(self):
     class Opaque:
@@ -75,58 +73,59 @@ class TestByPath:
       __bool__ = __eq__
 
     grid, periods = Opaque(), np.arange(3)
-    tree = by_path({"stem": grid, "head": periods}, default=max)(PARAMS)
+    tree = oc.by_path({"stem": grid, "head": periods}, default=max)(PARAMS)
     assert tree["stem"]["norm"] is grid and tree["head"] is periods and tree["stem2"] is max
-    assert by_path({"stem": grid}, 1) != by_path({"stem": grid}, 1)
-    assert isinstance(hash(by_path({"stem": grid})), int)
+    assert oc.by_path({"stem": grid}, 1) != oc.by_path({"stem": grid}, 1)
+    assert isinstance(hash(oc.by_path({"stem": grid})), int)
 
   def test_traced_cadence(self):
-    assert jax.jit(lambda k: by_path({"*": k})({"a": w(2)}))(7)["a"] == 7
+    assert jax.jit(lambda k: oc.by_path({"*": k})({"a": w(2)}))(7)["a"] == 7
 
   def test_later_changes_of_the_mapping_have_no_effect(self):
     cadences = {"*": 1}
-    build = by_path(cadences)
+    build = oc.by_path(cadences)
     cadences["*"] = 2
     assert build({"a": w(2)}) == {"a": 1}
 
   def test_nnx_state_and_linen_params_share_patterns(self):
     _, state = nnx.split(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
-    tree = by_path({"kernel": 4, "bias": 1})(state)
+    tree = oc.by_path({"kernel": 4, "bias": 1})(state)
     assert jax.tree.structure(tree) == jax.tree.structure(state)
     assert jax.tree.leaves(tree) == [1, 4]
     frozen = flax.core.freeze({"kernel": w(2, 3), "bias": w(3)})
-    assert by_path({"kernel": 4, "bias": 1})(frozen) == flax.core.freeze({"kernel": 4, "bias": 1})
+    tree = oc.by_path({"kernel": 4, "bias": 1})(frozen)
+    assert tree == flax.core.freeze({"kernel": 4, "bias": 1})
 
   @pytest.mark.parametrize("bad", [8, [("stem", 8)], {0: 8}])
   def test_not_a_mapping_from_strings(self, bad):
     with pytest.raises(ValueError, match="expected a mapping"):
-      by_path(bad)
+      oc.by_path(bad)
 
 
 class TestByDepth:
   def test_geometric_both_ways(self):
-    assert by_depth([0, 1, 2, 3, 4]) == [16, 8, 4, 2, 1]
-    assert by_depth([0, 1, 2], output=16, input=1) == [1, 4, 16]
-    assert by_depth([5, 7, 6], output=1, input=100, rounding="integer") == [100, 1, 10]
+    assert oc.by_depth([0, 1, 2, 3, 4]) == [16, 8, 4, 2, 1]
+    assert oc.by_depth([0, 1, 2], output=16, input=1) == [1, 4, 16]
+    assert oc.by_depth([5, 7, 6], output=1, input=100, rounding="integer") == [100, 1, 10]
 
   def test_structure_and_gaps(self):
     depth = {"a": (3, 7), "b": None, "c": optax.MaskedNode(), "d": np.int32(5)}
-    assert by_depth(depth, 2, 8) == {"a": (8, 2), "b": None, "c": optax.MaskedNode(), "d": 4}
+    assert oc.by_depth(depth, 2, 8) == {"a": (8, 2), "b": None, "c": optax.MaskedNode(), "d": 4}
 
   def test_ends_are_rounded_to_powers_of_two(self):
-    assert by_depth([0, 1], output=3, input=12) == [16, 4]
-    assert by_depth([0, 1], output=3, input=12, rounding="integer") == [12, 3]
+    assert oc.by_depth([0, 1], output=3, input=12) == [16, 4]
+    assert oc.by_depth([0, 1], output=3, input=12, rounding="integer") == [12, 3]
 
   def test_one_depth_takes_output(self):
-    assert by_depth({"a": 2, "b": 2}, output=4) == {"a": 4, "b": 4}
-    assert by_depth(1, output=5, rounding="integer") == 5
-    assert by_depth({}) == {}
+    assert oc.by_depth({"a": 2, "b": 2}, output=4) == {"a": 4, "b": 4}
+    assert oc.by_depth(1, output=5, rounding="integer") == 5
+    assert oc.by_depth({}) == {}
 
   @pytest.mark.parametrize("rounding", ["power_of_two", "integer"])
   @pytest.mark.parametrize("ends", [(1, 1), (1, 64), (128, 2), (7, 1000)])
   def test_periods_are_monotonic_ints(self, rounding, ends):
     output, input = ends
-    periods = by_depth(list(range(23)), output, input, rounding=rounding)
+    periods = oc.by_depth(list(range(23)), output, input, rounding=rounding)
     assert all(type(p) is int and p >= 1 for p in periods)
     assert periods == sorted(periods, reverse=input > output)
     if rounding == "integer":
@@ -135,25 +134,25 @@ class TestByDepth:
   @pytest.mark.parametrize("bad", [0, -4, 1.5, True, "8"])
   def test_bad_period(self, bad):
     with pytest.raises(ValueError, match="from 1 up as the output period, found"):
-      by_depth([0, 1], output=bad)
+      oc.by_depth([0, 1], output=bad)
     with pytest.raises(ValueError, match="from 1 up as the input period, found"):
-      by_depth([0, 1], input=bad)
+      oc.by_depth([0, 1], input=bad)
 
   @pytest.mark.parametrize("bad", [1.0, "a", False, np.float32(2), np.ones(2, int), np.True_])
   def test_bad_depth_is_named(self, bad):
     with pytest.raises(ValueError, match="whole number as the depth of 'a/1'"):
-      by_depth({"a": [0, bad]})
+      oc.by_depth({"a": [0, bad]})
 
   def test_bad_rounding(self):
     with pytest.raises(ValueError, match="'power_of_two' or 'integer', found 'up'"):
-      by_depth([0, 1], rounding="up")
+      oc.by_depth([0, 1], rounding="up")
 
 
 class TestForwardOrder:
   def test_names_do_not_matter(self):
     params = {"m": w(3, 5), "a": w(5, 5), "z": w(5, 5), "c": w(5, 2)}
     fn = lambda p, x: x @ p["m"] @ p["z"] @ p["a"] @ p["c"]
-    assert forward_order(fn, params, X) == {"m": 0, "z": 1, "a": 2, "c": 3}
+    assert oc.forward_order(fn, params, X) == {"m": 0, "z": 1, "a": 2, "c": 3}
 
   def test_bias_and_norm_share_the_depth_of_their_kernel(self):
     def fn(p, x):
@@ -162,7 +161,7 @@ class TestForwardOrder:
         x = jax.nn.gelu(scale[None] * x / jnp.sqrt((x**2).mean(-1, keepdims=True)))
       return x
 
-    assert forward_order(fn, [(w(3, 3), w(3), w(3))] * 3, X) == [(0,) * 3, (1,) * 3, (2,) * 3]
+    assert oc.forward_order(fn, [(w(3, 3), w(3), w(3))] * 3, X) == [(0,) * 3, (1,) * 3, (2,) * 3]
 
   def test_reparametrized_weights_stay_pending(self):
     def fn(p, x):
@@ -171,7 +170,7 @@ class TestForwardOrder:
       return x @ p["first"] @ (normed.T.reshape(3, 3) + low_rank.astype(jnp.float32))
 
     params = {"cls": w(2, 3), "first": w(3, 3), "g": w(3), "up": w(2, 3), "v": w(3, 3)}
-    depth = forward_order(fn, params, X)
+    depth = oc.forward_order(fn, params, X)
     assert depth == {"cls": 1, "first": 0, "g": 1, "up": 1, "v": 1}
 
   def test_masked_weights_and_stored_statistics(self):
@@ -183,13 +182,13 @@ class TestForwardOrder:
         x = (x - mean[None]) * (jax.lax.rsqrt(var) * scale)[None] + (shift - mean)[None]
       return x
 
-    depth = forward_order(fn, [(w(3, 3), w(3), w(3))] * 2, X, w(3))
+    depth = oc.forward_order(fn, [(w(3, 3), w(3), w(3))] * 2, X, w(3))
     assert depth == [(0, 0, 0), (1, 1, 1)]
 
   def test_rows_of_a_masked_parameter_stay_pending(self):
     mask = np.ones((4, 3), np.float32)
     fn = lambda p, x: x @ p[0] @ p[1] + (p[2] * mask)[jnp.arange(4)]
-    assert forward_order(fn, [w(3, 3), w(3, 3), w(4, 3)], X) == [0, 1, 1]
+    assert oc.forward_order(fn, [w(3, 3), w(3, 3), w(4, 3)], X) == [0, 1, 1]
 
   def test_residual_and_attention(self):
     def attend(p, x):
@@ -203,7 +202,7 @@ class TestForwardOrder:
       return x @ p["head"]
 
     block = {name: w(3, 3) for name in ("q", "k", "v", "out")}
-    depth = forward_order(
+    depth = oc.forward_order(
       fn, {"blocks": [block] * 2, "head": w(3, 2), "in": w(3, 3), "pos": w(4, 3)}, X
     )
     assert depth == {
@@ -216,23 +215,23 @@ class TestForwardOrder:
   def test_class_token_joins_where_it_meets_data(self):
     fn = lambda p, x: jnp.concatenate([p["cls"] @ p["proj"], x @ p["patch"]]) @ p["head"]
     params = {"cls": w(1, 3), "head": w(3, 2), "patch": w(3, 3), "proj": w(3, 3)}
-    assert forward_order(fn, params, X) == {"cls": 0, "head": 1, "patch": 0, "proj": 0}
+    assert oc.forward_order(fn, params, X) == {"cls": 0, "head": 1, "patch": 0, "proj": 0}
 
   def test_tied_embedding_has_the_depth_of_first_use(self):
     fn = lambda p, ids: (p["table"][ids] + p["pos"]) @ p["mid"] @ p["table"].T @ p["post"]
     params = {"mid": w(3, 3), "pos": w(4, 3), "post": w(9, 2), "table": w(9, 3)}
-    depth = forward_order(fn, params, jax.ShapeDtypeStruct((4,), jnp.int32))
+    depth = oc.forward_order(fn, params, jax.ShapeDtypeStruct((4,), jnp.int32))
     assert depth == {"mid": 1, "pos": 0, "post": 2, "table": 0}
 
   def test_scale_of_the_raw_input(self):
-    assert forward_order(lambda p, x: x * p[0] + p[1], [w(4, 3), w(4, 3)], X) == [0, 0]
+    assert oc.forward_order(lambda p, x: x * p[0] + p[1], [w(4, 3), w(4, 3)], X) == [0, 0]
     fn = lambda p, x: (x * p[0]) + (x * p[0]) @ p[1] @ p[2]
-    assert forward_order(fn, [w(4, 3), w(3, 3), w(3, 3)], X) == [0, 0, 1]
+    assert oc.forward_order(fn, [w(4, 3), w(3, 3), w(3, 3)], X) == [0, 0, 1]
 
   def test_data_closed_over(self):
     x = np.ones((4, 3), np.float32)
     fn = lambda p: jax.jit(lambda z: x @ p["b"] @ z)(p["a"])
-    assert forward_order(fn, {"a": w(3, 3), "b": w(3, 3)}) == {"a": 1, "b": 0}
+    assert oc.forward_order(fn, {"a": w(3, 3), "b": w(3, 3)}) == {"a": 1, "b": 0}
 
   @pytest.mark.parametrize(
     "wrap",
@@ -251,13 +250,13 @@ class TestForwardOrder:
   def test_inside_a_transformation(self, wrap):
     block = wrap(lambda p, x: jax.nn.relu(x @ p["z"]) @ p["b"] + p["y"])
     fn = lambda p, x: block(p[1], block(p[0], x))
-    depth = forward_order(fn, [{"b": w(3, 3), "y": w(), "z": w(3, 3)}] * 2, X)
+    depth = oc.forward_order(fn, [{"b": w(3, 3), "y": w(), "z": w(3, 3)}] * 2, X)
     assert depth == [{"b": 1, "y": 1, "z": 0}, {"b": 3, "y": 3, "z": 2}]
 
   @pytest.mark.parametrize("activation", [jax.nn.relu, jax.nn.gelu, jax.nn.silu, jax.nn.softmax])
   def test_activations(self, activation):
     fn = lambda p, x: activation(x @ p[1] * p[2]) @ p[0]
-    assert forward_order(fn, [w(3, 3), w(3, 3), w()], X) == [1, 0, 0]
+    assert oc.forward_order(fn, [w(3, 3), w(3, 3), w()], X) == [1, 0, 0]
 
   def test_custom_vjp(self):
     @jax.custom_vjp
@@ -266,12 +265,12 @@ class TestForwardOrder:
 
     matmul.defvjp(lambda x, k: (x @ k, (x, k)), lambda res, g: (g @ res[1].T, res[0].T @ g))
     fn = lambda p, x: matmul(matmul(x, p[1]), p[0])
-    assert forward_order(fn, [w(3, 3), w(3, 3)], X) == [1, 0]
+    assert oc.forward_order(fn, [w(3, 3), w(3, 3)], X) == [1, 0]
 
   def test_gradient_inside_the_forward_pass(self):
     energy = lambda p, x: jnp.tanh(x @ p[2]).sum()
     fn = lambda p, x: jax.grad(energy, 1)(p, x @ p[1]) @ p[0]
-    depth = forward_order(fn, [w(3, 3)] * 3, X)
+    depth = oc.forward_order(fn, [w(3, 3)] * 3, X)
     assert depth[1] < depth[2] < depth[0]
 
   def test_recurrent_network(self):
@@ -283,7 +282,7 @@ class TestForwardOrder:
       return jax.lax.scan(cell, p["h0"], xs)[1] @ p["out"]
 
     params = {"h": w(3, 3), "h0": w(3), "out": w(3, 2), "x": w(3, 3), "y": w(3, 3)}
-    assert forward_order(fn, params, X) == {"h": 0, "h0": 0, "x": 0, "y": 1, "out": 2}
+    assert oc.forward_order(fn, params, X) == {"h": 0, "h0": 0, "x": 0, "y": 1, "out": 2}
 
   def test_data_reaches_a_parameter_through_the_carry(self):
     def fn(p, xs):
@@ -293,7 +292,7 @@ class TestForwardOrder:
 
       return jax.lax.scan(cell, (jnp.zeros(3), jnp.zeros(3)), xs)[1]
 
-    assert forward_order(fn, {"new": w(3, 3), "old": w(3, 3)}, X) == {"new": 0, "old": 1}
+    assert oc.forward_order(fn, {"new": w(3, 3), "old": w(3, 3)}, X) == {"new": 0, "old": 1}
 
   def test_parameters_sliced_by_a_loop_counter(self):
     def fn(p, x):
@@ -301,13 +300,13 @@ class TestForwardOrder:
       return x @ p["head"]
 
     params = {"head": w(3, 3), "in": w(3, 3), "stack": w(5, 3, 3)}
-    assert forward_order(fn, params, X) == {"in": 0, "stack": 1, "head": 2}
+    assert oc.forward_order(fn, params, X) == {"in": 0, "stack": 1, "head": 2}
 
   def test_parameter_in_the_condition_of_a_loop(self):
     fn = lambda p, x: jax.lax.while_loop(
       lambda y: (y @ p["gate"]).sum() > 0, lambda y: y @ p["body"], x @ p["in"]
     )
-    depth = forward_order(fn, {"body": w(3, 3), "gate": w(3, 1), "in": w(3, 3)}, X)
+    depth = oc.forward_order(fn, {"body": w(3, 3), "gate": w(3, 1), "in": w(3, 3)}, X)
     assert depth == {"body": 1, "gate": 1, "in": 0}
 
   def test_opaque_operation_with_a_program_inside(self):
@@ -318,7 +317,7 @@ class TestForwardOrder:
       )
       return p["z"] @ first(p["m"] @ x)
 
-    depth = forward_order(fn, {"a": w(3, 3), "m": w(3, 3), "z": w(3, 3)}, w(3))
+    depth = oc.forward_order(fn, {"a": w(3, 3), "m": w(3, 3), "z": w(3, 3)}, w(3))
     assert depth == {"m": 0, "a": 1, "z": 2}
 
   def test_any_output_and_dead_code(self):
@@ -326,7 +325,7 @@ class TestForwardOrder:
       (x @ p["a"]) @ p["dead"]
       return {"y": x @ p["b"], "name": "a string", "none": None}
 
-    assert forward_order(fn, {k: w(3, 3) for k in ("a", "b", "dead")}, X) == {
+    assert oc.forward_order(fn, {k: w(3, 3) for k in ("a", "b", "dead")}, X) == {
       "a": 0,
       "b": 0,
       "dead": 1,
@@ -336,9 +335,9 @@ class TestForwardOrder:
     params = {"a": jnp.ones((3, 3)), "b": None, "c": optax.MaskedNode()}
     fn = lambda p, x: x @ p["a"]
     expected = {"a": 0, "b": None, "c": optax.MaskedNode()}
-    assert forward_order(fn, params, jnp.ones((4, 3))) == expected
+    assert oc.forward_order(fn, params, jnp.ones((4, 3))) == expected
     frozen = flax.core.freeze({"a": w(3, 3)})
-    assert forward_order(fn, frozen, X) == flax.core.freeze({"a": 0})
+    assert oc.forward_order(fn, frozen, X) == flax.core.freeze({"a": 0})
 
   @pytest.mark.parametrize(
     "use",
@@ -351,12 +350,12 @@ class TestForwardOrder:
   def test_unplaced_parameter_is_named(self, use):
     params = {"a": w(3, 3), "un": {"used": w(3, 3), "b": w(4, 3)}}
     with pytest.raises(ValueError, match="un/used.*leave them out"):
-      forward_order(lambda p, x: (use(p, x), x @ p["a"]), params, X)
+      oc.forward_order(lambda p, x: (use(p, x), x @ p["a"]), params, X)
 
   def test_feeds_by_depth(self):
     fn = lambda p, x: x @ p["z"] @ p["y"] @ p["a"]
-    depth = forward_order(fn, {"a": w(3, 3), "y": w(3, 3), "z": w(3, 3)}, X)
-    assert by_depth(depth, output=1, input=4) == {"z": 4, "y": 2, "a": 1}
+    depth = oc.forward_order(fn, {"a": w(3, 3), "y": w(3, 3), "z": w(3, 3)}, X)
+    assert oc.by_depth(depth, output=1, input=4) == {"z": 4, "y": 2, "a": 1}
 
 
 class LinenNet(nn.Module):
@@ -423,14 +422,14 @@ class TestForwardOrderOnFlax:
       return LinenNet().apply(variables_now, x, mutable=["batch_stats"])
 
     stats = jax.tree.map(lambda s: jnp.ones(s.shape), variables["batch_stats"])
-    assert forward_order(fn, variables["params"], IMAGES) == NET_DEPTHS
+    assert oc.forward_order(fn, variables["params"], IMAGES) == NET_DEPTHS
 
   def test_linen_with_stored_statistics(self, variables):
     def fn(params, stats, x):
       return LinenNet(train=False).apply({"params": params, "batch_stats": stats}, x)
 
     stats = variables["batch_stats"]
-    assert forward_order(fn, variables["params"], stats, IMAGES) == NET_DEPTHS
+    assert oc.forward_order(fn, variables["params"], stats, IMAGES) == NET_DEPTHS
 
   @pytest.mark.parametrize("train", [True, False])
   def test_nnx(self, train):
@@ -439,10 +438,10 @@ class TestForwardOrderOnFlax:
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     # Running statistics that change have to come in as an argument: nnx lets no trace write others.
     fn = lambda p, stats, x: nnx.merge(graphdef, p, stats)(x)
-    depth = forward_order(fn, params, rest, IMAGES)
+    depth = oc.forward_order(fn, params, rest, IMAGES)
     assert jax.tree.structure(depth) == jax.tree.structure(params)
     assert jax.tree.leaves(depth) == jax.tree.leaves(NET_DEPTHS)
-    assert max(jax.tree.leaves(by_depth(depth))) == 16
+    assert max(jax.tree.leaves(oc.by_depth(depth))) == 16
 
   def test_nnx_without_a_filter(self):
     graphdef, params = nnx.split(
@@ -450,7 +449,7 @@ class TestForwardOrderOnFlax:
         nnx.Linear(3, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 2, rngs=nnx.Rngs(1))
       )
     )
-    depth = forward_order(lambda p, x: nnx.merge(graphdef, p)(x), params, X)
+    depth = oc.forward_order(lambda p, x: nnx.merge(graphdef, p)(x), params, X)
     assert jax.tree.leaves(depth) == [0, 0, 1, 1]
 
   @pytest.mark.parametrize("remat", [False, True])
@@ -473,7 +472,7 @@ class TestForwardOrderOnFlax:
     ids = jax.ShapeDtypeStruct((2, 5), jnp.int32)
     params = jax.eval_shape(Net().init, jax.random.key(0), ids)["params"]
     assert params["blocks"]["up"]["kernel"].shape == (3, 4, 8)
-    assert forward_order(lambda p, x: Net().apply({"params": p}, x), params, ids) == {
+    assert oc.forward_order(lambda p, x: Net().apply({"params": p}, x), params, ids) == {
       "blocks": {
         "down": {"bias": 2, "kernel": 2},
         "norm": {"bias": 0, "scale": 0},

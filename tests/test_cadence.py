@@ -13,6 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
+from small_tree import assert_same_path
+from small_tree import cadence
+from small_tree import trained
+from small_tree import trained_by_oracle
+from states import groups
+from states import with_groups
 
 import optax_cadence as oc
 
@@ -122,13 +128,13 @@ def assert_zero_where_not_due(leaf: Leaf, update: jax.Array, t: int) -> None:
 
 def in_use(state: oc.CadenceState) -> oc.CadenceState:
   """The state, with zeros for accumulators of empty windows: what they hold has no meaning."""
-  groups = [
+  kept = [
     group
     if group.window is None or group.window.any()
     else group._replace(accumulators=jax.tree.map(jnp.zeros_like, group.accumulators))
-    for group in state.groups
+    for group in groups(state)
   ]
-  return state._replace(groups=tuple(groups))
+  return with_groups(state, kept)
 
 
 def follow_the_oracle(tree: list[Leaf], inner: Any, accumulate: str, seed: int) -> None:
@@ -226,7 +232,7 @@ def test_inner_state_of_a_held_group_is_bit_for_bit_what_it_was(static, accumula
     phase = t % tx.cycle if static else None
     updates, new = update(grads, state, params, phase=phase)
     for period, old_group, new_group, name in zip(
-      (4, 2, 1), state.groups, new.groups, "abc", strict=True
+      (4, 2, 1), groups(state), groups(new), "abc", strict=True
     ):
       if t % period:
         chex.assert_trees_all_equal(new_group.inner_state, old_group.inner_state)
@@ -263,7 +269,7 @@ def test_static_phase_and_apply_give_the_very_same_state():
 )
 def test_accumulators_are_float32_or_wider_unless_asked(dtype, asked, expected):
   tx = oc.cadence(optax.sgd(1.0), 4, accumulator_dtype=asked)
-  assert tx.init(jnp.ones(3, dtype)).groups[0].accumulators.dtype == expected
+  assert groups(tx.init(jnp.ones(3, dtype)))[0].accumulators.dtype == expected
 
 
 def test_updates_come_back_in_the_dtype_of_the_gradients():
@@ -282,3 +288,13 @@ def test_many_small_gradients_are_not_lost_in_half_precision():
   grads, state = jnp.ones((), jnp.bfloat16), tx.init(jnp.zeros((), jnp.bfloat16))
   step = lambda state, _: tx.update(grads, state)[::-1]
   assert jax.lax.scan(step, state, length=512)[1][-1] == -512
+
+
+@pytest.mark.parametrize("accumulate", ["sum", "latest"])
+def test_sum_and_latest(accumulate):
+  tx = cadence(optax.adamw(0.1), accumulate=accumulate)
+  expected = trained_by_oracle(optax.adamw(0.1), accumulate=accumulate)
+  found, state = trained(tx)
+  assert_same_path(found, expected)
+  if accumulate == "latest":
+    assert all(group.accumulators is None for group in groups(state))

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from states import groups
 
 import optax_cadence as oc
 from optax_cadence import growth
@@ -66,7 +67,7 @@ def test_until_certain_is_the_slow_decision():
   grads = gradients(200, mu=0.25)
   policies = {name: oc.until_certain(1.0, 3, 40) for name in PARAMS}
   _, state = run(oc.cadence(optax.sgd(1.0), policies), grads)
-  for name, group in zip(PARAMS, state.groups, strict=True):
+  for name, group in zip(PARAMS, groups(state), strict=True):
     expected = slow_until_certain(grads[name], 1.0, 3, 40)
     assert fired(group.updates) == expected
     assert len(set(np.diff(expected))) > 3
@@ -76,7 +77,7 @@ def test_parameters_follow_the_oracle_at_the_micro_steps_that_fire():
   inner, grads = oracle.relaxed(optax.adamw(0.1)), gradients(60, mu=0.6)
   policy = oc.until_certain(2.0, 2, 20)
   params, state = run(oc.cadence(inner, policy), grads)
-  ends = fired(state.groups[0].updates)
+  ends = fired(groups(state)[0].updates)
   mine, inner_state, start, update = PARAMS, inner.init(PARAMS), 0, jax.jit(inner.update)
   for end in ends:
     mean = jax.tree.map(lambda g, start=start, end=end: g[start:end].mean(0), grads)
@@ -111,7 +112,7 @@ def run_with(cadence, nonfinite):
 def test_a_constant_policy_is_the_fixed_cadence_bit_for_bit(policy, nonfinite):
   found, expected = run_with(policy, nonfinite), run_with(4, nonfinite)
   assert_equal(found[0], expected[0])
-  for mine, theirs in zip(found[1].groups, expected[1].groups, strict=True):
+  for mine, theirs in zip(groups(found[1]), groups(expected[1]), strict=True):
     assert_equal(mine.inner_state, theirs.inner_state)
     assert_equal(mine.updates, theirs.updates)
 
@@ -119,7 +120,7 @@ def test_a_constant_policy_is_the_fixed_cadence_bit_for_bit(policy, nonfinite):
 def test_one_object_is_one_group_and_a_copy_for_each_layer_is_one_each():
   params = {"x": {"w": jnp.ones(2), "b": jnp.ones(1)}, "y": {"w": jnp.ones(2)}}
   policy = oc.until_certain(1.0, 2, 8)
-  count = lambda every: len(oc.cadence(optax.sgd(1.0), every).init(params).groups)
+  count = lambda every: len(groups(oc.cadence(optax.sgd(1.0), every).init(params)))
   assert count(policy) == 1
   assert count({"x": policy, "y": oc.until_certain(1.0, 2, 8)}) == 2
   assert count(oc.each_layer(policy)) == 2
@@ -137,8 +138,8 @@ def test_vmap_over_snr_is_every_one_alone():
   counts = []
   for i, snr in enumerate(ratios):
     params, state = alone(snr)
-    counts.append(int(state.groups[0].updates[-1]))
-    for mine, theirs in zip(swept[1].groups, state.groups, strict=True):
+    counts.append(int(groups(state)[0].updates[-1]))
+    for mine, theirs in zip(groups(swept[1]), groups(state), strict=True):
       np.testing.assert_array_equal(mine.updates[i], theirs.updates)
     jax.tree.map(
       lambda x, y, i=i: np.testing.assert_allclose(x[i], y, rtol=1e-5, atol=1e-6), swept[0], params
@@ -155,7 +156,7 @@ def test_a_checkpoint_in_mid_window_resumes_bit_for_bit(tmp_path):
   at = lambda t: jax.tree.map(lambda g: g[t], grads)
   for t in range(30):
     if t == 14:
-      assert all(group.window > 0 for group in carry[1].groups)
+      assert all(group.window > 0 for group in groups(carry[1]))
       with checkpoint.StandardCheckpointer() as saver:
         saver.save(tmp_path / "saved", carry)
         saver.wait_until_finished()
@@ -176,11 +177,11 @@ def test_as_settled_follows_growth_without_taking_it_for_an_update():
       old, state = carry
       grown = plan.apply(old, lambda path, shape, dtype: jnp.full(shape, 9.0, dtype))
       carry = grown, growth.grow_state(tx, state, old, grown, plan)
-      assert_equal(carry[1].groups[0].confidence.policy, state.groups[0].confidence.policy)
+      assert_equal(groups(carry[1])[0].confidence.policy, groups(state)[0].confidence.policy)
     apply = step.setdefault(t < 8, jax.jit(tx.apply))
     carry = apply(*carry, jax.tree.map(jnp.ones_like, carry[0]))
   # Updates are a hundredth of what stood at 1, and less of what stands at 9.
-  policy = carry[1].groups[0].confidence.policy
+  policy = groups(carry[1])[0].confidence.policy
   assert 0.01 < policy.peak < 0.011 and 0.001 < policy.size / policy.weight < policy.peak
 
 
@@ -199,8 +200,8 @@ class Remembers(oc.Policy):
 
 def test_a_policy_of_ones_own_remembers():
   _, state = run(oc.cadence(optax.sgd(1.0), Remembers(1, 10)), gradients(14))
-  assert fired(state.groups[0].updates) == [2, 7, 9, 14]
-  assert state.groups[0].period[-1] == 5
+  assert fired(groups(state)[0].updates) == [2, 7, 9, 14]
+  assert groups(state)[0].period[-1] == 5
 
 
 def test_as_settled_slows_down_as_the_gradient_fades():
@@ -208,7 +209,7 @@ def test_as_settled_slows_down_as_the_gradient_fades():
   grads = {"a": jnp.broadcast_to(fade[:, None, None], (400, 4, 6)), "b": gradients(400)["b"] + 3}
   every = {"a": oc.as_settled(2, 32), "b": oc.as_settled(2, 32)}
   _, state = run(oc.cadence(optax.sgd(0.1), every), grads, PARAMS | {"b": jnp.full(5, 1000.0)})
-  gaps = [np.diff(fired(group.updates)) for group in state.groups]
+  gaps = [np.diff(fired(group.updates)) for group in groups(state)]
   assert gaps[0][0] == 2 and gaps[0][-1] > 20 and (np.diff(gaps[0]) >= 0).all()
   assert gaps[1].max() <= 4
 
@@ -228,8 +229,8 @@ def test_degenerate_gradients_have_the_documented_answer(value, expected, nonfin
   _, state = run(tx, grads)
   if nonfinite == "skip" and np.isnan(value):
     expected = []
-  assert fired(state.groups[0].updates) == expected
-  confidence = jax.tree.map(lambda x: x[-1], state.groups[0].confidence)
+  assert fired(groups(state)[0].updates) == expected
+  confidence = jax.tree.map(lambda x: x[-1], groups(state)[0].confidence)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(confidence.estimate))
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(confidence.policy))
 
@@ -238,8 +239,8 @@ def test_degenerate_gradients_have_the_documented_answer(value, expected, nonfin
 def test_as_settled_keeps_its_first_period_while_nothing_can_be_told(value):
   grads = jax.tree.map(lambda p: jnp.full((8, *p.shape), value), PARAMS)
   _, state = run(oc.cadence(optax.sgd(0.1), oc.as_settled(2, 16)), grads)
-  assert fired(state.groups[0].updates) == [2, 4, 6, 8]
-  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.groups[0].confidence.policy))
+  assert fired(groups(state)[0].updates) == [2, 4, 6, 8]
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(groups(state)[0].confidence.policy))
 
 
 def test_updates_are_told_from_a_sample_of_large_regions():
@@ -247,7 +248,7 @@ def test_updates_are_told_from_a_sample_of_large_regions():
   tx = oc.cadence(optax.sgd(1.0), oc.as_settled(1, 1))
   grads = jax.tree.map(lambda p: jnp.full((2, *p.shape), 0.5, p.dtype), params)
   _, state = run(tx, grads, params)
-  confidence = jax.tree.map(lambda x: x[-1], state.groups[0].confidence)
+  confidence = jax.tree.map(lambda x: x[-1], groups(state)[0].confidence)
   assert 2048 <= confidence.sample[0].size <= 4096 and confidence.sample[1].size == 7
   # What stood at 2 moved by 0.5; only the second window knows what the first has moved.
   np.testing.assert_allclose(confidence.policy.size / confidence.policy.weight, 0.25, rtol=1e-6)
@@ -259,7 +260,7 @@ def test_a_nan_is_forgotten_with_its_window():
   for policy in (oc.until_certain(0.5, 2, 8), oc.as_settled(8, 16)):
     tx = oc.cadence(optax.chain(optax.zero_nans(), optax.sgd(0.1)), {"a": 1, "b": policy})
     _, state = run(tx, grads)
-    group = state.groups[1]
+    group = groups(state)[1]
     assert fired(group.updates)[0] == 8
     assert all(np.isfinite(x[-1]).all() for x in jax.tree.leaves(group.confidence))
     learned = group.confidence.policy or group.confidence.estimate
@@ -270,8 +271,8 @@ def test_a_nan_is_forgotten_with_its_window():
 def test_a_single_microbatch_tells_no_noise(policy):
   tx = oc.cadence(optax.sgd(1.0), policy)
   _, state = run(tx, gradients(5))
-  confidence = jax.tree.map(lambda x: x[-1], state.groups[0].confidence)
-  assert fired(state.groups[0].updates) == [1, 2, 3, 4, 5]
+  confidence = jax.tree.map(lambda x: x[-1], groups(state)[0].confidence)
+  assert fired(groups(state)[0].updates) == [1, 2, 3, 4, 5]
   assert not any(x.any() for x in confidence.estimate)
   found = oc.metrics(jax.tree.map(lambda x: x[-1], state))
   assert np.isnan(found["a/noise_scale"]) and np.isnan(found["a/snr"])
@@ -282,7 +283,7 @@ def test_skipped_microbatches_do_not_count_but_their_micro_steps_do():
   grads["a"] = grads["a"].at[1::2].set(jnp.inf)
   tx = oc.cadence(optax.sgd(0.1), oc.until_certain(1e9, 2, 6), nonfinite="skip")
   params, state = run(tx, grads)
-  group = state.groups[0]
+  group = groups(state)[0]
   assert fired(group.updates) == [6, 12]
   np.testing.assert_array_equal(group.window[4], [3, 5])
   np.testing.assert_allclose(
@@ -361,9 +362,9 @@ def test_flush_applies_what_is_there_and_opens_a_new_window():
   params, state = jax.tree.map(lambda x: x[-1], run(tx, grads))
   updates, state = jax.jit(tx.flush)(state, params)
   jax.tree.map(lambda u, g: np.testing.assert_allclose(u, -g.mean(0), rtol=1e-5), updates, grads)
-  assert state.groups[0].window == 0 and state.groups[0].updates == 1
+  assert groups(state)[0].window == 0 and groups(state)[0].updates == 1
   _, state = jax.jit(tx.update)(jax.tree.map(lambda g: g[0], grads), state, params)
-  np.testing.assert_allclose(state.groups[0].confidence.squares[1], (grads["b"][0] ** 2).sum())
+  np.testing.assert_allclose(groups(state)[0].confidence.squares[1], (grads["b"][0] ** 2).sum())
 
 
 @dataclasses.dataclass

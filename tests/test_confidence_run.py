@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from states import groups
 
 import optax_cadence as oc
 
@@ -29,7 +30,7 @@ def fired(every, steps, params=PARAMS):
   def run():
     def step(carry, g):
       params, state = tx.apply(*carry, g)
-      return (params, state), [group.updates for group in state.groups]
+      return (params, state), [group.updates for group in groups(state)]
 
     (found, state), counts = jax.lax.scan(step, (params, tx.init(params)), grads)
     updates, _ = tx.flush(state, found)
@@ -74,7 +75,7 @@ def test_ramp_grows_by_equal_factors():
 def test_equal_periods_share_a_group():
   params = {"a": jnp.zeros(2), "b": jnp.zeros(2), "c": jnp.zeros(2)}
   tx = oc.cadence(optax.sgd(1.0), oc.late(4, {"a": 4, "b": 4, "c": 2}))
-  assert len(tx.init(params).groups) == 2
+  assert len(groups(tx.init(params))) == 2
 
 
 # --------------------------------------------------------------------------- learning rate

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from states import groups
 
 import optax_cadence as oc
 
@@ -31,8 +32,8 @@ def measured(every, params, mu, sigma, steps, replicas=1):
     return jax.lax.scan(step, tx.init(params), jax.random.split(key, steps))[0]
 
   found = run(jax.random.split(jax.random.key(0), replicas))
-  sizes = [x[0].size for group in found.groups for x in jax.tree.leaves(group.sums)]
-  estimates = [group.estimate for group in found.groups]
+  sizes = [x[0].size for group in groups(found) for x in jax.tree.leaves(group.sums)]
+  estimates = [group.estimate for group in groups(found)]
   signals = np.concatenate([e.signals().mean(0) for e in estimates])
   return signals, np.concatenate([e.noises().mean(0) for e in estimates]), np.array(sizes)
 
@@ -82,14 +83,14 @@ def firing_times(scale, updates):
   def step(carry):
     t, state, lengths = carry
     noise = jax.random.normal(jax.random.fold_in(key, t), (size,))
-    done = state.groups[0].updates
+    done = groups(state)[0].updates
     _, state = tx.update(1 / jnp.sqrt(scale) + noise, state)
-    group = state.groups[0]
+    group = groups(state)[0]
     at = jnp.where(group.updates > done, done, updates)
     return t + 1, state, lengths.at[at].set(group.period, mode="drop")
 
   start = jnp.int32(0), tx.init(params), jnp.zeros(updates, jnp.int32)
-  return jax.lax.while_loop(lambda c: c[1].groups[0].updates < updates, step, start)[2]
+  return jax.lax.while_loop(lambda c: groups(c[1])[0].updates < updates, step, start)[2]
 
 
 @pytest.mark.parametrize("scale", [4.5, 45.0, 450.0, 4500.0])
@@ -108,7 +109,7 @@ def test_a_window_is_never_outside_its_bounds(low, high):
     k1, k2 = jax.random.split(key)
     mu = jnp.exp(jax.random.normal(k1, ()) - 1)
     state = tx.update(mu + jax.random.normal(k2, (8,)), state)[1]
-    return state, state.groups[0].period
+    return state, groups(state)[0].period
 
   state = tx.init(jnp.zeros(8))
   periods = jax.jit(lambda s: jax.lax.scan(step, s, jax.random.split(jax.random.key(1), 600))[1])
@@ -124,7 +125,7 @@ def test_noise_scale_of_degenerate_gradients(value):
   for _ in range(8):
     updates, state = update(jnp.full(3, value), state)
     np.testing.assert_array_equal(updates, jnp.full(3, value))
-  assert all(np.isfinite(x).all() for x in state.groups[0].estimate)
+  assert all(np.isfinite(x).all() for x in groups(state)[0].estimate)
   found = oc.metrics(state)["params/noise_scale"]
   expected = {0.0: np.inf, 1.0: 0.0}.get(value, np.nan)
   np.testing.assert_allclose(found, expected, atol=1e-6)

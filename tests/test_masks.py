@@ -16,6 +16,8 @@ import oracle
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+from states import groups
+from states import mask_states
 
 import optax_cadence as oc
 
@@ -52,10 +54,7 @@ def assert_same(found, expected):
   """The same parameters and state, but for sums, which have no meaning where a window is empty."""
 
   def without_sums(state):
-    groups, shared = (
-      [x._replace(accumulators=None) for x in xs] for xs in (state.groups, state.shared)
-    )
-    return groups, shared
+    return [x._replace(accumulators=None) for x in (*groups(state), *mask_states(state))]
 
   assert_close((found[0], without_sums(found[1])), (expected[0], without_sums(expected[1])))
 
@@ -106,19 +105,15 @@ APART = {
 }
 
 
-def shared(state):
-  return len(state.shared)
-
-
 @pytest.mark.parametrize("inner", SHARED.values(), ids=SHARED)
 def test_groups_share_what_is_updated_entry_by_entry(inner):
-  assert shared(cadence(inner).init(random(RNG))) == 2
+  assert len(mask_states(cadence(inner).init(random(RNG)))) == 2
   follow(inner)
 
 
 @pytest.mark.parametrize("inner", APART.values(), ids=APART)
 def test_groups_are_apart_where_entries_are_not(inner):
-  assert shared(cadence(inner).init(random(RNG))) == 0
+  assert len(mask_states(cadence(inner).init(random(RNG)))) == 0
 
 
 def follow(inner, steps=9, seed=0, phases=False, **options):
@@ -165,7 +160,7 @@ def test_moments_and_parameters_of_entries_that_are_not_due_are_bit_for_bit_what
     updates, new = update(random(rng), state, params)
     held = t % MASK != 0
     assert not np.asarray(updates["first"])[held].any()
-    moments = [jax.tree.leaves(s.shared[0].inner_state) for s in (state, new)]
+    moments = [jax.tree.leaves(mask_states(s)[0].inner_state) for s in (state, new)]
     for before, after in zip(*moments, strict=True):
       np.testing.assert_array_equal(np.asarray(before)[held], np.asarray(after)[held])
       assert (np.asarray(before) != np.asarray(after))[~held].any()
@@ -192,7 +187,7 @@ def test_any_number_of_groups(n):
   inner, params = oracle.relaxed(optax.adam(0.1)), [jnp.ones(SHAPE)]
   tx, slow = oc.cadence(inner, [periods]), oracle.Oracle(inner, params, [oracle.entries(periods)])
   state, update = tx.init(params), jax.jit(tx.update)
-  assert shared(state) == (n <= 32)
+  assert len(mask_states(state)) == (n <= 32)
   for _ in range(5):
     grads = [jnp.asarray(rng.integers(-8, 9, SHAPE) / 8.0, jnp.float32)]
     updates, state = update(grads, state, params)
@@ -205,9 +200,9 @@ def test_other_dtypes(dtype):
   params = random(rng, dtype)
   tx, slow = cadence(inner), oracle.Oracle(inner, list(params.values()), PIECES)
   state, update = tx.init(params), jax.jit(tx.update)
-  assert shared(state) == 2
+  assert len(mask_states(state)) == 2
   wide = jnp.complex64 if dtype == "complex64" else jnp.float32
-  assert jax.tree.leaves(state.shared[0].accumulators)[0].dtype == wide
+  assert jax.tree.leaves(mask_states(state)[0].accumulators)[0].dtype == wide
   for _ in range(4):
     grads = random(rng, dtype)
     expected = slow.step(list(grads.values()), list(params.values()))
@@ -224,7 +219,7 @@ def test_the_clock_of_each_group(clock):
   inner = optax.sgd(optax.linear_schedule(1.0, 0.0, 16))
   tx, params = cadence(inner, clock=clock), random(RNG)
   state, ones = tx.init(params), jax.tree.map(jnp.ones_like, params)
-  assert shared(state) == 2
+  assert len(mask_states(state)) == 2
   update = jax.jit(tx.update)
   for _ in range(8):
     updates, state = update(ones, state, params)
@@ -235,7 +230,7 @@ def test_the_clock_of_each_group(clock):
 def test_scale_by_cadence_sees_the_window_of_each_entry():
   tx, params = cadence(optax.chain(optax.sgd(1.0), oc.scale_by_cadence("linear"))), random(RNG)
   state, ones = tx.init(params), jax.tree.map(jnp.ones_like, params)
-  assert shared(state) == 2
+  assert len(mask_states(state)) == 2
   update = jax.jit(tx.update)
   for _ in range(8):
     updates, state = update(ones, state, params)
@@ -246,7 +241,7 @@ def test_a_learning_rate_set_by_hand_holds_for_its_group():
   tx = cadence(optax.inject_hyperparams(optax.sgd)(1.0), {"w": MASK})
   params = {"w": jnp.ones(SHAPE)}
   state, update = tx.init(params), jax.jit(tx.update)
-  slow = state.groups[2]
+  slow = groups(state)[2]
   assert int(slow.period) == 4
   slow.inner_state.hyperparams["learning_rate"] = jnp.float32(3.0)
   for _ in range(4):
@@ -256,7 +251,7 @@ def test_a_learning_rate_set_by_hand_holds_for_its_group():
 
 def test_skip_and_latest_are_apart():
   for options in ({"nonfinite": "skip"}, {"accumulate": "latest"}):
-    assert shared(cadence(optax.adam(0.1), **options).init(random(RNG))) == 0
+    assert len(mask_states(cadence(optax.adam(0.1), **options).init(random(RNG)))) == 0
 
 
 # Around the cadence.
@@ -267,7 +262,7 @@ def test_metrics_and_tables_are_those_of_the_regions():
   state = tx.init(params)
   found = oc.metrics(state)
   assert [int(found[f"first/{i}/period"]) for i in range(3)] == [4, 1, 2]
-  held = sum(x.nbytes for s in (*state.groups, *state.shared) for x in accumulators(s))
+  held = sum(x.nbytes for s in (*groups(state), *mask_states(state)) for x in accumulators(s))
   description = oc.describe(tx, params)
   assert sum(g.accumulator_bytes for g in description.groups) == held
   assert sum(g.parameters for g in description.groups) == 2 * MASK.size + 7
@@ -283,7 +278,7 @@ def test_tree_map_params_reaches_moments_and_accumulators():
   marked = optax.tree_utils.tree_map_params(
     tx, lambda x: jnp.full_like(x, 7), state, transform_non_params=lambda x: x
   )
-  for s in marked.shared:
+  for s in mask_states(marked):
     arrays = jax.tree.leaves(s)
     assert len(arrays) == 3 and all((x == 7).all() for x in arrays)
 
@@ -334,7 +329,7 @@ def test_moments_are_sharded_as_the_parameter_is():
   sharding = NamedSharding(mesh, PartitionSpec("x"))
   params = {"w": jax.device_put(jnp.ones(SHAPE), sharding)}
   state = cadence(optax.adam(0.1), {"w": MASK}).init(params)
-  for x in jax.tree.leaves(state.shared):
+  for x in jax.tree.leaves(mask_states(state)):
     assert x.sharding.is_equivalent_to(sharding, 2)
 
 
@@ -357,7 +352,7 @@ def test_an_optimizer_that_extra_arguments_couple():
   inner = optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update)
   tx, params = cadence(inner), random(RNG)
   state = tx.init(params)
-  assert shared(state) == 2
+  assert len(mask_states(state)) == 2
   tx.update(params, state, params, unused=1)
   with pytest.raises(ValueError, match=r"'first': expected .* one by one.*found reduce_sum"):
     tx.update(params, state, params, couple=True)

@@ -19,6 +19,7 @@ from flax import nnx
 from flax.training import train_state
 from jax import export
 from matplotlib.figure import Figure
+from states import groups
 
 import optax_cadence as oc
 from optax_cadence import pruning
@@ -347,7 +348,7 @@ def test_moments_of_pruned_entries_are_cleared_or_kept_through_a_cadence(clear):
   (*_, (before, _), (after, state)) = run(tx, 5)
   assert zeros(before) == zeros(after) == {"a": 64, "b": 18}
   # At micro-step 5 the group of period 1 updates the first and the last quadrant again.
-  every, *_ = state[0].groups
+  every, *_ = groups(state[0])
   top, bottom = every.inner_state[0].mu["a"]["kernel"]
   kept = pruning.masks(after, state)["a"]["kernel"]
   grad = tree(5)["a"]["kernel"]

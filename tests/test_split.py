@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from states import groups
 
 import optax_cadence as oc
 from optax_cadence import _elementwise
@@ -37,7 +38,7 @@ def cadence(inner, every=None, **options):
 
 def ranks(state, name):
   """Ranks of the accumulators of a leaf."""
-  found = (group.accumulators for group in state.groups if group.accumulators is not None)
+  found = (group.accumulators for group in groups(state) if group.accumulators is not None)
   return {x.ndim for tree in found for x in jax.tree.leaves(tree[name])}
 
 
