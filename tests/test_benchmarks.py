@@ -161,6 +161,7 @@ def test_splitting_by_hand_can_be_undone():
 # ------------------------------------------------------------------------------ measuring
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", ["uniform-768", "bfloat16", "quadrants", "stacked", "vmap"])
 def test_a_case_is_checked_and_timed(name):
   case = tiny(name)
@@ -183,6 +184,8 @@ def test_a_case_is_checked_and_timed(name):
   assert json.loads(json.dumps(result)) == result
 
 
+@pytest.mark.usefixtures("optimized_programs")
+@pytest.mark.ci
 def test_a_held_micro_step_accesses_its_floor():
   result, _ = run(tiny("uniform-768"), rounds=1)
   row = next(row for row in result["variants"] if row["name"] == "apply, static phase")
@@ -190,6 +193,7 @@ def test_a_held_micro_step_accesses_its_floor():
   assert 1 <= row["ratio_held_bytes"] < 1.1
 
 
+@pytest.mark.ci
 def test_variants_that_do_not_fit_beside_each_other_run_one_at_a_time(monkeypatch):
   starts = []
   start = measure.Run.start
@@ -203,6 +207,7 @@ def test_variants_that_do_not_fit_beside_each_other_run_one_at_a_time(monkeypatc
   assert len(starts) == checked + 2 * timed
 
 
+@pytest.mark.ci
 def test_a_wrong_variant_is_not_timed():
   case = tiny("control")
   wrong = dataclasses.replace(case.variants[0], steps=case.variants[0].steps[:4])
@@ -211,6 +216,7 @@ def test_a_wrong_variant_is_not_timed():
     run(case)
 
 
+@pytest.mark.ci
 def test_a_variant_that_runs_out_of_memory_is_noted_and_left_out():
   case = tiny("control")
 
@@ -233,6 +239,7 @@ def test_rounding_is_allowed_and_more_is_not():
   assert np.isnan(measure.worst({"w": x * jnp.nan}, {"w": x}))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", ["compile", "trace"])
 def test_building_programs_is_timed(name):
   case = tiny(name)
@@ -306,6 +313,7 @@ def saved(tmp_path_factory):
   return folder, folder / "my-box.json"
 
 
+@pytest.mark.ci
 def test_json_holds_machine_versions_sizes_medians_and_spread(saved):
   results = report.load(saved[1])
   assert results["schema"] == report.SCHEMA and results["errors"] == []
@@ -319,10 +327,12 @@ def test_json_holds_machine_versions_sizes_medians_and_spread(saved):
       assert {"median_ms", "q1_ms", "q3_ms", "ratio_floor", "ratio_peer"} <= variant.keys()
 
 
+@pytest.mark.ci
 def test_picture_is_saved_beside_the_json(saved):
   assert saved[1].with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.ci
 def test_table_has_a_row_for_every_variant(saved):
   results = report.load(saved[1])
   text = report.table(results)
@@ -334,6 +344,7 @@ def test_table_has_a_row_for_every_variant(saved):
   )
 
 
+@pytest.mark.ci
 def test_cases_that_are_not_run_again_are_kept(saved):
   old = report.load(saved[1])
   new = old | {"cases": [old["cases"][1] | {"title": "again"}]}
@@ -345,6 +356,7 @@ def test_cases_that_are_not_run_again_are_kept(saved):
   assert report.merged(None, new, order) == new
 
 
+@pytest.mark.ci
 def test_readme_table_comes_from_the_files_and_can_be_written_again(saved, tmp_path):
   text = tmp_path / "README.md"
   text.write_text(f"before\n\n{readme.BEGIN}\nold\n{readme.END}\n\nafter\n", encoding="utf-8")
@@ -367,6 +379,7 @@ def test_readme_table_comes_from_the_files_and_can_be_written_again(saved, tmp_p
   assert cells[3:5] == [report.number(ours["ratio_floor"]), report.number(ours["ratio_peer"])]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("text", ["", readme.BEGIN, f"{readme.END} {readme.BEGIN}"])
 def test_readme_without_markers_is_an_error_that_names_them(saved, tmp_path, text, capsys):
   path = tmp_path / "README.md"
@@ -377,6 +390,7 @@ def test_readme_without_markers_is_an_error_that_names_them(saved, tmp_path, tex
   assert path.read_text(encoding="utf-8") == text
 
 
+@pytest.mark.ci
 def test_quick_results_do_not_reach_the_readme(saved, tmp_path):
   results = report.load(saved[1])
   results["settings"]["quick"] = True

@@ -377,6 +377,7 @@ class Program:
     return [x for x in self.text.splitlines() if " copy(" in x and f"f32[{size}" in x]
 
 
+@pytest.mark.usefixtures("optimized_programs")
 @pytest.mark.parametrize("measured", [False, True])
 @pytest.mark.parametrize("policy", [oc.until_certain(1.0, 2, 8), oc.as_settled(2, 8)], ids=str)
 def test_measuring_copies_no_parameter_moment_or_accumulator(policy, measured):

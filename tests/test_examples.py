@@ -86,6 +86,7 @@ def test_cifar10_with_other_labels(layer_cadence, cifar10):
     layer_cadence.load_cifar10(folder)
 
 
+@pytest.mark.ci
 def test_layer_cadence_on_the_digits(layer_cadence, tmp_path):
   printed = run("layer_cadence.py", "--out", "made/score.png", cwd=tmp_path)
   picture = (tmp_path / "made" / "score.png").read_bytes()
@@ -107,6 +108,7 @@ def test_layer_cadence_on_the_digits(layer_cadence, tmp_path):
     assert seen == "404"
 
 
+@pytest.mark.ci
 def test_layer_cadence_on_cifar10(cifar10, tmp_path):
   folder, _ = cifar10
   printed = run("layer_cadence.py", "--data", folder, "--steps", "8", cwd=tmp_path)
@@ -114,11 +116,13 @@ def test_layer_cadence_on_cifar10(cifar10, tmp_path):
   assert (tmp_path / "results" / "layer_cadence.png").exists()
 
 
+@pytest.mark.ci
 def test_linen_cadence(tmp_path):
   printed = run("linen_cadence.py", cwd=tmp_path)
   assert float(re.search(r"test accuracy after \d+ micro-steps: ([\d.]+)", printed)[1]) > 0.85
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
   ("name", "says"), [("grow.py", r"filters 3x3 to 5x5"), ("continuous_kernels.py", r"10 x 10")]
 )
@@ -129,6 +133,7 @@ def test_the_examples_of_growth_run(name, says, tmp_path):
   assert (tmp_path / "picture.png").exists()
 
 
+@pytest.mark.ci
 def test_prune_and_shock(tmp_path):
   printed = run("prune_and_shock.py", "--out", "made/shock.png", cwd=tmp_path)
   assert (tmp_path / "made" / "shock.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -141,6 +146,7 @@ def test_prune_and_shock(tmp_path):
   assert zeros["shock, magnitude"] < 10 and zeros["shock, random"] < 10
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("policy", ["certain", "late", "patient"])
 def test_confidence(policy, tmp_path):
   printed = run("confidence.py", "--policy", policy, "--out", "made.png", cwd=tmp_path)

@@ -378,6 +378,7 @@ def large(compiled, opcode):
   return [x for x in lines if f" {opcode}(" in x and LARGE.search(x.split(f" {opcode}(")[0])]
 
 
+@pytest.mark.usefixtures("optimized_programs")
 @pytest.mark.parametrize("phase", [None, 0, 1, 2])
 def test_one_pass_without_indices_copies_or_temporaries(phase):
   compiled = program(phase)
@@ -388,6 +389,7 @@ def test_one_pass_without_indices_copies_or_temporaries(phase):
   assert {re.search(r"= (\w+)\[", x)[1] for x in large(compiled, "constant")} == {"u8"}
 
 
+@pytest.mark.usefixtures("optimized_programs")
 def test_a_held_micro_step_reaches_neither_parameters_nor_moments():
   compiled = program(1, (2, 4, 8, 16))
   assert len(large(compiled, "fusion")) <= 1

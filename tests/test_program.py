@@ -13,6 +13,8 @@ from states import groups
 
 import optax_cadence as oc
 
+pytestmark = pytest.mark.usefixtures("optimized_programs")
+
 SIZE = 96
 PERIODS = {"a": 8, "b": 4, "c": 1}
 LARGE = re.compile(rf"f32\[(?:{SIZE * SIZE}|{SIZE},{SIZE}|\d+,\d+,\d+)\]")

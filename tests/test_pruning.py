@@ -104,6 +104,7 @@ def test_a_mask_takes_at_most_seven_reads_of_the_data_before_it_is_written(x):
   assert selection.HISTOGRAM.ways**3 >= 2**32
 
 
+@pytest.mark.usefixtures("optimized_programs")
 def test_ties_are_settled_within_a_row():
   x = jax.ShapeDtypeStruct((512, 512), jnp.float32)
 
@@ -447,6 +448,7 @@ def test_masks_follow_new_shapes():
   assert zeros(optax.apply_updates(wide, updates)) == {"a": 64, "b": 18}
 
 
+@pytest.mark.usefixtures("optimized_programs")
 def test_held_step_copies_no_leaf():
   tx, params = oc.prune(0.5, every=4), {"w": jnp.ones((256, 256))}
 

@@ -98,6 +98,7 @@ def test_bands_are_joined_where_that_is_as_fast():
   assert ranks(narrow.init({"w": jnp.ones((3, 128))}), "w") == {2}
 
 
+@pytest.mark.usefixtures("optimized_programs")
 def test_no_array_is_copied():
   tx = cadence(optax.adamw(0.1), {"w": oc.channels([1, 2, 4, 8] * 4)})
   params = {"w": jnp.ones((64, 512))}
