@@ -1,9 +1,8 @@
 """Settings for the whole suite: strict promotion, and programs that compile fast.
 
 Silent broadcasting and silent promotion are errors. Most of what the compiler does to make a
-program fast is left out, since a test runs a program a few times, unless the environment variable
-JAX_DISABLE_MOST_OPTIMIZATIONS says otherwise; tests that count what is in a program ask for
-`optimized_programs`.
+program fast is left out, since a test runs a program a few times, unless the environment has
+JAX_DISABLE_MOST_OPTIMIZATIONS=0; tests that count what is in a program ask for `optimized_programs`.
 """
 
 import os
@@ -15,8 +14,8 @@ import pytest
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
-  jax.config.update("jax_disable_most_optimizations", True)
+FAST = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0"
+jax.config.update("jax_disable_most_optimizations", FAST)
 
 # Compiling takes longer than any deadline; a run that gates a change must be repeatable.
 hypothesis.settings.register_profile(
@@ -31,7 +30,6 @@ hypothesis.settings.load_profile("suite")
 @pytest.fixture
 def optimized_programs():
   """Compiles as users do, for tests that count copies, fusions, bytes or operations."""
-  before = jax.config.jax_disable_most_optimizations
   jax.config.update("jax_disable_most_optimizations", False)
   yield
-  jax.config.update("jax_disable_most_optimizations", before)
+  jax.config.update("jax_disable_most_optimizations", FAST)
