@@ -2,7 +2,8 @@
 
 Silent broadcasting and silent promotion are errors. Most of what the compiler does to make a
 program fast is left out, since a test runs a program a few times, unless the environment has
-JAX_DISABLE_MOST_OPTIMIZATIONS=0; tests that count what is in a program ask for `optimized_programs`.
+JAX_DISABLE_MOST_OPTIMIZATIONS=0. Tests that count what is in a program ask for
+`optimized_programs`.
 """
 
 import os
