@@ -108,7 +108,7 @@ def run_with(cadence, nonfinite):
 
 
 @pytest.mark.parametrize("policy", [Fixed(4), oc.until_certain(1.0, 4, 4), oc.as_settled(4, 4)])
-@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+@pytest.mark.parametrize("nonfinite", ["propagate", pytest.param("skip", marks=pytest.mark.ci)])
 def test_a_constant_policy_is_the_fixed_cadence_bit_for_bit(policy, nonfinite):
   found, expected = run_with(policy, nonfinite), run_with(4, nonfinite)
   assert_equal(found[0], expected[0])

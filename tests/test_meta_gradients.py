@@ -94,7 +94,13 @@ def assert_near(found, expected, rtol):
   jax.tree.map(compare, found, expected)
 
 
-@pytest.mark.parametrize("how", ["update", "apply", "update static", "apply static"])
+@pytest.mark.parametrize(
+  "how",
+  [
+    *("update", "apply static"),
+    *(pytest.param(how, marks=pytest.mark.ci) for how in ("apply", "update static")),
+  ],
+)
 def test_meta_gradients(how):
   with oracle.enable_x64():
     final = jax.jit(functools.partial(meta_final, how))
