@@ -71,9 +71,9 @@ EXCLUDED = {
   "contrib.differentially_private_aggregate": "takes one gradient per example, not their mean",
   "contrib.dpsgd": "takes one gradient per example, not their mean",
   "contrib.scale_by_muon": "needs to be told its dimensions; contrib.muon does that",
-  "inject_hyperparams": "returns a factory; see test_composition",
-  "inject_stateful_hyperparams": "returns a factory; see test_composition",
-  "lookahead": "takes gradients that are not shaped like its parameters; see test_composition",
+  "inject_hyperparams": "returns a factory; see test_wrappers",
+  "inject_stateful_hyperparams": "returns a factory; see test_wrappers",
+  "lookahead": "takes gradients that are not shaped like its parameters; see test_wrappers",
   "scale_by_backtracking_linesearch": "needs the objective; see test_line_searches",
   "scale_by_zoom_linesearch": "needs the objective; see test_line_searches",
 }
