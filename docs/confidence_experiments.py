@@ -70,9 +70,12 @@ def stopped(size, windows):
     return t + 1, state, found.at[:, at].set(values, mode="drop")
 
   start = jnp.int32(0), tx.init(params), jnp.zeros((2, windows))
-  done = lambda carry: next(iter(carry[1].groups.values())).updates
-  run = jax.jit(lambda c: jax.lax.while_loop(lambda c: done(c) < windows, step, c))
-  return run(start)[2]
+
+  def unfinished(carry):
+    (group,) = carry[1].groups.values()
+    return group.updates < windows
+
+  return jax.jit(lambda start: jax.lax.while_loop(unfinished, step, start))(start)[2]
 
 
 def unstopped(size, windows):

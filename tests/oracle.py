@@ -108,17 +108,23 @@ class Oracle:
     window = self.windows.pop(label)
     grads = jax.tree.map(functools.partial(_reduce, self.accumulate), *window)
     new, self.states[label] = self.update_inner(grads, self.states[label], params)
-    for name, u in new.items():
-      i, j = map(int, name.split("/"))
-      updates[i][self.pieces[i][j].index] = np.asarray(u).astype(updates[i].dtype)
+    for (i, piece), u in zip(self._pieces_of(label), new.values(), strict=True):
+      updates[i][piece.index] = np.asarray(u).astype(updates[i].dtype)
+
+  def _pieces_of(self, label: Any) -> list[tuple[int, Piece]]:
+    """The pieces of a group with the numbers of their leaves."""
+    return [(i, x) for i, pieces in enumerate(self.pieces) for x in pieces if x.label == label]
 
   def _split(self, leaves: Sequence[jax.Array]) -> dict[Any, dict[str, jax.Array]]:
-    """For each group a flat dict of its tensors, sorted as they stand in the tree."""
+    """For each group a flat dict of its tensors, sorted as they stand in the tree.
+
+    They have numbers for names, so that groups with tensors of the same shapes share a program.
+    """
     groups: dict[Any, dict[str, jax.Array]] = {}
-    for i, (leaf, pieces) in enumerate(zip(leaves, self.pieces, strict=True)):
-      for j, piece in enumerate(pieces):
-        tensor = jnp.asarray(np.asarray(leaf)[piece.index])
-        groups.setdefault(piece.label, {})[f"{i:03d}/{j:03d}"] = tensor
+    for leaf, pieces in zip(leaves, self.pieces, strict=True):
+      for piece in pieces:
+        group = groups.setdefault(piece.label, {})
+        group[f"{len(group):03d}"] = jnp.asarray(np.asarray(leaf)[piece.index])
     return groups
 
 

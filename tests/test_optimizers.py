@@ -12,41 +12,41 @@ import pytest
 
 import optax_cadence as oc
 
-MASK = np.arange(20).reshape(5, 4) % 3
-
-# Every kind of tensor an optimizer may see, in two groups: a vector, a scalar, a matrix, a mask.
+# Every kind of tensor that an optimizer may see: a vector, a scalar, a matrix and the entries of a
+# mask. Both groups have the same shapes, so that the oracle compiles one program.
+HALVES = np.random.default_rng(0).permutation(np.repeat([1, 2], 10)).reshape(5, 4)
 SMALL = (
-  {
-    "bias": oc.channels([1, 2]),
-    "gain": 2,
-    "kernel": oc.Grid([[1, 2]], (0, 1)),
-    "mask": MASK % 2 + 1,
-  },
+  {"bias": oc.channels([1, 2]), "fast": 1, "gain": 2, "kernel": oc.Grid([[1, 2]], (0, 1))}
+  | {"mask": HALVES},
   [
     oracle.bands((6,), [1, 2], 0),
+    oracle.whole(1),
     oracle.whole(2),
     oracle.rectangles((6, 4), [[1, 2]], (0, 1)),
-    oracle.entries(MASK % 2 + 1),
+    oracle.entries(HALVES),
   ],
 )
 
 
 def random_case(rng):
-  """Cadences for the four leaves, and the same by hand."""
+  """Cadences for the leaves drawn at random, and the same by hand."""
+  mask = 2 ** (np.arange(20).reshape(5, 4) % 3)
   bands = rng.choice([1, 2, 4], rng.integers(1, 4)).tolist()
   corners = rng.choice([1, 2, 4], (2, 2)).tolist()
   gain, offset = [(1, 0), (2, 1), (4, 3)][rng.integers(3)]
   every = {
     "bias": oc.channels(bands),
+    "fast": 1,
     "gain": oc.Every(gain, offset),
     "kernel": oc.quadrants(corners),
-    "mask": 2**MASK,
+    "mask": mask,
   }
   pieces = [
     oracle.bands((6,), bands, 0),
+    oracle.whole(1),
     oracle.whole(gain, offset),
     oracle.rectangles((6, 4), corners, (0, 1)),
-    oracle.entries(2**MASK),
+    oracle.entries(mask),
   ]
   return every, pieces
 
@@ -59,7 +59,7 @@ def follow(name, case, other_ways=()):
   extra = optax_exports.EXTRA_ARGS.get(name, {})
   tx = oc.cadence(inner, every)
   scalar = (1,) if name in optax_exports.NO_SCALARS else ()
-  shapes = {"bias": (6,), "gain": scalar, "kernel": (6, 4), "mask": (5, 4)}
+  shapes = {"bias": (6,), "fast": scalar, "gain": scalar, "kernel": (6, 4), "mask": (5, 4)}
   params = {leaf: random(rng, shape) for leaf, shape in shapes.items()}
   slow = oracle.Oracle(inner, list(params.values()), pieces, **extra)
   update = jax.jit(functools.partial(tx.update, **extra))

@@ -445,7 +445,7 @@ def test_masks_follow_new_shapes():
     state, jax.tree.map(lambda m: pad(m, True), pruning.masks(params, state))
   )
   wide = jax.tree.map(lambda p: pad(p, 1.0), params)
-  updates, _ = oc.prune(0.5, every=pruning.once(1)).update(wide, state, wide)
+  updates, _ = jax.jit(oc.prune(0.5, every=pruning.once(1)).update)(wide, state, wide)
   assert zeros(optax.apply_updates(wide, updates)) == {"a": 64, "b": 18}
 
 
