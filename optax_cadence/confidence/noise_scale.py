@@ -77,7 +77,8 @@ def noise_scale(every: Any = 8, *, decay: float = 0.9) -> optax.GradientTransfor
   >>> state = tx.init(jnp.zeros(1))
   >>> for g in (1.0, 3.0):  # their mean is 2, |G|² is 1 · 3, tr Σ is 2
   ...   _, state = tx.update(jnp.array([g]), state)
-  >>> print(state.groups[0].estimate.signals(), state.groups[0].estimate.noises())
+  >>> estimate = state.groups["2"].estimate
+  >>> print(estimate.signals(), estimate.noises())
   [3.] [2.]
   """
   decay = policies.fraction("decay", decay)
