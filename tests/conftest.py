@@ -6,6 +6,7 @@ JAX_DISABLE_MOST_OPTIMIZATIONS=0. Tests that count what is in a program ask for
 `optimized_programs`.
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -36,6 +37,9 @@ def use_flags():
 
 if FAST and "PYTEST_XDIST_WORKER" not in os.environ:
   use_flags()
+
+# Tracing makes many objects, and what JAX keeps of the tests before is looked through in vain.
+gc.set_threshold(100_000, 20, 100)
 
 # Compiling takes longer than any deadline; a run that gates a change must be repeatable.
 hypothesis.settings.register_profile(
