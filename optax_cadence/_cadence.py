@@ -4,6 +4,7 @@ What happens at a micro-step is in `_step`; here is what it is given. `chain` is
 """
 
 import functools
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -380,9 +381,10 @@ class Cadence:
     """Raises unless the state has the groups of this tree."""
     if not isinstance(state, CadenceState):
       raise ValueError(f"state: expected a CadenceState, found {type(state).__name__}")
-    if {group.name for group in layout.groups} != set(state.groups):
+    groups = tuple(map(operator.attrgetter("name"), layout.groups))
+    if set(groups) != set(state.groups):
       raise ValueError(
-        f"state: expected the groups {_quoted(group.name for group in layout.groups)}, as every"
+        f"state: expected the groups {_quoted(groups)}, as every"
         f" makes of this tree, found {_quoted(state.groups)}; a state goes with the cadences it was"
         " made for"
       )
@@ -411,7 +413,7 @@ def _quoted(names: Any) -> str:
 
 
 def _dtypes(tree: Any) -> list[Any]:
-  return [jax.dtypes.result_type(leaf) for leaf in jax.tree.leaves(tree)]
+  return list(map(jax.dtypes.result_type, jax.tree.leaves(tree)))
 
 
 def _is_placeholder(tree: Any) -> bool:

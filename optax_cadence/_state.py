@@ -139,7 +139,8 @@ class CadenceState(NamedTuple):
       or policy is called.
     regions: The names of each group's regions, and how they are laid out.
     masks: State of the leaves under masks that their groups train together, which they do
-      where the inner optimizer is elementwise; None where no cadence is a mask.
+      where the inner optimizer is elementwise. None where no cadence is a mask; without arrays
+      where one is, but no leaf is trained so.
   """
 
   micro_step: jax.Array

@@ -7,6 +7,7 @@ has modules of its own, which are imported where a group needs them.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -172,8 +173,10 @@ def fire(
       leaves[tensor.leaf] = targets[tensor.leaf]
   params = targets if call.in_place else call.params
   if params is not None:
-    written = leaves if call.in_place else ()
-    params = {i: x for i, x in params.items() if i in group.leaves and i not in written}
+    given, params = params, {}
+    for tensor in group.tensors:
+      if not (call.in_place and tensor.leaf in leaves):
+        params[tensor.leaf] = given[tensor.leaf]
 
   def compute(carry: Any, consts: Any) -> Any:
     leaves, sums, inner_state = carry
@@ -200,7 +203,7 @@ def fire(
     flags = _inner.like(_inner.filled(call.inner, inner_state, filled), carry[2])
     return _control.keep((True, True, flags), compute, carry, consts)
 
-  waits = [not is_direct for is_direct in direct]
+  waits = list(map(operator.not_, direct))
   carry, consts = (leaves, window.sums, state.inner_state), (window.length, params, micro_step)
   run = runner(when, group, waits, micro_step)
   body = compute if window.skipped is None else compute_where_filled

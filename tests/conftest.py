@@ -51,6 +51,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def what_is_there_stays():
+  """Lets the collector pass over what JAX keeps of the tests before."""
+  gc.freeze()
+
+
 @pytest.fixture
 def optimized_programs(monkeypatch):
   """Compiles as users do, for tests that count copies, fusions, bytes or operations."""

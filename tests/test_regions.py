@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 import optax_cadence as oc
 from optax_cadence.regions import cuts
+from optax_cadence.regions import partitions
 
 
 def cut(cadence, shape):
-  return cuts.cut(cadence, shape, key=lambda cell: cell)
+  partition = partitions.as_partition(cadence)
+  return partition.cut(shape, key=lambda cell: cell)
 
 
 def written(one, leaf, tensor):

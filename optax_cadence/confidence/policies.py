@@ -144,7 +144,7 @@ def as_settled(min_period: int, max_period: int, *, decay: float = 0.8) -> AsSet
 def each_layer(policy: Policy) -> "EachLayer":
   """A copy of a policy for every layer, so that each decides on its own.
 
-  A layer is what stands at one place of the tree: a kernel and its bias share a copy.
+  A layer is all parameters with the same parent in the tree: a kernel and its bias share a copy.
 
   Args:
     policy: The policy.

@@ -21,9 +21,9 @@ class Statistics(NamedTuple):
 
   Attributes:
     length: Gradients in the window: int32 [R].
-    squares: Sum of their squared norms, s1: float32 [R].
-    square: Squared norm of their sum, s2: float32 [R]. Both are NaN for a policy that does
-      not read gradients.
+    squares: Sum of squares: of the squared norms of the gradients, s1: float32 [R].
+    square: Square of the sum: the squared norm of all gradients added up, s2: float32 [R]. Both
+      are NaN for a policy that does not read gradients.
     update: Squared norm of the last update of a sample of the parameters: float32 [R].
     params: Squared norm of the sample before that: float32 [R]. Both are there when a window
       has fired, and NaN before, at the first, and for a policy that does not read updates.

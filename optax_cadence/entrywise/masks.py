@@ -24,7 +24,7 @@ from optax_cadence.entrywise import lanes
 from optax_cadence.entrywise import proof
 from optax_cadence.programs import reading
 from optax_cadence.regions.cuts import Entries
-from optax_cadence.regions.grids import Shape
+from optax_cadence.regions.cuts import Shape
 from optax_cadence.regions.layout import Group
 from optax_cadence.regions.layout import Layout
 from optax_cadence.regions.layout import Leaves

@@ -1,21 +1,17 @@
-"""The tensors that a grid or mask cuts a leaf into, each with a way to read and write it.
+"""The tensors that a partition cuts a leaf into, each with a way to read and write it.
 
-A *cut* says where one tensor lies in a leaf: `take` reads it, `put` writes it back. To add a kind
-of region, write a class with the methods of `Cut` and return it from `cut`. Nothing here knows
-about time, trees or optimizers.
+A *cut* says where one tensor lies in a leaf: `take` reads it, `put` writes it back. Which cuts a
+leaf falls into is said by a `Partition`. Nothing here knows about time, trees or optimizers.
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import numpy as np
 
-from optax_cadence.regions.grids import Grid
-from optax_cadence.regions.grids import Interval
-from optax_cadence.regions.grids import is_mask
-from optax_cadence.regions.grids import Shape
+Shape: TypeAlias = tuple[int, ...]
+Interval: TypeAlias = tuple[int, int]
 
 # Up to this many slices are written one by one; above it, a scatter compiles faster.
 _MAX_SLICES = 16
@@ -25,7 +21,7 @@ _RUN = 32
 
 
 class Cut(Protocol):
-  """One tensor cut out of a leaf."""
+  """One tensor cut out of a leaf; `str` of it is what pictures write behind the leaf's name."""
 
   @property
   def contiguous(self) -> bool:
@@ -42,7 +38,10 @@ class Cut(Protocol):
     ...
 
   def view(self, leaf: jax.Array) -> jax.Array:
-    """The leaf in the shape in which `put` can write the tensor in place."""
+    """The leaf in the shape in which `put` can write the tensor in place.
+
+    It has to be the same shape for all cuts of a leaf that are in one group.
+    """
     ...
 
   def put(self, view: jax.Array, tensor: jax.Array) -> jax.Array:
@@ -86,7 +85,7 @@ class Box:
 
   @property
   def start(self) -> tuple[int, ...]:
-    return tuple(start for start, _ in self.intervals)
+    return next(zip(*self.intervals, strict=True))
 
   def __str__(self) -> str:
     return "[" + ", ".join(f"{start}:{stop}" for start, stop in self.intervals) + "]"
@@ -239,135 +238,3 @@ class Entries:
   def size(self, shape: Shape) -> int:
     del shape
     return self.indices.size
-
-
-def cut(cadence: Any, shape: Shape, key: Callable[[Any], Hashable]) -> list[tuple[Any, Cut]]:
-  """Cuts a leaf of this shape into the tensors that a cadence asks for.
-
-  Args:
-    cadence: A `Grid`, an integer mask, or one cadence for the whole leaf.
-    shape: Shape of the leaf.
-    key: What two cells must have in common to share a group.
-
-  Returns:
-    A cadence and a cut for each tensor, in order of first appearance.
-
-  Raises:
-    ValueError: If the partition does not fit the shape.
-  """
-  if isinstance(cadence, Grid):
-    return _cut_grid(cadence.periods, cadence.intervals(shape), shape, key)
-  if is_mask(cadence):
-    return _cut_mask(_broadcast(checked_mask(cadence), shape), shape, key)
-  return [(cadence, Whole())]
-
-
-def _cut_grid(
-  cells: np.ndarray,
-  intervals: dict[int, list[Interval]],
-  shape: Shape,
-  key: Callable[[Any], Hashable],
-) -> list[tuple[Any, Cut]]:
-  if cells.size == 1:
-    return [(cells.flat[0], Whole())]
-  if len(intervals) == 1:
-    ((axis, along),) = intervals.items()
-    return _cut_bands(cells, axis, along, shape, key)
-  boxes: list[tuple[Any, Cut]] = []
-  for index in np.ndindex(*cells.shape):
-    sides = [(0, n) for n in shape]
-    for i, (axis, along) in zip(index, intervals.items(), strict=True):
-      sides[axis] = along[i]
-    boxes.append((cells[index], Box(tuple(sides))))
-  return boxes
-
-
-def _cut_bands(
-  cells: np.ndarray,
-  axis: int,
-  bounds: list[Interval],
-  shape: Shape,
-  key: Callable[[Any], Hashable],
-) -> list[tuple[Any, Cut]]:
-  """The bands of one axis, those with the same cadence joined and neighbours among them merged."""
-  joined: dict[Hashable, tuple[Any, list[Interval]]] = {}
-  for cell, (start, stop) in zip(cells, bounds, strict=True):
-    intervals = joined.setdefault(key(cell), (cell, []))[1]
-    if intervals and intervals[-1][1] == start:
-      start = intervals.pop()[0]
-    intervals.append((start, stop))
-  return [(cell, _band(axis, intervals, shape)) for cell, intervals in joined.values()]
-
-
-def _band(axis: int, intervals: list[Interval], shape: Shape) -> Cut:
-  if intervals == [(0, shape[axis])]:
-    return Whole()
-  if len(intervals) > 1:
-    return Bands(axis, tuple(intervals))
-  box = tuple(intervals[0] if i == axis else (0, n) for i, n in enumerate(shape))
-  return Box(box, contiguous=axis == 0)
-
-
-def checked_mask(mask: Any) -> np.ndarray:
-  """A mask as a NumPy array.
-
-  Raises:
-    ValueError: If it is traced, or does not hold integers.
-  """
-  if isinstance(mask, jax.core.Tracer):
-    raise ValueError("a mask must be a concrete array, found a traced one; pass it as NumPy")
-  mask = np.asarray(mask)
-  if not np.issubdtype(mask.dtype, np.integer):
-    raise ValueError(f"a mask must hold integer periods, found dtype {mask.dtype}")
-  return mask
-
-
-def _broadcast(mask: np.ndarray, shape: Shape) -> np.ndarray:
-  try:
-    return np.broadcast_to(mask, shape)
-  except ValueError:
-    raise ValueError(
-      f"a mask must broadcast against the leaf of shape {shape}, found shape {mask.shape}"
-    ) from None
-
-
-def _cut_mask(
-  mask: np.ndarray, shape: Shape, key: Callable[[Any], Hashable]
-) -> list[tuple[Any, Cut]]:
-  """A mask is the coarsest grid on which it is constant, or else vectors of entries.
-
-  It counts as a grid while its cells hold two entries or more on average, so that a
-  random mask does not fall into a tensor for every entry.
-  """
-  if mask.size == 0:
-    return [(int(mask.min(initial=1)), Whole())]
-  changes = [_changes(mask, axis) for axis in range(mask.ndim)]
-  axes = [axis for axis, at in enumerate(changes) if at]
-  n_cells = int(np.prod([len(changes[axis]) + 1 for axis in axes]))
-  if len(axes) > 1 and 2 * n_cells > mask.size:
-    flat = mask.reshape(-1)
-    return [(int(p), Entries(np.flatnonzero(flat == p).astype(np.int32))) for p in np.unique(flat)]
-  intervals = {
-    axis: list(zip([0, *changes[axis]], [*changes[axis], shape[axis]], strict=True))
-    for axis in axes
-  }
-  corners = iter(np.ix_(*([start for start, _ in along] for along in intervals.values())))
-  cells = mask[tuple(next(corners) if i in axes else 0 for i in range(mask.ndim))]
-  periods = np.empty(cells.shape, object)
-  periods[...] = np.vectorize(int, otypes=[object])(cells)
-  return _cut_grid(periods, intervals, shape, key)
-
-
-def _changes(mask: np.ndarray, axis: int) -> list[int]:
-  """Positions along an axis at which the mask differs from the position before."""
-  rows = np.moveaxis(mask, axis, 0).reshape(mask.shape[axis], -1)
-  return [int(i) for i in np.flatnonzero((rows[1:] != rows[:-1]).any(axis=1)) + 1]
-
-
-def periods_of(cadence: Any) -> list[Any]:
-  """Every cadence that occurs in a grid or mask, or the one cadence itself."""
-  if isinstance(cadence, Grid):
-    return list(cadence.periods.flat)
-  if is_mask(cadence):
-    return [int(p) for p in np.unique(checked_mask(cadence))]
-  return [cadence]

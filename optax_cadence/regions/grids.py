@@ -1,22 +1,23 @@
-"""Rectangular partitions of an array, as users write them: `Grid` and its three short forms.
-
-What a grid cuts out of an array is in `cuts`. Nothing here knows about time or optimizers.
-"""
+"""Rectangular partitions of a leaf: `Grid` and its three short forms."""
 
 import dataclasses
-import itertools
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
-import jax
 import numpy as np
 
-Shape: TypeAlias = tuple[int, ...]
-Interval: TypeAlias = tuple[int, int]
+from optax_cadence.regions.cuts import Bands
+from optax_cadence.regions.cuts import Box
+from optax_cadence.regions.cuts import Cut
+from optax_cadence.regions.cuts import Interval
+from optax_cadence.regions.cuts import Shape
+from optax_cadence.regions.cuts import Whole
+from optax_cadence.regions.partitions import is_mask
+from optax_cadence.regions.partitions import Partition
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Grid:
+class Grid(Partition):
   """A rectangular partition of a leaf, with a cadence for every cell.
 
   Each of `axes` is cut into as many bands of equal width as `periods` has cells
@@ -49,6 +50,18 @@ class Grid:
     object.__setattr__(self, "axes", axes)
     object.__setattr__(self, "periods", _cells(self.periods, len(axes)))
 
+  @property
+  def cells(self) -> list[Any]:
+    return list(self.periods.flat)
+
+  def map(self, fn: Callable[[Any], Any]) -> "Grid":
+    cells = np.empty(self.periods.shape, object)
+    cells.flat[:] = [fn(cell) for cell in self.periods.flat]
+    return Grid(cells.tolist(), self.axes, self.one_each)
+
+  def cut(self, shape: Shape, key: Callable[[Any], Hashable]) -> list[tuple[Any, Cut]]:
+    return cut_cells(self.periods, self.intervals(shape), shape, key)
+
   def intervals(self, shape: Shape) -> dict[int, list[Interval]]:
     """Where a leaf of this shape is cut: for each axis, counted from the first, its intervals.
 
@@ -67,10 +80,12 @@ class Grid:
         raise ValueError(f"{cells} bands are finer than axis {axis}, which has {length} entries")
       if axis in found:
         raise ValueError(f"axes {tuple(self.axes)} name one axis of the leaf twice")
-      ends = list(
-        itertools.accumulate(length // cells + (i < length % cells) for i in range(cells))
-      )
-      found[axis] = list(zip([0, *ends], ends, strict=False))
+      start, along = 0, []
+      for i in range(cells):
+        stop = start + length // cells + (i < length % cells)
+        along.append((start, stop))
+        start = stop
+      found[axis] = along
     return found
 
 
@@ -165,6 +180,48 @@ def stacked(periods: Sequence[Any]) -> Grid:
   return Grid(periods, (0,), one_each=True)
 
 
-def is_mask(cadence: Any) -> bool:
-  """Whether this is an array of periods, one for each entry."""
-  return isinstance(cadence, np.ndarray | jax.Array) and cadence.ndim > 0
+def cut_cells(
+  cells: np.ndarray,
+  intervals: dict[int, list[Interval]],
+  shape: Shape,
+  key: Callable[[Any], Hashable],
+) -> list[tuple[Any, Cut]]:
+  """Cuts a leaf of this shape along some axes: an array of cadences, and intervals of each axis."""
+  if cells.size == 1:
+    return [(cells.flat[0], Whole())]
+  if len(intervals) == 1:
+    ((axis, along),) = intervals.items()
+    return _cut_bands(cells, axis, along, shape, key)
+  boxes: list[tuple[Any, Cut]] = []
+  for index in np.ndindex(*cells.shape):
+    sides = [(0, n) for n in shape]
+    for i, (axis, along) in zip(index, intervals.items(), strict=True):
+      sides[axis] = along[i]
+    boxes.append((cells[index], Box(tuple(sides))))
+  return boxes
+
+
+def _cut_bands(
+  cells: np.ndarray,
+  axis: int,
+  bounds: list[Interval],
+  shape: Shape,
+  key: Callable[[Any], Hashable],
+) -> list[tuple[Any, Cut]]:
+  """The bands of one axis, those with the same cadence joined and neighbours among them merged."""
+  joined: dict[Hashable, tuple[Any, list[Interval]]] = {}
+  for cell, (start, stop) in zip(cells, bounds, strict=True):
+    intervals = joined.setdefault(key(cell), (cell, []))[1]
+    if intervals and intervals[-1][1] == start:
+      start = intervals.pop()[0]
+    intervals.append((start, stop))
+  return [(cell, _band(axis, intervals, shape)) for cell, intervals in joined.values()]
+
+
+def _band(axis: int, intervals: list[Interval], shape: Shape) -> Cut:
+  if intervals == [(0, shape[axis])]:
+    return Whole()
+  if len(intervals) > 1:
+    return Bands(axis, tuple(intervals))
+  box = tuple(intervals[0] if i == axis else (0, n) for i, n in enumerate(shape))
+  return Box(box, contiguous=axis == 0)

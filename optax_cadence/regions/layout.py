@@ -7,6 +7,7 @@ a tree into one tree per group, in which the leaves of other groups are `MaskedN
 
 import collections
 import dataclasses
+import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,8 +18,8 @@ import optax
 
 from optax_cadence import _paths
 from optax_cadence.regions import cuts
-from optax_cadence.regions.grids import Grid
-from optax_cadence.regions.grids import Shape
+from optax_cadence.regions import partitions
+from optax_cadence.regions.cuts import Shape
 from optax_cadence.schedules import phases
 from optax_cadence.schedules.every import as_every
 from optax_cadence.schedules.every import Every
@@ -57,10 +58,13 @@ class Group:
   in_pieces: bool = dataclasses.field(init=False)
 
   def __post_init__(self) -> None:
-    own = [t.leaf for t in self.tensors]
-    leaves = sorted({*own, *(t.leaf for t in self.masked)})
-    object.__setattr__(self, "leaves", tuple(leaves))
-    object.__setattr__(self, "in_pieces", len(set(own)) < len(own))
+    leaves: set[int] = set()
+    for t in self.tensors:
+      leaves.add(t.leaf)
+    object.__setattr__(self, "in_pieces", len(leaves) < len(self.tensors))
+    for t in self.masked:
+      leaves.add(t.leaf)
+    object.__setattr__(self, "leaves", tuple(sorted(leaves)))
 
   def take(self, leaves: Mapping[int, jax.Array]) -> list[jax.Array]:
     """This group's tensors, out of the leaves of a tree by position."""
@@ -148,7 +152,7 @@ class Cadences(NamedTuple):
   """All cadences that `every` has.
 
   Attributes:
-    by_path: What stands at each path of `every`: an `Every`, a `Grid` or a mask. None for a
+    by_path: What stands at each path of `every`: an `Every`, or a `Partition` of them. None for a
       function of the parameters.
     everys: Every cadence in them, by its key.
     names: The name of its group, by its key.
@@ -184,15 +188,16 @@ def cadences_of(every: Any) -> Cadences | None:
   has_masks = False
   for path, place, cadence in given:
     try:
-      cells = [as_every(period) for period in cuts.periods_of(cadence)]
+      partition = partitions.as_partition(cadence)
+      resolved = as_every(cadence) if partition is None else partition.map(as_every)
     except ValueError as error:
       if by_path is None:
         return None  # with parameters the error can say which one it is for
       raise named(error, path) from None
-    if by_path is not None and not (cuts.is_mask(cadence) or isinstance(cadence, Grid)):
-      by_path[path] = cells[0]
-    has_masks |= cuts.is_mask(cadence)
-    for cell in cells:
+    if by_path is not None:
+      by_path[path] = resolved
+    has_masks |= partitions.is_mask(cadence)
+    for cell in [resolved] if isinstance(resolved, Every) else resolved.cells:
       everys.setdefault(cell.key, cell)
       places.setdefault(cell.key, place)
   return Cadences(by_path, everys, _group_names(everys, places), has_masks)
@@ -233,8 +238,8 @@ def layout(every: Any, tree: Any, known: Cadences | None = None) -> Layout:
   Raises:
     ValueError: If a leaf has no cadence, a cadence no leaf, or one does not fit.
   """
-  leaves, treedef = jax.tree.flatten(tree)
-  paths = [path for path, _ in _paths.flatten_with_paths(tree)]
+  treedef, rows = jax.tree.structure(tree), _paths.flatten_with_paths(tree)
+  paths, leaves = zip(*rows, strict=True) if rows else ((), ())
   resolved = known
   if known is None or known.by_path is None:
     resolved = cadences_of(_called(every, tree) if callable(every) else every)
@@ -249,11 +254,11 @@ def layout(every: Any, tree: Any, known: Cadences | None = None) -> Layout:
       tensors.setdefault(cadence.key, []).append(Tensor(i, cuts.Whole()))
       continue
     try:
-      parts = cuts.cut(cadence, shapes[i], lambda cell: as_every(cell).key)
+      parts = cadence.cut(shapes[i], operator.attrgetter("key"))
     except ValueError as error:
       raise named(error, paths[i], f" of shape {shapes[i]}") from None
     for cell, cut in parts:
-      tensors.setdefault(as_every(cell).key, []).append(Tensor(i, cut))
+      tensors.setdefault(cell.key, []).append(Tensor(i, cut))
       scattered |= isinstance(cut, cuts.Entries) or cuts.can_fold(cut, shapes[i])
   groups = []
   for key in dict.fromkeys([*tensors, *known.everys]):
@@ -278,7 +283,7 @@ def named(error: Exception, path: _paths.Path, what: str = "") -> ValueError:
   return ValueError(f"{where}: {error}")
 
 
-def _match(cadences: Cadences, paths: list[_paths.Path], tree: Any) -> list[Any]:
+def _match(cadences: Cadences, paths: Sequence[_paths.Path], tree: Any) -> list[Any]:
   """The cadence of each path: the one that is given for a prefix of it."""
   given, used, found = cadences.by_path, set(), []
   assert given is not None

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from optax_cadence import _paths
-from optax_cadence.regions.grids import Grid
+from optax_cadence.regions.partitions import as_partition
 from optax_cadence.schedules.every import as_every
 from optax_cadence.schedules.every import Every
 
@@ -105,11 +105,8 @@ class Scheduled:
 
   def _cadence(self, cadence: Any) -> Any:
     """The cadence of a leaf, with a schedule for each period."""
-    if not isinstance(cadence, Grid):
-      return self._every(cadence)
-    cells = np.empty(cadence.periods.shape, object)
-    cells.flat[:] = [self._every(cell) for cell in cadence.periods.flat]
-    return Grid(cells.tolist(), cadence.axes, cadence.one_each)
+    partition = as_partition(cadence)
+    return self._every(cadence) if partition is None else partition.map(self._every)
 
   def _every(self, period: Any) -> Every:
     wanted = as_every(period)
