@@ -4,6 +4,8 @@ A branch of `lax.cond` that returns an operand unchanged copies it; a loop that 
 zero times leaves its carry where it is. A loop cannot be differentiated in reverse,
 so under differentiation the same computation is a `lax.cond`. Where a batch has a
 predicate for each of its members, the loop runs if any is true and `keep` selects.
+
+On GPUs it is a `lax.cond` throughout: it copies nothing there, and a loop waits for the host.
 """
 
 import collections
@@ -160,6 +162,8 @@ def _zero_or_once(fn: Callable[..., Any], when: jax.Array, carry: Any, args: Any
   @jax.custom_batching.custom_vmap
   def run(when: jax.Array, carry: Any, args: Any) -> Any:
     hoisted, consts = args
+    if jax.default_backend() == "gpu":
+      return _branch(fn, when, carry, args)
 
     def body(loop: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
       return jnp.zeros_like(when), fn(hoisted, loop[1], consts)
@@ -197,9 +201,11 @@ def _batched(
   return new, jax.tree.map(lambda _: True, carry)
 
 
+def _branch(fn: Callable[..., Any], when: jax.Array, carry: Any, args: Any) -> Any:
+  """The same as a branch."""
+  return jax.lax.cond(when, lambda c, args: fn(args[0], c, args[1]), lambda c, _: c, carry, args)
+
+
 @_zero_or_once.defjvp
 def _zero_or_once_jvp(fn: Callable[..., Any], primals: Any, tangents: Any) -> Any:
-  def branch(when: jax.Array, carry: Any, args: Any) -> Any:
-    return jax.lax.cond(when, lambda c, args: fn(args[0], c, args[1]), lambda c, _: c, carry, args)
-
-  return jax.jvp(branch, primals, tangents)
+  return jax.jvp(functools.partial(_branch, fn), primals, tangents)
