@@ -15,6 +15,8 @@ from optax_cadence.regions import partitions
 
 def cut(cadence, shape):
   partition = partitions.as_partition(cadence)
+  if partition is None:
+    return [(cadence, cuts.Whole())]
   return partition.cut(shape, key=lambda cell: cell)
 
 
