@@ -157,12 +157,17 @@ def walk(
 
 def check_same_operations(jaxprs: Sequence[Any]) -> None:
   """Raises `DifferentProgramsError` unless all have the same operations in the same order."""
-  names = [[(e.primitive.name, len(e.invars)) for e in jaxpr.eqns] for jaxpr in jaxprs]
-  for other in names[1:]:
-    if other != names[0]:
-      pairs = zip(names[0], other, strict=False)
-      differ = next((f"{a[0]} and {b[0]}" for a, b in pairs if a != b), None)
-      raise DifferentProgramsError(differ or f"{len(names[0])} and {len(other)} operations")
+  first = jaxprs[0]
+  names = [(eqn.primitive.name, len(eqn.invars)) for eqn in first.eqns]
+  for other in jaxprs[1:]:
+    found = [(eqn.primitive.name, len(eqn.invars)) for eqn in other.eqns]
+    for a, b in zip(names, found, strict=False):
+      if a != b:
+        raise DifferentProgramsError(f"{a[0]} and {b[0]}")
+    for what, field in (("operations", "eqns"), ("constants", "constvars"), ("results", "outvars")):
+      counts = len(getattr(first, field)), len(getattr(other, field))
+      if counts[0] != counts[1]:
+        raise DifferentProgramsError(f"{counts[0]} and {counts[1]} {what}")
 
 
 def _columns(items: Sequence[Any], field: str) -> list[tuple[Any, ...]]:
