@@ -95,9 +95,9 @@ def smooth(old: Estimate, window: Statistics, decay: Any) -> Estimate:
 
   It says nothing with fewer than two gradients, or where a sum is not finite.
   """
-  found = Estimate(window.signals(), window.noises(), jnp.ones_like(old.weight))
-  usable = (window.length > 1) & jnp.isfinite(found.signal) & jnp.isfinite(found.noise)
-  return decayed(old, found, usable, decay)
+  estimate = Estimate(window.signals(), window.noises(), jnp.ones_like(old.weight))
+  usable = (window.length > 1) & jnp.isfinite(estimate.signal) & jnp.isfinite(estimate.noise)
+  return decayed(old, estimate, usable, decay)
 
 
 def decayed(old: Any, found: Any, usable: jax.Array, decay: Any) -> Any:

@@ -81,30 +81,30 @@ def ties(eqn: Any) -> list[Tie] | None:
 
 
 def _same_shape(eqn: Any) -> list[Tie]:
-  found = []
+  tied = []
   for axis in range(len(shape(eqn.outvars[0]))):
     operands = tuple((i, axis) for i, v in enumerate(eqn.invars) if len(shape(v)) > axis)
-    found.append(Tie(operands, tuple((i, axis) for i in range(len(eqn.outvars)))))
-  return found
+    tied.append(Tie(operands, tuple((i, axis) for i in range(len(eqn.outvars)))))
+  return tied
 
 
 def _reduce(eqn: Any) -> list[Tie]:
   axes = set(eqn.params["axes"])
   kept = [a for a in range(len(shape(eqn.invars[0]))) if a not in axes]
-  found = [Tie(((0, a),), ((0, i),)) for i, a in enumerate(kept)]
+  tied = [Tie(((0, a),), ((0, i),)) for i, a in enumerate(kept)]
   if eqn.primitive.name == "reduce_sum":
-    found += [Tie(((0, a),), summed=True) for a in sorted(axes)]
-  return found
+    tied += [Tie(((0, a),), summed=True) for a in sorted(axes)]
+  return tied
 
 
 def _dot_general(eqn: Any) -> list[Tie]:
   (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
-  found = [Tie(((0, a), (1, b)), summed=True) for a, b in zip(lhs_sum, rhs_sum, strict=True)]
+  tied = [Tie(((0, a), (1, b)), summed=True) for a, b in zip(lhs_sum, rhs_sum, strict=True)]
   batch = list(zip(lhs_batch, rhs_batch, strict=True))
-  found += [Tie(((0, a), (1, b)), ((0, i),)) for i, (a, b) in enumerate(batch)]
+  tied += [Tie(((0, a), (1, b)), ((0, i),)) for i, (a, b) in enumerate(batch)]
   free = [(0, a) for a in _rest(eqn.invars[0], lhs_sum, lhs_batch)]
   free += [(1, b) for b in _rest(eqn.invars[1], rhs_sum, rhs_batch)]
-  return found + [Tie((pair,), ((0, len(batch) + i),)) for i, pair in enumerate(free)]
+  return tied + [Tie((pair,), ((0, len(batch) + i),)) for i, pair in enumerate(free)]
 
 
 def _rest(var: Any, *taken: Any) -> list[int]:
@@ -113,12 +113,12 @@ def _rest(var: Any, *taken: Any) -> list[int]:
 
 def _conv(eqn: Any) -> list[Tie]:
   lhs, rhs, out = eqn.params["dimension_numbers"]
-  found = [Tie(((0, lhs[0]),), ((0, out[0]),))]
+  tied = [Tie(((0, lhs[0]),), ((0, out[0]),))]
   if eqn.params["batch_group_count"] != 1:
-    return found
+    return tied
   if eqn.params["feature_group_count"] == 1:
     return [
-      *found,
+      *tied,
       Tie(((0, lhs[1]), (1, rhs[1])), summed=True),
       Tie(((1, rhs[0]),), ((0, out[1]),)),
     ]
@@ -126,8 +126,8 @@ def _conv(eqn: Any) -> list[Tie]:
     shape(eqn.invars[1])[rhs[1]] == 1
     and shape(eqn.invars[0])[lhs[1]] == shape(eqn.outvars[0])[out[1]]
   ):
-    found.append(Tie(((0, lhs[1]), (1, rhs[0])), ((0, out[1]),)))  # one filter per channel
-  return found
+    tied.append(Tie(((0, lhs[1]), (1, rhs[0])), ((0, out[1]),)))  # one filter per channel
+  return tied
 
 
 def _broadcast_in_dim(eqn: Any) -> list[Tie]:
@@ -169,9 +169,9 @@ def _gather(eqn: Any) -> list[Tie]:
     return []
   window = [a for a in range(len(operand)) if a not in numbers.collapsed_slice_dims]
   pairs = zip(window, numbers.offset_dims, strict=True)
-  found = [Tie(((0, a),), ((0, o),)) for a, o in pairs if sizes[a] == operand[a]]
+  tied = [Tie(((0, a),), ((0, o),)) for a, o in pairs if sizes[a] == operand[a]]
   batch = [o for o in range(len(out)) if o not in numbers.offset_dims]
-  return found + [
+  return tied + [
     Tie(((1, a),), ((0, o),)) for a, o in zip(range(len(indices) - 1), batch, strict=True)
   ]
 

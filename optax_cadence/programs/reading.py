@@ -55,11 +55,11 @@ def literal(var: Any) -> Any:
 
 def bodies(eqn: Any) -> list[Any]:
   """The programs inside an operation, whatever its parameters are called."""
-  found = []
+  programs = []
   for value in eqn.params.values():
     items = value if isinstance(value, (tuple, list)) else [value]
-    found += [v for v in items if hasattr(v, "eqns")]
-  return found
+    programs += [v for v in items if hasattr(v, "eqns")]
+  return programs
 
 
 def called(eqn: Any) -> Any | None:
@@ -69,12 +69,12 @@ def called(eqn: Any) -> Any | None:
   """
   if eqn.primitive.name in ("cond", "scan", "while"):
     return None
-  found = bodies(eqn)
-  if not found:
+  programs = bodies(eqn)
+  if not programs:
     return None
-  body, _ = opened(found[0])
+  body, _ = opened(programs[0])
   if len(body.invars) == len(eqn.invars) and len(body.outvars) == len(eqn.outvars):
-    return found[0]
+    return programs[0]
   return None
 
 
@@ -103,8 +103,8 @@ def bind(eqn: Any, operands: Sequence[Any], **changed: Any) -> list[Any]:
   # JAX before 0.10 keeps functions apart, as first operands.
   functions, params = ((), params) if isinstance(params, dict) else params
   with eqn.ctx.manager:
-    found = eqn.primitive.bind(*functions, *operands, **params)
-  return list(found) if eqn.primitive.multiple_results else [found]
+    results = eqn.primitive.bind(*functions, *operands, **params)
+  return list(results) if eqn.primitive.multiple_results else [results]
 
 
 def walk(
@@ -160,8 +160,8 @@ def check_same_operations(jaxprs: Sequence[Any]) -> None:
   first = jaxprs[0]
   names = [(eqn.primitive.name, len(eqn.invars)) for eqn in first.eqns]
   for other in jaxprs[1:]:
-    found = [(eqn.primitive.name, len(eqn.invars)) for eqn in other.eqns]
-    for a, b in zip(names, found, strict=False):
+    others = [(eqn.primitive.name, len(eqn.invars)) for eqn in other.eqns]
+    for a, b in zip(names, others, strict=False):
       if a != b:
         raise DifferentProgramsError(f"{a[0]} and {b[0]}")
     for what, field in (("operations", "eqns"), ("constants", "constvars"), ("results", "outvars")):

@@ -285,7 +285,7 @@ def named(error: Exception, path: _paths.Path, what: str = "") -> ValueError:
 
 def _match(cadences: Cadences, paths: Sequence[_paths.Path], tree: Any) -> list[Any]:
   """The cadence of each path: the one that is given for a prefix of it."""
-  given, used, found = cadences.by_path, set(), []
+  given, used, result = cadences.by_path, set(), []
   assert given is not None
   for path in paths:
     n = 0
@@ -298,14 +298,14 @@ def _match(cadences: Cadences, paths: Sequence[_paths.Path], tree: Any) -> list[
         f" parameters, found cadences for {_paths.listed(given)}"
       )
     used.add(prefix)
-    found.append(given[prefix])
+    result.append(given[prefix])
   for path in given.keys() - used - {()}:
     if not _is_masked(path, tree):
       raise ValueError(
         f"cadence of {_paths.join(path)!r}: no parameter is there; expected a prefix of"
         f" {_paths.listed(paths)}"
       )
-  return found
+  return result
 
 
 def _is_masked(path: _paths.Path, tree: Any) -> bool:

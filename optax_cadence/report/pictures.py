@@ -104,19 +104,19 @@ def plot_confidence(history: Sequence[dict[str, Any]], *, axes: Any = None) -> A
 def _curves(history: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
   """For each region the micro-steps and the values of a key: float [N] each."""
   names = [name for name in history[-1] if name.endswith(f"/{key}")]
-  found = {}
+  curves = {}
   for name in names:
     points = [(entry["micro_step"], entry[name]) for entry in history if name in entry]
-    found[name.removesuffix(f"/{key}")] = np.array(points, float).T
-  return found
+    curves[name.removesuffix(f"/{key}")] = np.array(points, float).T
+  return curves
 
 
 def _mean_periods(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """Micro-steps per update since the entry at which the number of updates last changed."""
-  found = {}
+  periods = {}
   for name, (times, updates) in _curves(history, "updates").items():
     times, updates = np.append(0, times), np.append(0, updates)
     changed = np.append(True, np.diff(updates) > 0)
     times, updates = times[changed], updates[changed]
-    found[name] = times[1:], np.diff(times) / np.diff(updates)
-  return found
+    periods[name] = times[1:], np.diff(times) / np.diff(updates)
+  return periods
