@@ -202,14 +202,19 @@ class Cadence:
       self._check_policies(group.every for group in layout.groups)
     return layout
 
-  def layout(self, params: Any) -> layouts.Layout:
-    """The groups of parameters, as `init` lays out their state; only shapes and dtypes are read."""
-    layout = self.groups_of(params)
-    if layout.scattered and self.accumulate != "latest":
-      from optax_cadence.entrywise import choice
+  def lay_out(self, params: Any) -> tuple[layouts.Layout, dict[int, str | None]]:
+    """The groups of parameters, as `init` lays out their state; only shapes and dtypes are read.
 
-      layout = choice.choose(self.inner, layout, _dtypes(params), with_masks=not self.skip)[0]
-    return layout
+    Returns:
+      The groups; and for each leaf under a mask, by its position, why it is not trained by one pass
+      for all periods, or None where it is.
+    """
+    layout = self.groups_of(params)
+    if not layout.scattered:
+      return layout, {}
+    from optax_cadence.entrywise import choice
+
+    return choice.choose(self.inner, layout, _dtypes(params), self.accumulate, self.skip)
 
   def _check_policies(self, everys: Iterable[Every]) -> None:
     """Raises where a policy has no accumulator to judge."""
@@ -236,7 +241,7 @@ class Cadence:
       )
     if _is_placeholder(params):
       return self._init_without_parameters(params)
-    layout, leaves, groups = self.layout(params), layouts.leaves_of(params), {}
+    layout, leaves, groups = self.lay_out(params)[0], layouts.leaves_of(params), {}
     call = self._call(layout, params, None)
     for group in layout.groups:
       tensors = group.take(leaves)

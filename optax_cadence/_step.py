@@ -20,6 +20,7 @@ from optax_cadence import _inner
 from optax_cadence import _window
 from optax_cadence._state import CadenceState
 from optax_cadence._state import GroupState
+from optax_cadence._state import MaskState
 from optax_cadence.regions.cuts import Whole
 from optax_cadence.regions.layout import Group
 from optax_cadence.regions.layout import Layout
@@ -110,10 +111,7 @@ def advance(
     groups[group.name] = new if decision is None else decision.learned(new)
   masks = state.masks
   if call.layout.masked:
-    from optax_cadence.entrywise import masks as entries
-
-    assert masks is not None
-    targets, masks = entries.advance(call, masks, grads, turns, targets, state.micro_step)
+    targets, masks = advance_masks(call, state, grads, turns, targets, state.micro_step)
   micro_step = optax.safe_increment(state.micro_step)
   return targets, CadenceState(micro_step, groups, state.regions, masks)
 
@@ -132,11 +130,23 @@ def flush(call: Call, state: CadenceState, targets: Leaves) -> tuple[Leaves, Cad
     groups[group.name] = old
   masks = state.masks
   if call.layout.masked:
-    from optax_cadence.entrywise import masks as entries
-
-    assert masks is not None
-    targets, masks = entries.advance(call, masks, None, turns, targets, micro_step)
+    targets, masks = advance_masks(call, state, None, turns, targets, micro_step)
   return targets, state._replace(groups=groups, masks=masks)
+
+
+def advance_masks(
+  call: Call,
+  state: CadenceState,
+  grads: Leaves | None,
+  turns: Mapping[str, Turn],
+  targets: Leaves,
+  micro_step: jax.Array,
+) -> tuple[Leaves, MaskState]:
+  """The same of the leaves under masks that the groups train together."""
+  from optax_cadence.entrywise import masks
+
+  assert state.masks is not None
+  return masks.advance(call, state.masks, grads, turns, targets, micro_step)
 
 
 def is_due(every: Every, state: GroupState, phase: int | None) -> bool | jax.Array:

@@ -35,7 +35,7 @@ def trainable(params: optax.Params, tx: _cadence.CadenceTransformation, phase: i
   0.0 2.0
   """
   cadence = _cadence.of(tx)
-  layout = cadence.layout(params)
+  layout = cadence.groups_of(params)
   static_phase = phases.checked_phase(phase, layout.cycle)
   if cadence.accumulate != "latest":
     return params

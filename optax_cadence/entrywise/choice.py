@@ -25,7 +25,7 @@ Reasons = dict[int, str | None]
 
 
 def choose(
-  inner: Any, layout: Layout, dtypes: Sequence[Any], with_masks: bool
+  inner: Any, layout: Layout, dtypes: Sequence[Any], accumulate: str, skip: bool
 ) -> tuple[Layout, Reasons]:
   """The layout of a new state.
 
@@ -33,15 +33,20 @@ def choose(
     inner: The inner optimizer.
     layout: The groups of the parameters.
     dtypes: Dtypes of the parameters.
-    with_masks: Whether leaves under masks may be trained by one pass.
+    accumulate: What a window keeps of its gradients, as in `oc.cadence`.
+    skip: Whether micro-batches that are not finite are left out.
 
   Returns:
     The layout, and for each leaf under a mask why it is not trained by one pass.
   """
-  if with_masks:
-    reasons = mask_reasons(inner, layout, dtypes)
-  else:
+  reasons: Reasons
+  if accumulate == "latest":
+    reasons = dict.fromkeys(_under_masks(layout), 'accumulate="latest"')
+    return layout, reasons
+  if skip:
     reasons = dict.fromkeys(_under_masks(layout), 'nonfinite="skip", which looks at each region')
+  else:
+    reasons = mask_reasons(inner, layout, dtypes)
   layout = _with_masked(layout, [i for i, reason in reasons.items() if reason is None])
   return _folded(layout, _leaves_to_fold(inner, layout, dtypes)), reasons
 

@@ -1,7 +1,7 @@
 """What a person wants to see before a run: a table of the groups."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,7 +9,6 @@ import optax
 
 from optax_cadence import _cadence
 from optax_cadence import _tables
-from optax_cadence.regions.cuts import Entries
 from optax_cadence.regions.layout import Group
 from optax_cadence.regions.layout import Layout
 
@@ -95,21 +94,10 @@ def describe(
   cycle: 8 micro-steps
   """
   cadence = _cadence.of(tx)
-  layout = cadence.groups_of(params)
+  layout, reasons = cadence.lay_out(params)
   dtypes = [jax.dtypes.result_type(leaf) for leaf in jax.tree.leaves(params)]
-  reasons: dict[int, str | None] = {}
-  if layout.scattered and cadence.accumulate != "latest":
-    from optax_cadence.entrywise import choice
-
-    reasons = choice.choose(cadence.inner, layout, dtypes, with_masks=not cadence.skip)[1]
-  elif layout.scattered:
-    cuts = [t for group in layout.groups for t in group.tensors]
-    reasons = {t.leaf: 'accumulate="latest"' for t in cuts if isinstance(t.cut, Entries)}
-  one_pass = {leaf for leaf, reason in reasons.items() if reason is None}
   groups = tuple(
-    _summary(cadence, layout, group, dtypes, one_pass, microbatch)
-    for group in layout.groups
-    if group.tensors
+    _summary(cadence, layout, group, dtypes, microbatch) for group in layout.groups if group.leaves
   )
   return Description(groups, layout.cycle, {layout.name(i): x for i, x in reasons.items()})
 
@@ -119,14 +107,13 @@ def _summary(
   layout: Layout,
   group: Group,
   dtypes: list[Any],
-  one_pass: Collection[int],
   microbatch: int,
 ) -> GroupSummary:
   sizes, accumulators = 0, 0
-  for t in group.tensors:
+  for t in (*group.tensors, *group.masked):
     size = t.cut.size(layout.shapes[t.leaf])
     sizes += size
-    if cadence.accumulates(group.every) or t.leaf in one_pass:
+    if cadence.accumulates(group.every) or t in group.masked:
       accumulators += size * cadence.sum_dtype(dtypes[t.leaf]).itemsize
   period = group.every.period if group.every.static else None
   batches = period if cadence.accumulate != "latest" else 1
