@@ -21,6 +21,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 FAST = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0"
 jax.config.update("jax_disable_most_optimizations", FAST)
 
+# What old versions read back from their persistent cache on CPUs does not run its loops.
+if jax.__version_info__ < (0, 10):
+  jax.config.update("jax_enable_compilation_cache", False)
+
 # With these a program compiles four times faster, and runs slower.
 FLAGS = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 DEFAULTS = {"xla_cpu_use_fusion_emitters": True, "xla_cpu_parallel_codegen_split_count": 32}
