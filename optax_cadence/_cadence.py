@@ -3,6 +3,7 @@
 What happens at a micro-step is in `_step`; here is what it is given. `chain` is at the end.
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterable
@@ -214,7 +215,8 @@ class Cadence:
       return layout, {}
     from optax_cadence.entrywise import choice
 
-    return choice.choose(self.inner, layout, _dtypes(params), self.accumulate, self.skip)
+    dtypes = list(map(self.mean_dtype, _dtypes(params)))
+    return choice.choose(self.inner, layout, dtypes)
 
   def _check_policies(self, everys: Iterable[Every]) -> None:
     """Raises where a policy has no accumulator to judge."""
@@ -233,6 +235,10 @@ class Cadence:
     """Dtype of the accumulator of a parameter."""
     return _window.accumulator_dtype(dtype, self.accumulator_dtype)
 
+  def mean_dtype(self, dtype: Any) -> Any:
+    """Dtype in which the inner optimizer gets the mean of a parameter."""
+    return _window.wider(self.sum_dtype(dtype), dtype)
+
   def init(self, params: optax.Params) -> CadenceState:
     if isinstance(params, optax.LookaheadParams):
       raise ValueError(
@@ -242,29 +248,36 @@ class Cadence:
     if _is_placeholder(params):
       return self._init_without_parameters(params)
     layout, leaves, groups = self.lay_out(params)[0], layouts.leaves_of(params), {}
-    call = self._call(layout, params, None)
+    dtypes = _dtypes(params)
+    call = self._call(layout, dtypes, None)
     for group in layout.groups:
       tensors = group.take(leaves)
-      sums = [jnp.zeros(x.shape, self.sum_dtype(x.dtype)) for x in tensors]
+      sums = [jnp.zeros_like(x, self.sum_dtype(x.dtype)) for x in tensors]
       trees = layout.tree(group, tensors), layout.tree(group, sums)
       try:
         group.every.first_window()
       except ValueError as error:
         raise layouts.named(error, layout.paths[group.leaves[0]] if group.leaves else ()) from None
       inner = call.inner_of(group) if group.leaves else _inner.for_no_leaves(self.inner)
-      groups[group.name] = self._init_group(inner, group.every, tensors, *trees)
+      n = len(tensors) + len(group.masked)
+      groups[group.name] = self._init_group(inner, group.every, n, *trees)
     masks = None
     if layout.has_masks:
       from optax_cadence.entrywise import masks as entries
 
-      masks = entries.init(self.inner, layout, leaves, self.sum_dtype)
-    regions = Regions.of(layout.region_names(), layout.folded())
+      masks = entries.init(call, leaves, self.sum_dtype if self.accumulate != "latest" else None)
+    regions = Regions.of(
+      names=layout.region_names(),
+      folded=layout.folded(),
+      masked=[layout.paths[leaf] for leaf in layout.masked],
+      dtypes=list(zip(layout.paths, map(str, dtypes), strict=True)),
+    )
     return CadenceState(jnp.int32(0), groups, regions, masks)
 
   def _init_group(
-    self, inner: Any, every: Every, tensors: list[jax.Array], params: Any, sums: Any
+    self, inner: Any, every: Every, n: int, params: Any, sums: Any
   ) -> GroupState:
-    n, accumulates, confidence = len(tensors), self.accumulates(every), None
+    accumulates, confidence = self.accumulates(every), None
     if every.policy is not None:
       from optax_cadence.confidence import deciding
 
@@ -290,14 +303,14 @@ class Cadence:
         " oc.cadence(inner, every(params))"
       )
     groups = {
-      self.cadences.names[key]: self._init_group(self.inner, every, [], placeholder, placeholder)
+      self.cadences.names[key]: self._init_group(self.inner, every, 0, placeholder, placeholder)
       for key, every in self.cadences.everys.items()
     }
     masks = None
     if self.cadences.has_masks:
       from optax_cadence.entrywise import masks as entries
 
-      masks = entries.stand_in(self.inner, placeholder)
+      masks = entries.stand_in(self.inner, placeholder, self.accumulate != "latest")
     return CadenceState(jnp.int32(0), groups, Regions(None), masks)
 
   def update(
@@ -312,8 +325,9 @@ class Cadence:
     call = self._prepare(grads, state, params, extra_args)
     if phase is not None:
       phase = phases.checked_phase(phase, call.layout.cycle)
-    leaves = layouts.leaves_of(grads)
-    zeros = {i: jnp.zeros_like(g) for i, g in leaves.items()}
+    leaves, zeros = layouts.leaves_of(grads), {}
+    for i, g in leaves.items():
+      zeros[i] = jnp.zeros_like(g, _window.wider(g.dtype, call.param_dtypes[i]))
     updates, state = _step.advance(call, leaves, state, zeros, phase)
     return jax.tree.unflatten(jax.tree.structure(grads), updates.values()), state
 
@@ -356,17 +370,22 @@ class Cadence:
       _paths.check_same("gradient", "as the parameters have", params, grads)
     layout = self.groups_of(grads)
     self._check_state(layout, state)
+    dtypes = _dtypes(grads if params is None else params)
+    if params is None:
+      known = state.regions.dtypes
+      dtypes = [known.get(path, x) for path, x in zip(layout.paths, dtypes, strict=True)]
+    call = self._call(layout, dtypes, params, extra_args, in_place)
     if layout.scattered:
       from optax_cadence.entrywise import choice
 
       layout = choice.as_in_state(layout, state)
-      choice.check_extra_args(self.inner, layout, _dtypes(grads), extra_args)
-    return self._call(layout, grads, params, extra_args, in_place)
+      choice.check_extra_args(self.inner, layout, call.dtypes, extra_args)
+    return dataclasses.replace(call, layout=layout)
 
   def _call(
     self,
     layout: layouts.Layout,
-    grads: Any,
+    dtypes: list[Any],
     params: Any,
     extra_args: dict[str, Any] | None = None,
     in_place: bool = False,
@@ -374,11 +393,13 @@ class Cadence:
     return _step.Call(
       inner=self.inner,
       layout=layout,
-      dtypes=_dtypes(grads),
+      dtypes=list(map(self.mean_dtype, dtypes)),
+      param_dtypes=dtypes,
       params=None if params is None else layouts.leaves_of(params),
       extra_args=extra_args or {},
       in_place=in_place,
       sums=self.accumulate == "sum",
+      skips=self.skip,
       set_schedules=self.set_schedules,
     )
 

@@ -41,6 +41,30 @@ def update(
     ) from error
 
 
+def widened(
+  inner: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+  """The inner optimizer, given gradients that are wider than its parameters.
+
+  It runs as it would for parameters in the gradients' dtype. Whoever keeps the new state rounds it
+  to the dtypes that `init` gave it.
+  """
+
+  def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+    state = jax.tree.map(as_dtype, state, jax.eval_shape(inner.init, grads))
+    if params is not None:
+      params = jax.tree.map(as_dtype, params, grads)
+    return inner.update(grads, state, params, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def as_dtype(x: Any, like: Any) -> Any:
+  """The array in the dtype of another, where both are numbers with a fraction."""
+  both = all(jnp.issubdtype(y.dtype, jnp.inexact) for y in (x, like))
+  return x.astype(like.dtype) if both else x
+
+
 def for_no_leaves(inner: optax.GradientTransformation) -> optax.GradientTransformation:
   """The inner optimizer of a group that trains nothing: it may not take a tree without leaves."""
 

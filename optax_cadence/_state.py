@@ -1,10 +1,11 @@
 """The state of a cadence: what a checkpoint holds."""
 
 import json
-from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ class GroupState(NamedTuple):
   Attributes:
     inner_state: State of the group's instance of the inner optimizer.
     accumulators: Sum of the gradients in the window, in the tree that the inner
-      optimizer sees; of no meaning while the window is empty. None for period 1 and for
-      `accumulate="latest"`.
+      optimizer sees, or, in a dtype narrower than 32 bits, their mean; of no meaning while the
+      window is empty. None for period 1 and for `accumulate="latest"`.
     window: Micro-steps in the window so far: int32 scalar, or int32 [R] with one for each
       of the group's R regions under `nonfinite="skip"`. None without accumulators.
     remaining: Micro-steps until the group is due, under a policy at the latest: int32
@@ -64,8 +65,9 @@ class MaskState(NamedTuple):
   Attributes:
     inner_state: A state of the inner optimizer for these leaves alone, of which only the arrays
       are kept that have a number for each entry; the rest is in the state of each group.
-    accumulators: Sum of the gradients of each entry's window, in a tree that has these leaves
-      alone; of no meaning while that window is empty.
+    accumulators: Sum or mean of the gradients of each entry's window, as in `GroupState`, in a tree
+      that has these leaves alone; of no meaning while that window is empty. None for
+      `accumulate="latest"`.
   """
 
   inner_state: optax.OptState
@@ -76,29 +78,42 @@ class Regions(NamedTuple):
   """The regions of a state: a part of its structure, without arrays.
 
   Attributes:
-    text: As JSON, under "names" for each group the names of its regions, and under "folded" the
-      paths of the leaves whose bands keep their fold. None where they are not known, as in what
-      `tx.init` makes of the stand-in of `optax.tree_utils.tree_map_params`.
+    text: As JSON, under "names" for each group the names of its regions, under "folded" the paths
+      of the leaves whose bands keep their fold, under "masked" those of the leaves in
+      `CadenceState.masks`, and under "dtypes" path and dtype of every parameter. None where they
+      are not known, as in what `tx.init` makes of the stand-in of
+      `optax.tree_utils.tree_map_params`.
   """
 
   text: str | None
 
   @classmethod
-  def of(
-    cls, names: Mapping[str, Sequence[str]], folded: Sequence[Sequence[str]] = ()
-  ) -> "Regions":
-    """The regions with these names, and the leaves whose bands keep their fold."""
-    return cls(json.dumps({"names": names, "folded": folded}))
+  def of(cls, **known: Any) -> "Regions":
+    """The regions of which this is known, under the names of `text`."""
+    return cls(json.dumps(known))
+
+  def _known(self, what: str) -> Any:
+    return [] if self.text is None else json.loads(self.text)[what]
 
   @property
   def names(self) -> dict[str, list[str]]:
     """For each group the names of its regions, in order."""
-    return {} if self.text is None else json.loads(self.text)["names"]
+    return dict(self._known("names"))
 
   @property
   def folded(self) -> set[tuple[str, ...]]:
     """The paths of the leaves whose bands keep their fold."""
-    return set() if self.text is None else set(map(tuple, json.loads(self.text)["folded"]))
+    return set(map(tuple, self._known("folded")))
+
+  @property
+  def masked(self) -> set[tuple[str, ...]]:
+    """The paths of the leaves under masks that their groups train together."""
+    return set(map(tuple, self._known("masked")))
+
+  @property
+  def dtypes(self) -> dict[tuple[str, ...], np.dtype]:
+    """The dtype of each parameter, by path."""
+    return {tuple(path): jnp.dtype(name) for path, name in self._known("dtypes")}
 
 
 class _NotYetKnown:

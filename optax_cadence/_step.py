@@ -39,11 +39,13 @@ class Call:
   Attributes:
     inner: The inner optimizer.
     layout: Groups of the tree.
-    dtypes: Dtype of each leaf's gradient.
+    dtypes: Dtype in which the inner optimizer gets the mean of each leaf.
+    param_dtypes: Dtype of each parameter.
     params: Parameters; None where there are none. Where `in_place` only their dtypes are read.
     extra_args: Extra arguments for the inner optimizer.
     in_place: Whether the targets are the parameters.
     sums: Whether the optimizer gets the sum of a window and not its mean.
+    skips: Whether micro-batches that are not finite are left out.
     set_schedules: Sets the schedules in an inner state to a number of micro-steps; None where
       they count updates.
   """
@@ -51,19 +53,24 @@ class Call:
   inner: optax.GradientTransformationExtraArgs
   layout: Layout
   dtypes: Sequence[Any]
+  param_dtypes: Sequence[Any]
   params: Leaves | None
   extra_args: Mapping[str, Any]
   in_place: bool
   sums: bool
+  skips: bool
   set_schedules: Callable[[Any, jax.Array], Any] | None
 
   def inner_of(self, group: Group) -> optax.GradientTransformationExtraArgs:
     """The inner optimizer as a group runs it."""
+    inner = self.inner
+    if any(self.dtypes[leaf] != self.param_dtypes[leaf] for leaf in group.leaves):
+      inner = _inner.widened(inner)
     if not group.masked:
-      return self.inner
+      return inner
     from optax_cadence.entrywise import masks
 
-    return masks.without_entries(self.inner, self.layout, group)
+    return masks.without_entries(inner, self, group)
 
   def state_of(
     self, group: Group, state: Any, window: _window.Window, micro_step: jax.Array
@@ -94,11 +101,16 @@ def advance(
   call: Call, grads: Leaves, state: CadenceState, targets: Leaves, phase: int | None
 ) -> tuple[Leaves, CadenceState]:
   """Adds the gradients to every window and fires the groups that are due."""
-  groups, turns = {}, {}
+  groups, turns, finite = {}, {}, {}
+  if call.skips and call.layout.masked:
+    from optax_cadence.entrywise import masks
+
+    finite = masks.all_finite(call, grads)
   for group in call.layout.groups:
     old, decision = state.groups[group.name], None
     tensors = group.take(grads)
-    window = _window.accumulate(old, tensors, call.layout.tree(group, tensors))
+    tree, flags = call.layout.tree(group, tensors), finite.get(group.name, ())
+    window = _window.accumulate(old, tensors, tree, flags)
     due = fires = is_due(group.every, old, phase)
     if group.every.policy is not None and tensors:
       from optax_cadence.confidence import deciding
@@ -109,11 +121,11 @@ def advance(
     targets, new = fire(call, group, old, window, fires, targets, state.micro_step)
     new = close(group.every, new, window, due, state.micro_step)
     groups[group.name] = new if decision is None else decision.learned(new)
-  masks = state.masks
+  mask_state = state.masks
   if call.layout.masked:
-    targets, masks = advance_masks(call, state, grads, turns, targets, state.micro_step)
+    targets, mask_state = advance_masks(call, state, grads, turns, targets, state.micro_step)
   micro_step = optax.safe_increment(state.micro_step)
-  return targets, CadenceState(micro_step, groups, state.regions, masks)
+  return targets, CadenceState(micro_step, groups, state.regions, mask_state)
 
 
 def flush(call: Call, state: CadenceState, targets: Leaves) -> tuple[Leaves, CadenceState]:
@@ -128,10 +140,10 @@ def flush(call: Call, state: CadenceState, targets: Leaves) -> tuple[Leaves, Cad
       targets, old = fire(call, group, old, window, filled, targets, micro_step)
       old = old._replace(window=jnp.zeros_like(window.length))
     groups[group.name] = old
-  masks = state.masks
+  mask_state = state.masks
   if call.layout.masked:
-    targets, masks = advance_masks(call, state, None, turns, targets, micro_step)
-  return targets, state._replace(groups=groups, masks=masks)
+    targets, mask_state = advance_masks(call, state, None, turns, targets, micro_step)
+  return targets, state._replace(groups=groups, masks=mask_state)
 
 
 def advance_masks(
@@ -196,7 +208,8 @@ def fire(
     totals = window._replace(sums=sums, length=length)
     results, inner_state = run_inner(call, group, totals, inner_state, before, micro_step)
     if call.in_place:
-      results = optax.apply_updates(before, results)
+      with jax.numpy_dtype_promotion("standard"):  # added before it is rounded, once
+        results = optax.apply_updates(before, results)
     if window.skipped is not None:
       unchanged = before if call.in_place and before else [jnp.zeros_like(x) for x in results]
       for i, (x, old) in enumerate(zip(results, unchanged, strict=True)):
@@ -305,10 +318,9 @@ def run_inner(
   params: list[jax.Array] | None,
   micro_step: jax.Array,
 ) -> tuple[list[jax.Array], Any]:
-  """Updates of the group's tensors, in the gradients' dtype, and the new inner state."""
-  grads = _window.total(window) if call.sums else _window.mean(window)
-  for i, tensor in enumerate(group.tensors):
-    grads[i] = grads[i].astype(call.dtypes[tensor.leaf])
+  """Updates of the group's tensors, in the dtype of their mean, and the new inner state."""
+  reduce = _window.sums if call.sums else _window.means
+  grads = reduce(window, [call.dtypes[tensor.leaf] for tensor in group.tensors])
   old = call.state_of(group, state, window, micro_step)
   values = None if params is None else call.layout.tree(group, params)
   inner, tree = call.inner_of(group), call.layout.tree(group, grads)

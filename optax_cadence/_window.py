@@ -23,16 +23,25 @@ class Window(NamedTuple):
   """The gradients of a window.
 
   Attributes:
-    sums: One array for each of the R tensors of the group.
+    sums: One array for each of the R tensors of the group: the sum of its gradients or, where
+      that is narrower than 32 bits, their mean, since a sum would overflow or stand still.
     length: Micro-steps in the sums: int32 scalar, or int32 [R].
     skipped: Micro-batches left out so far, int32 [R]; None where none ever is.
+    finite: Whether this micro-batch is in the sums: R bool scalars; None likewise.
     squares: Sum of the squared norms of its gradients: float32 [R]; None where nobody asks.
   """
 
   sums: list[jax.Array]
   length: jax.Array
   skipped: jax.Array | None
+  finite: list[jax.Array] | None = None
   squares: jax.Array | None = None
+
+
+def wider(*dtypes: Any) -> np.dtype:
+  """The dtype that holds the values of all of these."""
+  with jax.numpy_dtype_promotion("standard"):
+    return functools.reduce(jnp.promote_types, dtypes)
 
 
 def accumulator_dtype(dtype: Any, asked: Any | None) -> np.dtype:
@@ -40,10 +49,7 @@ def accumulator_dtype(dtype: Any, asked: Any | None) -> np.dtype:
   is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
   if asked is not None and not is_complex:
     return jnp.dtype(asked)
-  with jax.numpy_dtype_promotion("standard"):
-    if asked is None:
-      return jnp.promote_types(dtype, jnp.float32)
-    return jnp.promote_types(asked, jnp.complex64)
+  return wider(dtype, jnp.float32) if asked is None else wider(asked, jnp.complex64)
 
 
 def holds(accumulator: jax.Array, x: jax.Array) -> bool:
@@ -52,17 +58,19 @@ def holds(accumulator: jax.Array, x: jax.Array) -> bool:
     return False
   if not jnp.issubdtype(x.dtype, jnp.inexact):
     return bool(accumulator.dtype == x.dtype)
-  with jax.numpy_dtype_promotion("standard"):
-    return bool(jnp.promote_types(accumulator.dtype, x.dtype) == accumulator.dtype)
+  return bool(wider(accumulator.dtype, x.dtype) == accumulator.dtype)
 
 
-def accumulate(state: GroupState, tensors: Sequence[jax.Array], tree: Any) -> Window:
+def accumulate(
+  state: GroupState, tensors: Sequence[jax.Array], tree: Any, finite: Sequence[jax.Array] = ()
+) -> Window:
   """The window of a group with one more micro-batch.
 
   Args:
     state: State of the group.
     tensors: The gradient of each of its tensors.
     tree: The same, as the inner optimizer sees them.
+    finite: Whether the entries that it has of leaves under masks are finite.
 
   Returns:
     The window. Without accumulators it is this micro-batch alone.
@@ -70,28 +78,47 @@ def accumulate(state: GroupState, tensors: Sequence[jax.Array], tree: Any) -> Wi
   Raises:
     ValueError: If the state is of other tensors.
   """
-  new, finite, skipped = jnp.int32(1), None, state.skipped
+  new, flags, skipped = jnp.int32(1), None, state.skipped
   if skipped is not None:
-    finite = [_all_finite(x) for x in tensors]
-    new = jnp.stack(finite).astype(jnp.int32) if finite else jnp.zeros(0, jnp.int32)
+    flags = [*map(_all_finite, tensors), *finite]
+    new = jnp.stack(flags).astype(jnp.int32) if flags else jnp.zeros(0, jnp.int32)
     skipped = skipped + 1 - new
   if state.accumulators is None or state.window is None:
-    return Window(list(tensors), new, skipped)
+    return Window(list(tensors), new, skipped, flags)
   _check_tree(state, tree)
-  sums = []
+  sums, length = [], state.window + new
   for i, (old, x) in enumerate(zip(jax.tree.leaves(state.accumulators), tensors, strict=True)):
-    total = added(old, x, item(state.window, i))
-    sums.append(total if finite is None else jnp.where(finite[i], total, old))
+    total = added(old, x, item(state.window, i) == 0, item(length, i))
+    sums.append(total if flags is None else jnp.where(flags[i], total, old))
   squares = None if state.confidence is None else state.confidence.squares
   if squares is not None:
-    squares = add_squares(squares, state.window, tensors, finite)
-  return Window(sums, state.window + new, skipped, squares)
+    squares = add_squares(squares, state.window, tensors, flags)
+  return Window(sums, length, skipped, flags, squares)
 
 
-def added(total: jax.Array, x: jax.Array, length: jax.Array) -> jax.Array:
-  """The sum with one more gradient; the first of a window replaces what is there."""
-  x = x.astype(total.dtype)
-  return jnp.where(length == 0, x, total + x)
+def added(
+  total: jax.Array, x: jax.Array, first: jax.Array, length: jax.Array | None
+) -> jax.Array:
+  """The sum or mean with one more gradient.
+
+  Args:
+    total: As in `Window.sums`.
+    x: The gradient.
+    first: Whether it is the first of its window, and so replaces what is there: a bool scalar, or
+      one for each entry.
+    length: How many there are with it: an int32 scalar, or one for each entry. Read for a mean.
+  """
+  if length is None or not holds_mean(total):
+    x = x.astype(total.dtype)
+    return jnp.where(first, x, total + x)
+  x, mean = x.astype(jnp.float32), total.astype(jnp.float32)
+  moved = mean + (x - mean) / length.astype(jnp.float32)
+  return jnp.where(first, x, moved).astype(total.dtype)
+
+
+def holds_mean(total: jax.Array) -> bool:
+  """Whether a window has the mean of its gradients in this array, and not their sum."""
+  return jnp.dtype(total.dtype).itemsize < 4
 
 
 def so_far(state: GroupState, tree: Any) -> Window:
@@ -122,20 +149,33 @@ def add_squares(
   return total if finite is None else jnp.where(jnp.stack(finite), total, squares)
 
 
-def total(window: Window) -> list[jax.Array]:
-  """The sum over the window; zero for a tensor that has nothing in its own."""
-  if window.skipped is None:
-    return list(window.sums)
-  filled = window.length > 0
-  return [jnp.where(filled[i], x, jnp.zeros_like(x)) for i, x in enumerate(window.sums)]
+def sums(window: Window, dtypes: Sequence[Any]) -> list[jax.Array]:
+  """The sum over the window in these dtypes; zero for a tensor that has nothing in its own."""
+  return _reduced(window, dtypes, sum_of)
 
 
-def mean(window: Window) -> list[jax.Array]:
-  """The mean over the window; zero for a tensor that has nothing in its own."""
-  n, totals = jnp.maximum(window.length, 1), total(window)
-  for i, x in enumerate(totals):
-    totals[i] = divide(x, item(n, i))
-  return totals
+def means(window: Window, dtypes: Sequence[Any]) -> list[jax.Array]:
+  """The mean over the window in these dtypes; zero for a tensor that has nothing in its own."""
+  return _reduced(window, dtypes, mean_of)
+
+
+def _reduced(window: Window, dtypes: Sequence[Any], reduce: Any) -> list[jax.Array]:
+  n, results = jnp.maximum(window.length, 1), []
+  for i, (x, dtype) in enumerate(zip(window.sums, dtypes, strict=True)):
+    if window.skipped is not None:
+      x = jnp.where(window.length[i] > 0, x, jnp.zeros_like(x))
+    results.append(reduce(x, item(n, i), dtype))
+  return results
+
+
+def sum_of(total: jax.Array, n: jax.Array, dtype: Any) -> jax.Array:
+  """The sum of n gradients; n is a scalar, or one for each entry."""
+  return total.astype(dtype) * n.astype(dtype) if holds_mean(total) else total.astype(dtype)
+
+
+def mean_of(total: jax.Array, n: jax.Array, dtype: Any) -> jax.Array:
+  """Their mean."""
+  return total.astype(dtype) if holds_mean(total) else divide(total.astype(dtype), n)
 
 
 def item(x: jax.Array, i: int) -> jax.Array:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_cadence import _control
+from optax_cadence import _window
 from optax_cadence._state import ConfidenceState
 from optax_cadence._state import GroupState
 from optax_cadence._window import Window
@@ -107,9 +108,12 @@ def _statistics(asked: jax.Array, window: Window) -> statistics.Statistics:
   unknown = jnp.full(len(window.sums), jnp.nan, jnp.float32)
   if window.squares is None:
     return statistics.of(window.length, unknown, unknown)
-  square = _control.maybe(
-    asked, lambda _, sums: statistics.squared_norms(sums), jnp.zeros_like(unknown), window.sums
-  )
+
+  def read(_: Any, window: Window) -> jax.Array:
+    dtypes = [_window.wider(x.dtype, jnp.float32) for x in window.sums]
+    return statistics.squared_norms(_window.sums(window, dtypes))
+
+  square = _control.maybe(asked, read, jnp.zeros_like(unknown), window)
   return statistics.of(window.length, window.squares, square)
 
 

@@ -97,7 +97,7 @@ def noise_scale(every: Any = 8, *, decay: float = 0.9) -> optax.GradientTransfor
     layout, groups = layout_of(params), {}
     for group in layout.groups:
       tensors = group.take(layouts.leaves_of(params))
-      sums = [jnp.zeros(x.shape, _window.accumulator_dtype(x.dtype, None)) for x in tensors]
+      sums = [jnp.zeros_like(x, _window.accumulator_dtype(x.dtype, None)) for x in tensors]
       groups[group.name] = MeasuredGroup(
         layout.tree(group, sums),
         jnp.int32(0),
@@ -105,7 +105,7 @@ def noise_scale(every: Any = 8, *, decay: float = 0.9) -> optax.GradientTransfor
         jnp.zeros(len(sums), jnp.float32),
         statistics.no_estimate(len(sums)),
       )
-    return NoiseScaleState(jnp.int32(0), groups, Regions.of(layout.region_names()))
+    return NoiseScaleState(jnp.int32(0), groups, Regions.of(names=layout.region_names()))
 
   def update(
     updates: optax.Updates, state: NoiseScaleState, params: Any = None
@@ -132,7 +132,7 @@ def _measure(
 ) -> MeasuredGroup:
   """The state of a group after one more gradient of each of its tensors."""
   sums = [
-    _window.added(total, x, old.length)
+    _window.added(total, x, old.length == 0, None)
     for total, x in zip(jax.tree.leaves(old.sums), grads, strict=True)
   ]
   squares = _window.add_squares(old.squares, old.length, grads)

@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from optax_cadence import _paths
 from optax_cadence._state import CadenceState
 from optax_cadence.entrywise import proof
@@ -25,61 +27,66 @@ Reasons = dict[int, str | None]
 
 
 def choose(
-  inner: Any, layout: Layout, dtypes: Sequence[Any], accumulate: str, skip: bool
+  inner: Any, layout: Layout, dtypes: Sequence[Any]
 ) -> tuple[Layout, Reasons]:
   """The layout of a new state.
 
   Args:
     inner: The inner optimizer.
     layout: The groups of the parameters.
-    dtypes: Dtypes of the parameters.
-    accumulate: What a window keeps of its gradients, as in `oc.cadence`.
-    skip: Whether micro-batches that are not finite are left out.
+    dtypes: Dtypes in which it gets the mean of each leaf.
 
   Returns:
     The layout, and for each leaf under a mask why it is not trained by one pass.
   """
-  reasons: Reasons
-  if accumulate == "latest":
-    reasons = dict.fromkeys(_under_masks(layout), 'accumulate="latest"')
-    return layout, reasons
-  if skip:
-    reasons = dict.fromkeys(_under_masks(layout), 'nonfinite="skip", which looks at each region')
-  else:
-    reasons = mask_reasons(inner, layout, dtypes)
+  reasons = mask_reasons(inner, layout, dtypes)
   layout = _with_masked(layout, [i for i, reason in reasons.items() if reason is None])
   return _folded(layout, _leaves_to_fold(inner, layout, dtypes)), reasons
 
 
 def mask_reasons(inner: Any, layout: Layout, dtypes: Sequence[Any]) -> Reasons:
   """Why the entries of a leaf under a mask cannot be trained by one pass; None where they can."""
-  reasons: Reasons = {}
   groups = _under_masks(layout)
+  reasons: Reasons = {
+    leaf: f"more than {MAX_GROUPS} periods" if len(names) > MAX_GROUPS else None
+    for leaf, names in groups.items()
+  }
+  while True:
+    # One that falls into vectors after all is another leaf to the optimizer than it was here.
+    refused = _refused(inner, layout, dtypes, [i for i, x in reasons.items() if x is None])
+    if not refused:
+      return reasons
+    reasons |= refused
+
+
+def _refused(
+  inner: Any, layout: Layout, dtypes: Sequence[Any], leaves: Sequence[int]
+) -> dict[int, str]:
+  """Those of these leaves that cannot be trained by one pass, though all others are, and why."""
+  refused: dict[int, str] = {}
   moments: dict[int, Mapping[Any, int]] = {}
-  for leaf, names in groups.items():
-    if len(names) > MAX_GROUPS:
-      reasons[leaf] = f"more than {MAX_GROUPS} periods"
+  groups, layout = _under_masks(layout), _with_masked(layout, leaves)
   try:
-    for leaf, names in groups.items():
-      first = next(g for g in layout.groups if g.name == names[0])
-      (entries,) = proof.shapes_of(first, layout, dtypes)[leaf]
+    for leaf in leaves:
+      entries = jax.ShapeDtypeStruct(layout.shapes[leaf], dtypes[leaf])
       found = proof.moments(inner, layout, leaf, entries)
       if isinstance(found, str):
-        reasons.setdefault(leaf, f"{found} in its init")
+        refused[leaf] = f"{found} in its init"
       else:
         moments[leaf] = found
-    needed = {name for leaf, names in groups.items() if leaf not in reasons for name in names}
+    needed = {name for leaf in moments for name in groups[leaf]}
     programs = {
-      group.name: proof.trace(inner, layout, group, dtypes, dtypes)
+      group.name: proof.trace(inner, layout, group, dtypes)
       for group in layout.groups
       if group.name in needed
     }
   except proof.REFUSALS as error:
-    return dict.fromkeys(groups, f"an update that needs more than gradients ({error})")
-  for leaf, names in groups.items():
-    if leaf not in reasons:
-      reasons[leaf] = proof.coupled([programs[name] for name in names], leaf, moments)
-  return reasons
+    return dict.fromkeys(leaves, f"an update that needs more than gradients ({error})")
+  for leaf in moments:
+    reason = proof.coupled([programs[name] for name in groups[leaf]], leaf, moments)
+    if reason is not None:
+      refused[leaf] = reason
+  return refused
 
 
 def as_in_state(layout: Layout, state: CadenceState) -> Layout:
@@ -88,17 +95,14 @@ def as_in_state(layout: Layout, state: CadenceState) -> Layout:
   Raises:
     ValueError: If the state has entries of a leaf that is under no mask here.
   """
-  masked = []
-  if state.masks is not None:
-    known = {layout.paths[leaf]: leaf for leaf in _under_masks(layout)}
-    paths = [path for path, _ in _paths.flatten_with_paths(state.masks.accumulators)]
-    if not known.keys() >= set(paths):
-      raise ValueError(
-        f"state: expected leaves under masks to be {_paths.listed(known)}, found"
-        f" {_paths.listed(paths)}; a state goes with the cadences it was made for"
-      )
-    masked = [known[path] for path in paths]
-  layout = _with_masked(layout, masked)
+  masked = state.regions.masked
+  known = {layout.paths[leaf]: leaf for leaf in _under_masks(layout)}
+  if not known.keys() >= masked:
+    raise ValueError(
+      f"state: expected leaves under masks to be {_paths.listed(known)}, found"
+      f" {_paths.listed(masked)}; a state goes with the cadences it was made for"
+    )
+  layout = _with_masked(layout, [known[path] for path in masked])
   folded = state.regions.folded
   return _folded(layout, [i for i, path in enumerate(layout.paths) if path in folded])
 
@@ -214,9 +218,7 @@ def _leaves_that_notice(
     return set()
   programs, inits = [], []
   for one_layout, one_group in pair:
-    programs.append(
-      proof.trace(inner, one_layout, one_group, dtypes, dtypes, extra_args=extra_args)
-    )
+    programs.append(proof.trace(inner, one_layout, one_group, dtypes, extra_args))
     tensors = proof.tree_of(one_layout, proof.shapes_of(one_group, one_layout, dtypes))
     inits.append(reading.traced(inner.init, tensors))
   if not (proof.alike(programs[0].program, programs[1].program) and proof.alike(*inits)):

@@ -10,7 +10,7 @@ is told by a code of one bit for each group.
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,7 @@ import optax
 from optax_cadence import _control
 from optax_cadence import _window
 from optax_cadence._state import MaskState
-from optax_cadence.entrywise import lanes
 from optax_cadence.entrywise import proof
-from optax_cadence.programs import reading
 from optax_cadence.regions.cuts import Entries
 from optax_cadence.regions.cuts import Shape
 from optax_cadence.regions.layout import Group
@@ -98,79 +96,85 @@ def _equal(x: Any, y: Any) -> bool:
   return known and bool(x == y)
 
 
-def init(
-  inner: Any, layout: Layout, leaves: Leaves, sum_dtype: Callable[[Any], Any]
-) -> MaskState | None:
-  """The state of all leaves under masks."""
-  masks = masks_of(layout)
-  vectors: dict[int, list[jax.ShapeDtypeStruct]] = {}
-  held: dict[Any, Any] = {}
-  for mask in masks:
-    leaf = leaves[mask.leaf]
-    sizes = [cut.indices.size for cut in mask.cuts]
-    vectors[mask.leaf] = [jax.ShapeDtypeStruct((size,), leaf.dtype) for size in sizes]
-    programs = [
-      reading.traced(inner.init, proof.tree_of(layout, {mask.leaf: v})) for v in vectors[mask.leaf]
-    ]
-    moments = _moments(inner, layout, mask.leaf, vectors[mask.leaf][0])
-    look_up = functools.partial(mask.look_up, mask.codes(leaf.shape), leaf)
-    parts = [reading.part(program, [0], list(moments.values())) for program in programs]
-    values = lanes.run(parts, [leaf], look_up)
-    held |= dict(zip(moments, (lanes.as_array(x, look_up) for x in values), strict=True))
-  sums = {m.leaf: jnp.zeros(layout.shapes[m.leaf], sum_dtype(leaves[m.leaf].dtype)) for m in masks}
-  tree = proof.tree_of(layout, {leaf: vector[0] for leaf, vector in vectors.items()})
+def init(call: "Call", leaves: Leaves, sum_dtype: Callable[[Any], Any] | None) -> MaskState | None:
+  """The state of all leaves under masks; without a `sum_dtype` there are no accumulators."""
+  layout = call.layout
+  tree = proof.tree_of(layout, {leaf: leaves[leaf] for leaf in layout.masked})
   try:
-    example = jax.eval_shape(inner.init, tree)
+    state = call.inner.init(tree)
   except proof.REFUSALS:
-    return None  # No leaf is trained here, and an optimizer need not take a tree without any.
+    if layout.masked:
+      raise
+    return None  # An optimizer need not take a tree without leaves.
+  paths = {path for leaf in layout.masked for path in _moments(call, leaf)}
   kept = jax.tree_util.tree_map_with_path(
-    lambda path, _: held.get(path, optax.MaskedNode()), example
+    lambda path, x: x if path in paths else optax.MaskedNode(), state
   )
+  if sum_dtype is None:
+    return MaskState(kept, None)
+  sums = {i: jnp.zeros_like(leaves[i], sum_dtype(leaves[i].dtype)) for i in layout.masked}
   return MaskState(kept, proof.tree_of(layout, sums))
 
 
-def stand_in(inner: Any, placeholder: Any) -> MaskState:
+def stand_in(inner: Any, placeholder: Any, accumulates: bool) -> MaskState:
   """The state of a stand-in for the parameters, which `tree_map_params` probes with."""
   state = inner.init(placeholder)
   kept = jax.tree.map(lambda x: optax.MaskedNode() if hasattr(x, "dtype") else x, state)
-  return MaskState(kept, placeholder)
+  return MaskState(kept, placeholder if accumulates else None)
 
 
 def without_entries(
-  inner: optax.GradientTransformationExtraArgs, layout: Layout, group: Group
+  inner: optax.GradientTransformationExtraArgs, call: "Call", group: Group
 ) -> optax.GradientTransformationExtraArgs:
   """The inner optimizer as a group runs it whose entries under masks are trained elsewhere.
 
-  It sees an empty vector in the place of each such leaf, so that its state has the numbers that
-  belong to the leaf (a counter, say); arrays without entries are left out of the state that is
-  kept.
+  It sees zeros in the place of each such leaf, so that its state has the numbers that belong to
+  the leaf (a counter, say). What it computes for the entries is left out of the state that is kept,
+  and so never computed.
   """
-  empty = {t.leaf: jnp.zeros(0, jnp.float32) for t in group.masked}
+  layout, leaves = call.layout, [t.leaf for t in group.masked]
+  moments = {path for leaf in leaves for path in _moments(call, leaf)}
 
-  def with_empty(tree: Any) -> Any:
+  def filled(tree: Any, dtypes: Sequence[Any]) -> Any:
     slots = layout.treedef.flatten_up_to(tree)
-    return layout.treedef.unflatten([empty.get(i, x) for i, x in enumerate(slots)])
+    for leaf in leaves:
+      slots[leaf] = jnp.zeros(layout.shapes[leaf], dtypes[leaf])
+    return layout.treedef.unflatten(slots)
 
-  def without_empty(state: Any) -> Any:
-    return jax.tree.map(lambda x: optax.MaskedNode() if jnp.size(x) == 0 else x, state)
+  def kept(state: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+      lambda path, x: optax.MaskedNode() if path in moments else x, state
+    )
 
   def init(params: Any) -> Any:
-    return without_empty(inner.init(with_empty(params)))
+    return kept(inner.init(filled(params, call.param_dtypes)))
 
   def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-    grads = with_empty(grads)
-    params = None if params is None else with_empty(params)
-    expected = jax.eval_shape(inner.init, grads if params is None else params)
-    kept = dict(jax.tree_util.tree_flatten_with_path(state)[0])
+    grads = filled(grads, call.dtypes)
+    params = None if params is None else filled(params, call.param_dtypes)
+    numbers = dict(jax.tree_util.tree_flatten_with_path(state)[0])
     state = jax.tree_util.tree_map_with_path(
-      lambda path, x: kept[path] if path in kept else jnp.zeros(x.shape, x.dtype), expected
+      lambda path, x: numbers[path] if path in numbers else jnp.zeros(x.shape, x.dtype),
+      jax.eval_shape(inner.init, grads),
     )
     updates, state = inner.update(grads, state, params, **extra_args)
     slots = layout.treedef.flatten_up_to(updates)
-    updates = [optax.MaskedNode() if i in empty else x for i, x in enumerate(slots)]
-    return layout.treedef.unflatten(updates), without_empty(state)
+    for leaf in leaves:
+      slots[leaf] = optax.MaskedNode()
+    return layout.treedef.unflatten(slots), kept(state)
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def all_finite(call: "Call", grads: Leaves) -> dict[str, list[jax.Array]]:
+  """Whether all entries that a group has of each of its leaves under masks are finite."""
+  flags: dict[str, list[jax.Array]] = {group.name: [] for group in call.layout.groups}
+  for mask in masks_of(call.layout):
+    grad = grads[mask.leaf]
+    codes, good = mask.codes(grad.shape), jnp.isfinite(grad)
+    for name, bit in zip(mask.groups, mask.bits, strict=True):
+      flags[name].append((good | (codes != bit)).all())
+  return flags
 
 
 def advance(
@@ -182,95 +186,131 @@ def advance(
   micro_step: jax.Array,
 ) -> tuple[Leaves, MaskState]:
   """Adds the gradients, if there are any, and fires the entries that are due."""
-  masks = masks_of(call.layout)
-  due = {name for mask in masks for name in mask.groups if turns[name].fires is not False}
-  states, programs = {}, {}
+  masks, states, programs = masks_of(call.layout), {}, {}
   for group in call.layout.groups:
-    if group.name in due:
-      turn = turns[group.name]
+    turn = turns[group.name]
+    if group.masked and turn.fires is not False:
       inner_state = call.state_of(group, turn.inner_state, turn.window, micro_step)
       states[group.name] = dict(jax.tree_util.tree_flatten_with_path(inner_state)[0])
       programs[group.name] = proof.trace(
-        call.inner,
-        call.layout,
-        group,
-        call.dtypes,
-        None if call.params is None else [x.dtype for x in call.params.values()],
-        states[group.name],
-        call.extra_args,
+        call.inner, call.layout, group, call.dtypes, call.extra_args, call.params is not None
       )
-  totals, paths, moments = _by_leaf(call, state)
+  held = dict(jax.tree_util.tree_flatten_with_path(state.inner_state)[0])
+  totals: Leaves = {}
+  if state.accumulators is not None:
+    totals = dict(zip(call.layout.masked, jax.tree.leaves(state.accumulators), strict=True))
   for mask in masks:
-    total = totals[mask.leaf]
-    codes = mask.codes(total.shape)
-    if grads is not None:
-      first = mask.any(codes, [turns[name].window.length == 1 for name in mask.groups])
-      grad = grads[mask.leaf].astype(total.dtype)
-      total = jnp.where(first, grad, total + grad)
-    carry = total, targets[mask.leaf], moments[mask.leaf]
-    now = mask.only(due)
+    codes, regions = mask.codes(call.layout.shapes[mask.leaf]), _regions(call, mask, turns)
+    if state.accumulators is None:
+      if grads is None:
+        continue  # Nothing is held from one micro-step to the next.
+      total = grads[mask.leaf].astype(call.dtypes[mask.leaf])
+    else:
+      total = totals[mask.leaf]
+      if grads is not None:
+        total = _added(mask, codes, regions, total, grads[mask.leaf])
+    paths = _moments(call, mask.leaf)
+    carry = total, targets[mask.leaf], [held[path] for path in paths]
+    now = mask.only(programs)
     if now.groups:
-      carry = _fire(call, now, codes, turns, programs, states, paths[mask.leaf], carry)
-    totals[mask.leaf], target, moments[mask.leaf] = carry
+      carry = _fire(call, now, codes, regions, programs, states, paths, carry)
+    totals[mask.leaf], target, moments = carry
+    held |= zip(paths, moments, strict=True)
     targets = targets | {mask.leaf: target}
-  new = {path: x for leaf in paths for path, x in zip(paths[leaf], moments[leaf], strict=True)}
-  inner_state = jax.tree_util.tree_map_with_path(lambda path, _: new[path], state.inner_state)
+  inner_state = jax.tree_util.tree_map_with_path(lambda path, _: held[path], state.inner_state)
+  if state.accumulators is None:
+    return targets, MaskState(inner_state, None)
   sums = jax.tree.unflatten(jax.tree.structure(state.accumulators), totals.values())
   return targets, MaskState(inner_state, sums)
 
 
-def _by_leaf(
-  call: "Call", state: MaskState
-) -> tuple[dict[int, jax.Array], dict[int, list[Any]], dict[int, list[jax.Array]]]:
-  """The sum of each leaf under a mask, where a state keeps its moments, and the moments."""
-  held = dict(jax.tree_util.tree_flatten_with_path(state.inner_state)[0])
-  totals = dict(zip(call.layout.masked, jax.tree.leaves(state.accumulators), strict=True))
-  paths = {}
-  for mask in masks_of(call.layout):
-    leaf, size = mask.leaf, mask.cuts[0].indices.size
-    dtype = call.dtypes[leaf] if call.params is None else call.params[leaf].dtype
-    entries = jax.ShapeDtypeStruct((size,), dtype)
-    paths[leaf] = list(_moments(call.inner, call.layout, leaf, entries))
-  return totals, paths, {leaf: [held[path] for path in paths[leaf]] for leaf in paths}
+class Region(NamedTuple):
+  """The entries that a group has of a leaf under a mask, at a micro-step.
+
+  Attributes:
+    length: Gradients in their window: int32 scalar.
+    finite: Whether this one is among them.
+    fires: Whether they fire.
+  """
+
+  length: jax.Array
+  finite: bool | jax.Array
+  fires: bool | jax.Array
 
 
-def _moments(inner: Any, layout: Layout, leaf: int, entries: Any) -> dict[Any, int]:
-  paths = proof.moments(inner, layout, leaf, entries)
+def _regions(call: "Call", mask: Mask, turns: Mapping[str, "Turn"]) -> dict[str, Region]:
+  """The regions of a leaf under a mask, by group."""
+  regions = {}
+  for group in call.layout.groups:
+    if group.name in mask.groups:
+      turn = turns[group.name]
+      length, fires = turn.window.length, turn.fires
+      finite: bool | jax.Array = True
+      if call.skips:
+        i = len(group.tensors) + [t.leaf for t in group.masked].index(mask.leaf)
+        length = _window.item(length, i)
+        if turn.window.finite is not None:
+          finite = turn.window.finite[i]
+        fires = False if fires is False else (length > 0) & fires
+      regions[group.name] = Region(length, finite, fires)
+  return {name: regions[name] for name in mask.groups}
+
+
+def _added(
+  mask: Mask, codes: jax.Array, regions: Mapping[str, Region], total: jax.Array, grad: jax.Array
+) -> jax.Array:
+  """The sum or mean of a leaf, with one more gradient."""
+  first = mask.any(codes, [region.length == 1 for region in regions.values()])
+  lengths = None
+  if _window.holds_mean(total):
+    lengths = mask.look_up(codes, total, [region.length for region in regions.values()])
+  new = _window.added(total, grad, first, lengths)
+  finite = [region.finite for region in regions.values()]
+  if all(flag is True for flag in finite):
+    return new
+  return jnp.where(mask.any(codes, finite), new, total)
+
+
+def _moments(call: "Call", leaf: int) -> list[Any]:
+  """Where the inner optimizer keeps its arrays for the entries of a leaf."""
+  entries = jax.ShapeDtypeStruct(call.layout.shapes[leaf], call.dtypes[leaf])
+  paths = proof.moments(call.inner, call.layout, leaf, entries)
   assert not isinstance(paths, str), paths
-  return paths
+  return list(paths)
 
 
 def _fire(
   call: "Call",
   mask: Mask,
   codes: jax.Array,
-  turns: Mapping[str, "Turn"],
+  regions: Mapping[str, Region],
   programs: Mapping[str, proof.Program],
   states: Mapping[str, Mapping[Any, jax.Array]],
   paths: Sequence[Any],
   carry: Any,
 ) -> Any:
   """Sum, target and moments of a leaf, after the groups that are due have fired."""
-  fires = [turns[name].fires for name in mask.groups]
-  lengths = [jnp.maximum(turns[name].window.length, 1) for name in mask.groups]
+  fires = [regions[name].fires for name in mask.groups]
+  lengths = [jnp.maximum(regions[name].length, 1) for name in mask.groups]
   updates = [programs[name] for name in mask.groups]
   numbers = [states[name] for name in mask.groups]
   _check(call, mask, updates, paths)
+  reduce = _window.sum_of if call.sums else _window.mean_of
 
   def compute(carry: Any, param: Any) -> Any:
     total, target, moments = carry
     look_up = functools.partial(mask.look_up, codes, total)
-    mean = total if call.sums else _window.divide(total, look_up(lengths))
+    grad = reduce(total, look_up(lengths), call.dtypes[mask.leaf])
     param = target if call.in_place else param
-    grad = mean.astype(call.dtypes[mask.leaf])
     held = dict(zip(paths, moments, strict=True))
     results = proof.run(updates, mask.leaf, held, numbers, grad, param, look_up)
     if isinstance(results, str):
       raise _no_longer(call, mask, results)
     update, *new = results
-    update = update.astype(grad.dtype)
-    target = optax.apply_updates([param], [update])[0] if call.in_place else update
-    return mean, target, new
+    if call.in_place:
+      with jax.numpy_dtype_promotion("standard"):
+        update = optax.apply_updates([param], [update])[0]
+    return grad, update, new
 
   def fire(carry: Any, param: Any) -> Any:
     # The mean takes the place of the sum, which nobody needs any more: no room is made for it.

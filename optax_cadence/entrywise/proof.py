@@ -1,8 +1,7 @@
 """Whether an optimizer treats the entries of a tensor one by one, read off its traced program.
 
-The answer is None, or the reason why not. The program is that of one update of a group, in which
-the entries of a leaf under a mask are a vector; it also says what of the optimizer's state belongs
-to them.
+The answer is None, or the reason why not. The program is that of one update of a group, which sees
+a leaf under a mask whole; it also says what of the optimizer's state belongs to its entries.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,11 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from optax_cadence import _inner
 from optax_cadence.entrywise import lanes
 from optax_cadence.programs import reading
-from optax_cadence.regions.cuts import Entries
 from optax_cadence.regions.layout import Group
 from optax_cadence.regions.layout import Layout
 
@@ -51,15 +51,13 @@ class Program(NamedTuple):
 
 
 def shapes_of(group: Group, layout: Layout, dtypes: Sequence[Any]) -> dict[int, list[Any]]:
-  """Shape and dtype of the tensors that a group has of each leaf, those under masks included."""
+  """Shape and dtype of the tensors that a group has of each leaf; one under a mask is whole."""
   found: dict[int, list[Any]] = {}
-  for t in (*group.tensors, *group.masked):
-    if isinstance(t.cut, Entries):
-      tensor = jax.ShapeDtypeStruct((t.cut.indices.size,), dtypes[t.leaf])
-    else:
-      leaf = jax.ShapeDtypeStruct(layout.shapes[t.leaf], dtypes[t.leaf])
-      tensor = jax.eval_shape(t.cut.take, leaf)
-    found.setdefault(t.leaf, []).append(tensor)
+  for t in group.tensors:
+    leaf = jax.ShapeDtypeStruct(layout.shapes[t.leaf], dtypes[t.leaf])
+    found.setdefault(t.leaf, []).append(jax.eval_shape(t.cut.take, leaf))
+  for t in group.masked:
+    found[t.leaf] = [jax.ShapeDtypeStruct(layout.shapes[t.leaf], dtypes[t.leaf])]
   return found
 
 
@@ -76,9 +74,8 @@ def trace(
   layout: Layout,
   group: Group,
   dtypes: Sequence[Any],
-  param_dtypes: Sequence[Any] | None,
-  state: Mapping[Any, jax.Array] | None = None,
   extra_args: Mapping[str, Any] | None = None,
+  with_params: bool = True,
 ) -> Program:
   """Traces an update.
 
@@ -86,27 +83,18 @@ def trace(
     inner: The inner optimizer.
     layout: Groups of the tree.
     group: The group.
-    dtypes: Dtypes of the gradients of all leaves.
-    param_dtypes: The same of the parameters, if there are any.
-    state: Arrays that tell the dtypes of the group's state, by key path; by default, and where one
-      is missing, they are as `init` makes them.
+    dtypes: Dtypes in which it gets the gradients and parameters of all leaves.
     extra_args: Extra arguments for the inner optimizer.
+    with_params: Whether there are parameters.
 
   Returns:
-    The program.
+    The program, for a state as `init` makes it.
   """
   tensors = shapes_of(group, layout, dtypes)
   grads = tree_of(layout, tensors)
-  params = None
-  if param_dtypes is not None:
-    params = tree_of(layout, shapes_of(group, layout, param_dtypes))
-  initial = jax.eval_shape(inner.init, grads if params is None else params)
-  flat, structure = jax.tree_util.tree_flatten_with_path(initial)
-  known = state or {}
-  avals = [
-    jax.ShapeDtypeStruct(x.shape, known[path].dtype if path in known else x.dtype)
-    for path, x in flat
-  ]
+  params = grads if with_params else None
+  flat, structure = jax.tree_util.tree_flatten_with_path(jax.eval_shape(inner.init, grads))
+  avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in flat]
 
   def update(grads: Any, state: Any, params: Any) -> Any:
     return inner.update(grads, state, params, **extra_args or {})
@@ -127,7 +115,7 @@ def moments(inner: Any, layout: Layout, leaf: int, entries: Any) -> dict[Any, in
     inner: The inner optimizer.
     layout: Groups of the tree.
     leaf: Position of the leaf.
-    entries: Shape and dtype of the tensor.
+    entries: Shape and dtype of the leaf, as the optimizer sees it.
 
   Returns:
     For the key path of each such array its place among the leaves of the state; or the reason why
@@ -231,8 +219,7 @@ def run(
     programs: The updates.
     leaf: Which leaf it is.
     moments: Its moments, by where a state keeps them.
-    states: The arrays of each group's state, by where it keeps them. What has another shape there
-      than in the program belongs to other tensors.
+    states: The arrays of each group's state, by where it keeps them.
     grad: Gradient of the leaf.
     param: The parameter, where there are any.
     look_up: As in `lanes.run`.
@@ -240,15 +227,21 @@ def run(
   Returns:
     The update of the leaf, and its new moments; or why its entries are not updated one by one.
   """
-  numbers = [
-    path
-    for path in programs[0].state
-    if path not in moments and all(map(_has, programs, states, [path] * len(programs)))
-  ]
-  inputs: list[lanes.Value] = [
-    lanes.Lanes(tuple(state[path] for state in states)) for path in numbers
-  ]
-  inputs += [grad, *moments.values(), *([] if param is None else [param])]
+  # What another group has not, or in another shape, belongs to other tensors.
+  numbers = []
+  for path in programs[0].state:
+    shapes = {np.shape(state[path]) if path in state else None for state in states}
+    if path not in moments and len(shapes) == 1 and None not in shapes:
+      numbers.append(path)
+  first, own = programs[0], programs[0].own(leaf, moments)
+  avals = first.program.in_avals
+  inputs: list[lanes.Value] = []
+  for path in numbers:
+    values = (_inner.as_dtype(state[path], avals[first.state[path]]) for state in states)
+    inputs.append(lanes.Lanes(tuple(values)))
+  arrays = [grad, *moments.values(), *([] if param is None else [param])]
+  for x, i in zip(arrays, [*own, *first.param(leaf)], strict=True):
+    inputs.append(_inner.as_dtype(x, avals[i]))
   parts = []
   for program in programs:
     own = program.own(leaf, moments)
@@ -258,20 +251,13 @@ def run(
     results = lanes.run(parts, inputs, look_up)
   except reading.DifferentProgramsError:
     return "an operation that differs from group to group"
-  arrays = []
+  entries = []
   for result in results:
     array = lanes.as_array(result, look_up)
     if isinstance(array, lanes.Coupled):
       return array.by
-    arrays.append(array)
-  return arrays
-
-
-def _has(program: Program, state: Mapping[Any, jax.Array], path: Any) -> bool:
-  """Whether a group's state has an array at this place, of the shape that its program expects."""
-  if path not in state or path not in program.state:
-    return False
-  return state[path].shape == program.program.in_avals[program.state[path]].shape
+    entries.append(array)
+  return entries
 
 
 def alike(program: Any, other: Any) -> bool:

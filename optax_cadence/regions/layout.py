@@ -108,9 +108,18 @@ class Layout:
     return _paths.join(self.paths[leaf])
 
   def tree(self, group: Group, tensors: Sequence[Any]) -> Any:
-    """The tree that the group's inner optimizer sees."""
+    """The tree that the group's inner optimizer sees.
+
+    Args:
+      group: The group.
+      tensors: What takes the place of each of its tensors, or of each of its regions: after those
+        the leaves under masks.
+    """
     slots: list[Any] = [optax.MaskedNode()] * len(self.paths)
-    for t, tensor in zip(group.tensors, tensors, strict=True):
+    regions = group.tensors
+    if len(tensors) > len(regions):
+      regions += group.masked
+    for t, tensor in zip(regions, tensors, strict=True):
       before = slots[t.leaf]
       if isinstance(before, optax.MaskedNode):
         slots[t.leaf] = tensor
