@@ -15,6 +15,7 @@ import optax
 
 from optax_cadence import _inner
 from optax_cadence import _paths
+from optax_cadence import _sharding
 from optax_cadence import _step
 from optax_cadence import _window
 from optax_cadence._state import CadenceState
@@ -29,7 +30,9 @@ class CadenceTransformation(optax.GradientTransformationExtraArgs):
   """A `GradientTransformationExtraArgs` with the methods of a cadence.
 
   It is the same pair of functions as any other; `apply`, `flush` and `cycle` are found
-  through the object whose methods they are, and so survive whatever rebuilds the pair.
+  through the object whose methods they are, and so survive whatever rebuilds the pair. Where
+  `update` is replaced by another function (`tx._replace(update=...)`), `apply` and `flush`, which
+  would not go through it, are no longer there.
   """
 
   @property
@@ -40,7 +43,7 @@ class CadenceTransformation(optax.GradientTransformationExtraArgs):
     neither read nor written. Arguments stand in the order of the results, so that
     `jax.jit(tx.apply, donate_argnums=(0, 1))` updates every buffer in place.
     """
-    return _owner(self).apply
+    return _owner_of_update(self, "apply").apply
 
   @property
   def flush(self) -> Callable[..., tuple[optax.Updates, Any]]:
@@ -49,7 +52,7 @@ class CadenceTransformation(optax.GradientTransformationExtraArgs):
     Applies every window that is not empty, so that nothing is lost at the end of
     training. Like `update`, it is meant to be called under `jax.jit`.
     """
-    return _owner(self).flush
+    return _owner_of_update(self, "flush").flush
 
   @property
   def cycle(self) -> int | None:
@@ -141,7 +144,23 @@ def check_transformation(name: str, tx: Any) -> None:
 
 
 def _owner(tx: CadenceTransformation) -> Any:
-  return getattr(tx.init, "__self__")  # noqa: B009 (no type checker knows that it is a method)
+  """The object whose methods the functions of a transformation are."""
+  for fn in tx:
+    owner = getattr(fn, "__self__", None)
+    if isinstance(owner, Cadence | Chain):
+      return owner
+  raise ValueError("expected a cadence, found one whose init and update are both replaced")
+
+
+def _owner_of_update(tx: CadenceTransformation, method: str) -> Any:
+  """The same; raises `AttributeError` where `update` is not its own."""
+  owner = getattr(tx.update, "__self__", None)
+  if isinstance(owner, Cadence | Chain):
+    return owner
+  raise AttributeError(
+    f"{method} of a cadence whose update was replaced by {tx.update!r}: it would not go through"
+    " that; call update, or make the cadence around what the new function does"
+  )
 
 
 class Cadence:
@@ -260,7 +279,11 @@ class Cadence:
         raise layouts.named(error, layout.paths[group.leaves[0]] if group.leaves else ()) from None
       inner = call.inner_of(group) if group.leaves else _inner.for_no_leaves(self.inner)
       n = len(tensors) + len(group.masked)
-      groups[group.name] = self._init_group(inner, group.every, n, *trees)
+      state = self._init_group(inner, group.every, n, *trees)
+      if self.skip or group.every.policy is not None:
+        # Where gradients decide when it fires, so does what they vary over in `jax.shard_map`.
+        state = _sharding.varying(state, _sharding.axes_of([leaves[i] for i in group.leaves]))
+      groups[group.name] = state
     masks = None
     if layout.has_masks:
       from optax_cadence.entrywise import masks as entries

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_cadence import _sharding
 from optax_cadence.programs import reading
 
 
@@ -35,8 +36,29 @@ def maybe(when: bool | jax.Array, fn: Callable[[Any, Any], Any], carry: Any, con
   carry = jax.tree.map(_strong, carry)
   if isinstance(when, bool):
     return cast_like(fn(carry, consts), carry) if when else carry
+  carry = _as_varying_as_results(when, fn, carry, consts)
   run, hoisted = _hoist(lambda carry, consts: cast_like(fn(carry, consts), carry), carry, consts)
   return _zero_or_once(run, when, carry, (hoisted, consts))
+
+
+def _as_varying_as_results(
+  when: jax.Array, fn: Callable[[Any, Any], Any], carry: Any, consts: Any
+) -> Any:
+  """The carry, of which in `jax.shard_map` each array varies over the axes that its result does."""
+  if not _sharding.axes_of((when, carry, consts)):
+    return carry
+  leaves, treedef = jax.tree.flatten(_sharding.varying(carry, _sharding.axes_of(when)))
+  while True:
+    carry = jax.tree.unflatten(treedef, leaves)
+    results = jax.make_jaxpr(lambda carry, consts: cast_like(fn(carry, consts), carry))(
+      carry, consts
+    ).out_avals
+    before = list(map(_sharding.axes_of, leaves))
+    leaves = [
+      _sharding.varying(x, _sharding.axes_of(y)) for x, y in zip(leaves, results, strict=True)
+    ]
+    if list(map(_sharding.axes_of, leaves)) == before:
+      return carry
 
 
 def keep(when: Any, fn: Callable[[Any, Any], Any], carry: Any, consts: Any) -> Any:
@@ -56,6 +78,7 @@ def keep(when: Any, fn: Callable[[Any, Any], Any], carry: Any, consts: Any) -> A
   Returns:
     A tree like `carry`.
   """
+  carry, consts = _sharding.varying((carry, consts), _sharding.axes_of(when))
   old, treedef = jax.tree.flatten(jax.tree.map(_strong, carry))
   flags = jax.tree.leaves(
     jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), when, carry)
@@ -118,7 +141,7 @@ def choose(when: bool | jax.Array, then: jax.Array, otherwise: jax.Array) -> jax
 
 
 def cast_like(tree: Any, like: Any) -> Any:
-  """`tree` with the dtypes of `like`, none of them weak.
+  """`tree` with the types of `like`, none of them weak: dtypes, and the axes that it varies over.
 
   Raises:
     ValueError: If the trees differ in structure or in the shape of a leaf.
@@ -130,7 +153,7 @@ def cast_like(tree: Any, like: Any) -> Any:
         f"an optimizer's state must keep its shapes: expected {old.shape} as before the update,"
         f" found {jnp.shape(x)}"
       )
-    return _strong(x, old.dtype)
+    return _sharding.varying(_strong(x, old.dtype), _sharding.axes_of(old))
 
   return jax.tree.map(cast, tree, like)
 

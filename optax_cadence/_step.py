@@ -17,10 +17,12 @@ import optax
 
 from optax_cadence import _control
 from optax_cadence import _inner
+from optax_cadence import _sharding
 from optax_cadence import _window
 from optax_cadence._state import CadenceState
 from optax_cadence._state import GroupState
 from optax_cadence._state import MaskState
+from optax_cadence.regions.cuts import gathered
 from optax_cadence.regions.cuts import Whole
 from optax_cadence.regions.layout import Group
 from optax_cadence.regions.layout import Layout
@@ -289,10 +291,14 @@ def write(
       views[tensor.leaf] = tensor.cut.put(views[tensor.leaf], x)
     return views
 
-  views = {t.leaf: t.cut.view(leaves[t.leaf]) for t in parts}
+  views = {}
+  for t in parts:
+    if t.leaf not in views:
+      leaf = gathered(leaves[t.leaf], [other.cut for other in parts if other.leaf == t.leaf])
+      views[t.leaf] = t.cut.view(leaf)
   views = runner(when, group, which, micro_step)(move, views, values)
   for leaf, view in views.items():
-    leaves[leaf] = view.reshape(leaves[leaf].shape)
+    leaves[leaf] = _sharding.lying_as(view.reshape(leaves[leaf].shape), leaves[leaf])
   return leaves
 
 

@@ -4,6 +4,8 @@ import jax
 import optax
 
 from optax_cadence import _cadence
+from optax_cadence import _sharding
+from optax_cadence.regions import cuts
 from optax_cadence.regions import layout as layouts
 from optax_cadence.schedules import phases
 
@@ -45,6 +47,7 @@ def trainable(params: optax.Params, tx: _cadence.CadenceTransformation, phase: i
       continue
     for t in group.tensors:
       leaf = leaves[t.leaf]
-      stopped = t.cut.put(t.cut.view(leaf), jax.lax.stop_gradient(t.cut.take(leaf)))
-      leaves[t.leaf] = stopped.reshape(leaf.shape)
+      whole = cuts.gathered(leaf, [t.cut])
+      stopped = t.cut.put(t.cut.view(whole), jax.lax.stop_gradient(t.cut.take(whole)))
+      leaves[t.leaf] = _sharding.lying_as(stopped.reshape(leaf.shape), leaf)
   return layout.treedef.unflatten(leaves.values())

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_cadence import _paths
+from optax_cadence import _sharding
 from optax_cadence._state import GroupState
 
 _SLABS = 8
@@ -185,7 +186,7 @@ def item(x: jax.Array, i: int) -> jax.Array:
 
 def _all_finite(x: jax.Array) -> jax.Array:
   """Whether all entries are finite: bool scalar."""
-  if x.ndim == 0 or x.shape[0] % _SLABS:
+  if x.ndim == 0 or x.shape[0] % _SLABS or _sharding.spec_of(x):
     return jnp.isfinite(x).all()
   return jax.lax.platform_dependent(
     x, cpu=_all_finite_by_slabs, default=lambda x: jnp.isfinite(x).all()

@@ -18,11 +18,11 @@ import numpy as np
 import optax
 
 from optax_cadence import _control
+from optax_cadence import _sharding
 from optax_cadence import _window
 from optax_cadence._state import MaskState
 from optax_cadence.entrywise import proof
 from optax_cadence.regions.cuts import Entries
-from optax_cadence.regions.cuts import Shape
 from optax_cadence.regions.layout import Group
 from optax_cadence.regions.layout import Layout
 from optax_cadence.regions.layout import Leaves
@@ -56,13 +56,13 @@ class Mask:
     names, cuts = tuple(self.groups[i] for i in kept), tuple(self.cuts[i] for i in kept)
     return Mask(self.leaf, names, cuts, tuple(self.bits[i] for i in kept))
 
-  def codes(self, shape: Shape) -> jax.Array:
+  def codes(self, like: jax.Array) -> jax.Array:
     """The bit of its group for every entry: unsigned integers, as wide as that takes."""
-    codes = np.zeros(shape, next(d for d in _CODES if np.iinfo(d).max >= max(self.bits)))
+    codes = np.zeros(like.shape, next(d for d in _CODES if np.iinfo(d).max >= max(self.bits)))
     for bit, cut in zip(self.bits, self.cuts, strict=True):
       codes.reshape(-1)[cut.indices] = bit
     # Else the compiler would work out every comparison with them, and keep it as a constant.
-    return jax.lax.optimization_barrier(jnp.asarray(codes))
+    return jax.lax.optimization_barrier(_sharding.lying_as(jnp.asarray(codes), like))
 
   def any(self, codes: jax.Array, flags: Sequence[Any]) -> jax.Array:
     """Whether the flag of its group is set, for every entry."""
@@ -171,7 +171,7 @@ def all_finite(call: "Call", grads: Leaves) -> dict[str, list[jax.Array]]:
   flags: dict[str, list[jax.Array]] = {group.name: [] for group in call.layout.groups}
   for mask in masks_of(call.layout):
     grad = grads[mask.leaf]
-    codes, good = mask.codes(grad.shape), jnp.isfinite(grad)
+    codes, good = mask.codes(grad), jnp.isfinite(grad)
     for name, bit in zip(mask.groups, mask.bits, strict=True):
       flags[name].append((good | (codes != bit)).all())
   return flags
@@ -200,7 +200,7 @@ def advance(
   if state.accumulators is not None:
     totals = dict(zip(call.layout.masked, jax.tree.leaves(state.accumulators), strict=True))
   for mask in masks:
-    codes, regions = mask.codes(call.layout.shapes[mask.leaf]), _regions(call, mask, turns)
+    codes, regions = mask.codes(targets[mask.leaf]), _regions(call, mask, turns)
     if state.accumulators is None:
       if grads is None:
         continue  # Nothing is held from one micro-step to the next.

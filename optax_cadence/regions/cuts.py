@@ -5,10 +5,13 @@ leaf falls into is said by a `Partition`. Nothing here knows about time, trees o
 """
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import jax
 import numpy as np
+
+from optax_cadence import _sharding
 
 Shape: TypeAlias = tuple[int, ...]
 Interval: TypeAlias = tuple[int, int]
@@ -33,6 +36,13 @@ class Cut(Protocol):
     """Where the tensor begins; sorts the cuts of a leaf."""
     ...
 
+  def across(self, shards: Sequence[int]) -> set[int]:
+    """The axes across whose shards the tensor is cut, of a leaf of so many along each axis.
+
+    On a mesh with explicit axes the leaf must lie whole along these to be read or written.
+    """
+    ...
+
   def take(self, leaf: jax.Array) -> jax.Array:
     """Reads the tensor out of the leaf."""
     ...
@@ -53,6 +63,14 @@ class Cut(Protocol):
     ...
 
 
+def gathered(leaf: jax.Array, cuts: Iterable[Cut]) -> jax.Array:
+  """The leaf, lying whole along every axis across whose shards one of these cuts goes."""
+  shards = _sharding.shards_of(leaf)
+  if max(shards, default=1) == 1:
+    return leaf
+  return _sharding.gathered(leaf, set().union(*(cut.across(shards) for cut in cuts)))
+
+
 class Whole:
   """The leaf itself."""
 
@@ -61,6 +79,10 @@ class Whole:
 
   def __str__(self) -> str:
     return ""
+
+  def across(self, shards: Sequence[int]) -> set[int]:
+    del shards
+    return set()
 
   def take(self, leaf: jax.Array) -> jax.Array:
     return leaf
@@ -90,6 +112,10 @@ class Box:
   def __str__(self) -> str:
     return "[" + ", ".join(f"{start}:{stop}" for start, stop in self.intervals) + "]"
 
+  def across(self, shards: Sequence[int]) -> set[int]:
+    widths = (stop - start for start, stop in self.intervals)
+    return {i for i, (n, width) in enumerate(zip(shards, widths, strict=True)) if width % n}
+
   def take(self, leaf: jax.Array) -> jax.Array:
     return jax.lax.slice(leaf, *zip(*self.intervals, strict=True))
 
@@ -97,7 +123,7 @@ class Box:
     return leaf
 
   def put(self, view: jax.Array, tensor: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice(view, tensor, self.start)
+    return jax.lax.dynamic_update_slice(view, _sharding.lying_as(tensor, view), self.start)
 
   def size(self, shape: Shape) -> int:
     del shape
@@ -123,6 +149,9 @@ class Bands:
   def __str__(self) -> str:
     shown = [f"{start}:{stop}" for start, stop in self.intervals[:2]]
     return f"[axis {self.axis}: {', '.join(shown)}{', …' if len(self.intervals) > 2 else ''}]"
+
+  def across(self, shards: Sequence[int]) -> set[int]:
+    return {self.axis} if shards[self.axis] > 1 else set()
 
   def take(self, leaf: jax.Array) -> jax.Array:
     folded = self.folded_shape(leaf.shape)
@@ -219,6 +248,9 @@ class Entries:
 
   def __str__(self) -> str:
     return f"[{self.indices.size} entries]"
+
+  def across(self, shards: Sequence[int]) -> set[int]:
+    return {i for i, n in enumerate(shards) if n > 1}
 
   def take(self, leaf: jax.Array) -> jax.Array:
     return (

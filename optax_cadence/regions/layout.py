@@ -71,7 +71,11 @@ class Group:
     tensors = []
     for t in self.tensors:
       leaf = leaves[t.leaf]
-      tensors.append(leaf if isinstance(t.cut, cuts.Whole) else t.cut.take(leaf))
+      if isinstance(leaf, jax.ShapeDtypeStruct) and not isinstance(t.cut, cuts.Whole):
+        leaf = jax.eval_shape(t.cut.take, leaf)
+      elif not isinstance(t.cut, cuts.Whole):
+        leaf = t.cut.take(cuts.gathered(leaf, [t.cut]))
+      tensors.append(leaf)
     return tensors
 
 
@@ -154,7 +158,11 @@ class Layout:
 
 def leaves_of(tree: Any) -> Leaves:
   """The leaves of a tree by position, as `Group.take` reads them."""
-  return dict(enumerate(map(jnp.asarray, jax.tree.leaves(tree))))
+  leaves = jax.tree.leaves(tree)
+  for i, x in enumerate(leaves):
+    if not isinstance(x, jax.ShapeDtypeStruct):  # `init` may be given shapes alone
+      leaves[i] = jnp.asarray(x)
+  return dict(enumerate(leaves))
 
 
 class Cadences(NamedTuple):

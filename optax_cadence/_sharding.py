@@ -1,0 +1,70 @@
+"""What the types of arrays say about devices: explicit mesh axes, and axes that values vary over.
+
+On a mesh with explicit axes (what `jax.make_mesh` makes) the type of an array says how it lies, and
+operations want operands that lie alike. In `jax.shard_map` it says over which axes it varies.
+Everywhere else, and in versions of JAX without these types, nothing here does anything.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def spec_of(x: Any) -> tuple[Any, ...] | None:
+  """The mesh axes of each axis of an array; None where its type does not say."""
+  sharding = getattr(jax.typeof(x), "sharding", None)
+  spec = tuple(getattr(sharding, "spec", ()))
+  return spec if any(axes is not None for axes in spec) else None
+
+
+def shards_of(x: jax.Array) -> tuple[int, ...]:
+  """Into how many parts each axis of an array falls, as far as its type says so."""
+  spec = spec_of(x)
+  if spec is None:
+    return (1,) * x.ndim
+  sizes = jax.typeof(x).sharding.mesh.shape
+  names = [() if axes is None else axes if isinstance(axes, tuple) else (axes,) for axes in spec]
+  return tuple(int(np.prod([sizes[name] for name in axes], dtype=np.int64)) for axes in names)
+
+
+def gathered(x: jax.Array, axes: Iterable[int]) -> jax.Array:
+  """The array, of which these axes lie whole on every device."""
+  spec, axes = spec_of(x), set(axes)
+  if spec is None or not axes:
+    return x
+  kept = [None if i in axes else names for i, names in enumerate(spec)]
+  return jax.sharding.reshard(x, jax.sharding.PartitionSpec(*kept))
+
+
+def lying_as(x: jax.Array, like: jax.Array) -> jax.Array:
+  """The array, lying as another of its shape."""
+  spec, wanted = spec_of(x), spec_of(like)
+  if spec == wanted:
+    return x
+  return jax.sharding.reshard(x, jax.sharding.PartitionSpec(*(wanted or ())))
+
+
+def axes_of(tree: Any) -> frozenset[Any]:
+  """The axes of `jax.shard_map` that any array, or type of one, in a tree varies over."""
+  found: frozenset[Any] = frozenset()
+  for x in jax.tree.leaves(tree):
+    kind = x if isinstance(x, jax.core.AbstractValue) else jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)  # `vma` before JAX 0.10
+    found |= getattr(kind, "vma", frozenset()) if manual is None else manual.varying
+  return found
+
+
+def varying(tree: Any, axes: frozenset[Any]) -> Any:
+  """The tree, of which every array varies over these axes."""
+
+  def cast(x: Any) -> Any:
+    missing = tuple(axes - axes_of(x))
+    if not missing:
+      return x
+    if hasattr(jax.lax, "pcast"):
+      return jax.lax.pcast(x, missing, to="varying")
+    return jax.lax.pvary(x, missing)
+
+  return jax.tree.map(cast, tree) if axes else tree
