@@ -94,7 +94,9 @@ def cadence(
       fire. Needs an `inner` that `optax.tree_utils.tree_map_params` understands.
     clock: What a learning-rate schedule in `inner` counts: `"updates"` of its group, as
       in `optax.MultiSteps`, or `"micro_steps"` of the whole run. Adam's own counter
-      always counts updates.
+      always counts updates. A few optimizers read a schedule by such a counter: they are
+      refused, and `optax.inject_hyperparams` gives them a schedule that can be set. One of
+      your own has its count in an `optax.ScaleByScheduleState`.
 
   Returns:
     A `CadenceTransformation`: `init` and `update` as in Optax, where `update` takes
@@ -170,9 +172,10 @@ class Cadence:
     self.skip = nonfinite == "skip"
     self.set_schedules = None
     if clock == "micro_steps":
-      from optax_cadence._clocks import set_schedules
+      from optax_cadence import _clocks
 
-      self.set_schedules = set_schedules
+      _clocks.check(inner)
+      self.set_schedules = _clocks.set_schedules
     # All cadences there are, whatever the parameters; None where only a function of them knows.
     self.cadences = layouts.cadences_of(every)
     if self.cadences is not None:
