@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from optax_cadence import _checks
 from optax_cadence import _paths
 from optax_cadence.confidence import statistics
 from optax_cadence.confidence.statistics import Statistics
@@ -162,7 +164,7 @@ def each_layer(policy: Policy) -> "EachLayer":
   (True, False)
   """
   if not isinstance(policy, Policy):
-    raise ValueError(f"each_layer expects a policy, found {policy!r}")
+    raise ValueError(f"each_layer expects a policy, found {_checks.shown(policy)}")
 
   return EachLayer(policy)
 
@@ -190,11 +192,11 @@ def _positive(name: str, value: Any) -> Any:
   if isinstance(value, jax.core.Tracer):
     return value
   try:
-    if jnp.ndim(value) == 0 and float(value) > 0:
+    if np.ndim(value) == 0 and float(value) > 0:
       return value
   except (TypeError, ValueError):
     pass
-  raise ValueError(f"{name} must be a number above 0, found {value!r}")
+  raise ValueError(f"{name} must be a number above 0, found {_checks.shown(value)}")
 
 
 def fraction(name: str, value: Any) -> Any:
@@ -206,8 +208,8 @@ def fraction(name: str, value: Any) -> Any:
   if isinstance(value, jax.core.Tracer):
     return value
   try:
-    if jnp.ndim(value) == 0 and 0 <= float(value) < 1:
+    if np.ndim(value) == 0 and 0 <= float(value) < 1:
       return value
   except (TypeError, ValueError):
     pass
-  raise ValueError(f"{name} must be at least 0 and below 1, found {value!r}")
+  raise ValueError(f"{name} must be at least 0 and below 1, found {_checks.shown(value)}")

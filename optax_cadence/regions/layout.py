@@ -8,7 +8,7 @@ a tree into one tree per group, in which the leaves of other groups are `MaskedN
 import collections
 import dataclasses
 import operator
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_cadence import _checks
 from optax_cadence import _paths
 from optax_cadence.regions import cuts
 from optax_cadence.regions import partitions
@@ -273,7 +274,7 @@ def _called(every: Callable[[Any], Any], tree: Any) -> Any:
   except TypeError as error:
     raise ValueError(
       "every, when callable, must be a function of the parameters; one schedule for the whole"
-      f" tree is Every(schedule). Found {every!r}, which failed with: {error}"
+      f" tree is Every(schedule). Found {_checks.shown(every)}, which failed with: {error}"
     ) from error
 
 
@@ -293,19 +294,32 @@ def _match(cadences: Cadences, paths: Sequence[_paths.Path], tree: Any) -> list[
       n += 1
     prefix = path[:n]
     if prefix not in given:
+      name = repr(_paths.join(path)) if path else "the parameter"
       raise ValueError(
-        f"no cadence for {_paths.join(path)!r}: expected every to be a prefix of the"
-        f" parameters, found cadences for {_paths.listed(given)}"
+        f"no cadence for {name}: expected every to be a prefix of the parameters, found"
+        f" cadences for {_paths.listed(given)}{_on_lists(path, given)}"
       )
     used.add(prefix)
     result.append(given[prefix])
-  for path in given.keys() - used - {()}:
-    if not _is_masked(path, tree):
+  for path in given:
+    if path and path not in used and not _is_masked(path, tree):
       raise ValueError(
         f"cadence of {_paths.join(path)!r}: no parameter is there; expected a prefix of"
         f" {_paths.listed(paths)}"
       )
   return result
+
+
+def _on_lists(path: _paths.Path, given: Iterable[_paths.Path]) -> str:
+  """What is meant where a list of cadences stands at or above a parameter without one."""
+  for other in given:
+    n = len(other) - 1
+    if other and other[-1] == "0" and path[:n] == other[:n]:
+      return (
+        "; a list or tuple is a part of the tree: periods for the bands of an axis are"
+        " oc.channels([...]), an offset is oc.Every(period, offset)"
+      )
+  return ""
 
 
 def _is_masked(path: _paths.Path, tree: Any) -> bool:

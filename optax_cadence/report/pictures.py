@@ -29,7 +29,7 @@ def plot_score(
   """
   import matplotlib as mpl
 
-  rows = _score(_cadence.of(tx).groups_of(params), steps)
+  rows = _score(_cadence.of(tx, "oc.plot_score(tx, params, steps)").groups_of(params), steps)
   if ax is None:
     import matplotlib.pyplot as plt
 

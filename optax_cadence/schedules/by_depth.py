@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from optax_cadence import _checks
 from optax_cadence import _paths
 
 
@@ -71,4 +72,4 @@ def _whole_number(value: Any, expected: str) -> int:
       raise TypeError("a truth value counts nothing")
     return operator.index(value)
   except TypeError:
-    raise ValueError(f"by_depth: expected {expected}, found {value!r}") from None
+    raise ValueError(f"by_depth: expected {expected}, found {_checks.shown(value)}") from None

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import optax
 
+from optax_cadence import _checks
 from optax_cadence import _paths
 
 
@@ -42,7 +43,9 @@ def by_path(cadences: Mapping[str, Any], default: Any = None) -> "ByPath":
   {'head': 2, 'stem': {'b': 1, 'w': 8}}
   """
   if not isinstance(cadences, Mapping) or not all(isinstance(p, str) for p in cadences):
-    raise ValueError(f"by_path: expected a mapping from patterns to cadences, found {cadences!r}")
+    raise ValueError(
+      f"by_path: expected a mapping from patterns to cadences, found {_checks.shown(cadences)}"
+    )
   return ByPath(dict(cadences), default)
 
 
