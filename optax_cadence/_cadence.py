@@ -266,7 +266,7 @@ class Cadence:
       try:
         group.every.first_window()
       except ValueError as error:
-        raise layouts.named(error, layout.paths[group.leaves[0]] if group.leaves else ()) from None
+        raise layouts.named(error, layout.name(group.leaves[0]) if group.leaves else "") from None
       inner = call.inner_of(group) if group.leaves else _inner.for_no_leaves(self.inner)
       groups[group.name] = self._init_group(inner, group.every, tensors, *trees)
     masks = None

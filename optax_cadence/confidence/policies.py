@@ -177,15 +177,11 @@ class EachLayer:
   cycle = None  # as for every cadence that decides while training
 
   def __call__(self, params: Any) -> Any:
-    copies: dict[_paths.Path, Policy] = {}
-    rows = []
-    for path, _ in _paths.flatten_with_paths(params):
-      layer = path[:-1]
-      if layer not in copies:
-        copies[layer] = copy.copy(self.policy)
-        copies[layer].place = _paths.join(layer)
-      rows.append(copies[layer])
-    return jax.tree.unflatten(jax.tree.structure(params), rows)
+    layers = [path[:-1] for path, _ in _paths.flatten_with_paths(params)]
+    copies = {layer: copy.copy(self.policy) for layer in layers}
+    for policy, place in zip(copies.values(), _paths.names(copies), strict=True):
+      policy.place = place
+    return jax.tree.unflatten(jax.tree.structure(params), [copies[layer] for layer in layers])
 
 
 def _positive(name: str, value: Any) -> Any:

@@ -7,6 +7,7 @@ a tree into one tree per group, in which the leaves of other groups are `MaskedN
 
 import collections
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -104,9 +105,14 @@ class Layout:
     """Micro-steps after which the schedule repeats; None when a period is dynamic."""
     return phases.cycle(group.every for group in self.groups)
 
+  @functools.cached_property
+  def names(self) -> list[str]:
+    """The name of each leaf."""
+    return _paths.names(self.paths)
+
   def name(self, leaf: int) -> str:
-    """Path of a leaf as errors and tables show it."""
-    return _paths.join(self.paths[leaf])
+    """The name of a leaf, as errors and tables show it."""
+    return self.names[leaf]
 
   def tree(self, group: Group, tensors: Sequence[Any]) -> Any:
     """The tree that the group's inner optimizer sees."""
@@ -128,20 +134,25 @@ class Layout:
   def region_names(self) -> dict[str, tuple[str, ...]]:
     """For every group the names of its regions, in the order of its tensors.
 
-    A region is called by the path of its leaf; several in one leaf are numbered, in the order of
+    A region is called by the name of its leaf; several in one leaf are numbered, in the order of
     the groups.
     """
     regions = [
       (group.name, t.leaf) for group in self.groups for t in (*group.tensors, *group.masked)
     ]
-    total = collections.Counter(leaf for _, leaf in regions)
-    number: collections.Counter[int] = collections.Counter()
-    names: dict[str, list[str]] = {group.name: [] for group in self.groups}
+    in_leaf: dict[int, list[str]] = {}
     for group, leaf in regions:
-      path = self.paths[leaf]
-      names[group].append(_paths.join((*path, str(number[leaf])) if total[leaf] > 1 else path))
-      number[leaf] += 1
-    return {group: tuple(name or "params" for name in found) for group, found in names.items()}
+      in_leaf.setdefault(leaf, []).append(group)
+    called: list[str] = []
+    for leaf in sorted(in_leaf):
+      name, n = self.name(leaf), len(in_leaf[leaf])
+      called += [f"{name}/{i}" if name else f"{i}" for i in range(n)] if n > 1 else [name]
+    names: dict[str, list[str]] = {group.name: [] for group in self.groups}
+    # In the order of the leaves, so that numbers do not depend on the groups.
+    groups = (group for leaf in sorted(in_leaf) for group in in_leaf[leaf])
+    for group, name in zip(groups, _paths.distinct(called), strict=True):
+      names[group].append(name or "params")
+    return {group: tuple(found) for group, found in names.items()}
 
 
 def leaves_of(tree: Any) -> Leaves:
@@ -183,7 +194,10 @@ def cadences_of(every: Any) -> Cadences | None:
     given: list[tuple[_paths.Path, str, Any]] = [((), place, c) for place, c in every.cadences]
   else:
     by_path = dict(_paths.flatten_with_paths(every))
-    given = [(path, _paths.join(path), cadence) for path, cadence in by_path.items()]
+    given = [
+      (path, place, cadence)
+      for (path, cadence), place in zip(by_path.items(), _paths.names(by_path), strict=True)
+    ]
   everys: dict[Hashable, Every] = {}
   places: dict[Hashable, str] = {}
   has_masks = False
@@ -194,7 +208,7 @@ def cadences_of(every: Any) -> Cadences | None:
     except ValueError as error:
       if by_path is None:
         return None  # with parameters the error can say which one it is for
-      raise named(error, path) from None
+      raise named(error, place) from None
     if by_path is not None:
       by_path[path] = resolved
     has_masks |= partitions.is_mask(cadence)
@@ -257,7 +271,7 @@ def layout(every: Any, tree: Any, known: Cadences | None = None) -> Layout:
     try:
       parts = cadence.cut(shapes[i], operator.attrgetter("key"))
     except ValueError as error:
-      raise named(error, paths[i], f" of shape {shapes[i]}") from None
+      raise named(error, _paths.names(paths)[i], f" of shape {shapes[i]}") from None
     for cell, cut in parts:
       tensors.setdefault(cell.key, []).append(Tensor(i, cut))
       scattered |= isinstance(cut, cuts.Entries) or cuts.can_fold(cut, shapes[i])
@@ -278,9 +292,9 @@ def _called(every: Callable[[Any], Any], tree: Any) -> Any:
     ) from error
 
 
-def named(error: Exception, path: _paths.Path, what: str = "") -> ValueError:
+def named(error: Exception, name: str, what: str = "") -> ValueError:
   """The error, which says which leaf the cadence is for."""
-  where = f"cadence of {_paths.join(path)!r}{what}" if path else "cadence"
+  where = f"cadence of {name!r}{what}" if name else "cadence"
   return ValueError(f"{where}: {error}")
 
 
@@ -288,24 +302,23 @@ def _match(cadences: Cadences, paths: Sequence[_paths.Path], tree: Any) -> list[
   """The cadence of each path: the one that is given for a prefix of it."""
   given, used, result = cadences.by_path, set(), []
   assert given is not None
-  for path in paths:
+  for i, path in enumerate(paths):
     n = 0
     while n < len(path) and path[:n] not in given:
       n += 1
     prefix = path[:n]
     if prefix not in given:
-      name = repr(_paths.join(path)) if path else "the parameter"
+      name = repr(_paths.names(paths)[i]) if path else "the parameter"
       raise ValueError(
         f"no cadence for {name}: expected every to be a prefix of the parameters, found"
         f" cadences for {_paths.listed(given)}{_on_lists(path, given)}"
       )
     used.add(prefix)
     result.append(given[prefix])
-  for path in given:
+  for path, name in zip(given, _paths.names(given), strict=True):
     if path and path not in used and not _is_masked(path, tree):
       raise ValueError(
-        f"cadence of {_paths.join(path)!r}: no parameter is there; expected a prefix of"
-        f" {_paths.listed(paths)}"
+        f"cadence of {name!r}: no parameter is there; expected a prefix of {_paths.listed(paths)}"
       )
   return result
 

@@ -42,9 +42,11 @@ def by_depth(
       f"by_depth: expected rounding to be 'power_of_two' or 'integer', found {rounding!r}"
     )
   last, first = _log2_period("output", output), _log2_period("input", input)
+  rows = _paths.flatten_with_paths(depth)
+  names = _paths.names(path for path, _ in rows)
   depths = [
-    _whole_number(leaf, f"a whole number as the depth of '{_paths.join(path)}'")
-    for path, leaf in _paths.flatten_with_paths(depth)
+    _whole_number(leaf, f"a whole number as the depth of {name!r}")
+    for name, (_, leaf) in zip(names, rows, strict=True)
   ]
   low, high = min(depths, default=0), max(depths, default=0)
 

@@ -101,7 +101,8 @@ class Scheduled:
       given = getattr(self.every, "cadences", None)
     else:
       rows = _paths.flatten_with_paths(self.every)
-      given = [(_paths.join(path), cadence) for path, cadence in rows]
+      places = _paths.names(path for path, _ in rows)
+      given = [(place, cadence) for place, (_, cadence) in zip(places, rows, strict=True)]
     return given and [(place, self._cadence(cadence)) for place, cadence in given]
 
   def _cadence(self, cadence: Any) -> Any:
