@@ -48,7 +48,7 @@ def shown(value: Any) -> str:
     return _named(value)
   if arrays:
     return f"{_named(value)} of {len(arrays)} arrays, {_paths.listed(arrays)}"
-  text = repr(value)
+  text = " ".join(repr(value).split())
   return text if len(text) <= 160 else f"{_named(value)}, {text[:100]}…"
 
 

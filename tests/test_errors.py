@@ -46,6 +46,7 @@ def under_vmap(make, axis):
     "nested Every": (lambda: oc.Every(oc.Every(2)), ["period", "integer", "found Every("]),
     "grid as period": (lambda: oc.Every(oc.channels([1, 2])), ["period", "found Grid("]),
     "period of JAX below 1": (lambda: oc.Every(jnp.int32(0)), ["period", "at least 1", "found 0"]),
+    "period of JAX True": (lambda: oc.Every(jnp.bool_(True)), ["period", "integer", "True"]),
     "period of JAX in floats": (lambda: oc.Every(jnp.float32(2)), ["period", "integer", "float32"]),
     "period beyond int32": (lambda: oc.Every(2**31), ["period", "at most", "int32", "2147483648"]),
     "list of periods": (lambda: oc.Every([1, 2]), ["period", "integer", "[1, 2]", "oc.channels"]),
