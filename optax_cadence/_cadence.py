@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_cadence import _checks
 from optax_cadence import _inner
 from optax_cadence import _paths
 from optax_cadence import _sharding
@@ -24,6 +25,11 @@ from optax_cadence._state import Regions
 from optax_cadence.regions import layout as layouts
 from optax_cadence.schedules import phases
 from optax_cadence.schedules.every import Every
+
+_ON_TRACED = (
+  ", and a period that is traced now but was a number then (as under optax.inject_hyperparams) is"
+  " written Every(lambda _: period)"
+)
 
 
 class CadenceTransformation(optax.GradientTransformationExtraArgs):
@@ -98,7 +104,9 @@ def cadence(
       fire. Needs an `inner` that `optax.tree_utils.tree_map_params` understands.
     clock: What a learning-rate schedule in `inner` counts: `"updates"` of its group, as
       in `optax.MultiSteps`, or `"micro_steps"` of the whole run. Adam's own counter
-      always counts updates.
+      always counts updates. A few optimizers read a schedule by such a counter: they are
+      refused, and `optax.inject_hyperparams` gives them a schedule that can be set. One of
+      your own has its count in an `optax.ScaleByScheduleState`.
 
   Returns:
     A `CadenceTransformation`: `init` and `update` as in Optax, where `update` takes
@@ -126,21 +134,28 @@ def cadence(
   return CadenceTransformation(self.init, self.update)
 
 
-def of(tx: Any) -> "Cadence":
+def of(tx: Any, call: str = "") -> "Cadence":
   """The cadence behind a transformation.
+
+  Args:
+    tx: The transformation.
+    call: How the function that was given it is called, for an error.
 
   Raises:
     ValueError: If there is none.
   """
   if not isinstance(tx, CadenceTransformation):
-    raise ValueError(f"expected a cadence, or an oc.chain that ends in one, found {tx!r}")
+    raise ValueError(
+      f"expected a cadence, or an oc.chain that ends in one, {f'as in {call}, ' if call else ''}"
+      f"found {_checks.shown(tx)}"
+    )
   return _owner(tx).cadence
 
 
 def check_transformation(name: str, tx: Any) -> None:
   """Raises `ValueError` unless `tx` is a gradient transformation."""
   if not (hasattr(tx, "init") and hasattr(tx, "update")):
-    raise ValueError(f"{name} must be an optax.GradientTransformation, found {tx!r}")
+    raise ValueError(f"{name} must be an optax.GradientTransformation, found {_checks.shown(tx)}")
 
 
 def _owner(tx: CadenceTransformation) -> Any:
@@ -190,9 +205,10 @@ class Cadence:
     self.skip = nonfinite == "skip"
     self.set_schedules = None
     if clock == "micro_steps":
-      from optax_cadence._clocks import set_schedules
+      from optax_cadence import _clocks
 
-      self.set_schedules = set_schedules
+      _clocks.check(inner)
+      self.set_schedules = _clocks.set_schedules
     # All cadences there are, whatever the parameters; None where only a function of them knows.
     self.cadences = layouts.cadences_of(every)
     if self.cadences is not None:
@@ -212,7 +228,7 @@ class Cadence:
       return self.every.cycle
     raise ValueError(
       "the cycle of a function of the parameters depends on them: expected a tree of cadences or"
-      f" by_path, found {self.every!r}; ask oc.describe(tx, params).cycle"
+      f" by_path, found {_checks.shown(self.every)}; ask oc.describe(tx, params).cycle"
     )
 
   def groups_of(self, tree: Any) -> layouts.Layout:
@@ -276,7 +292,7 @@ class Cadence:
       try:
         group.every.first_window()
       except ValueError as error:
-        raise layouts.named(error, layout.paths[group.leaves[0]] if group.leaves else ()) from None
+        raise layouts.named(error, layout.name(group.leaves[0]) if group.leaves else "") from None
       inner = call.inner_of(group) if group.leaves else _inner.for_no_leaves(self.inner)
       n = len(tensors) + len(group.masked)
       state = self._init_group(inner, group.every, n, *trees)
@@ -322,7 +338,7 @@ class Cadence:
       raise ValueError(
         "tree_map_params asks what groups a state has without its parameters, and those that a"
         " function of the parameters makes are not known then: expected a tree of cadences or"
-        f" by_path, found {self.every!r}; give the tree that it returns,"
+        f" by_path, found {_checks.shown(self.every)}; give the tree that it returns,"
         " oc.cadence(inner, every(params))"
       )
     groups = {
@@ -435,7 +451,7 @@ class Cadence:
       raise ValueError(
         f"state: expected the groups {_quoted(groups)}, as every"
         f" makes of this tree, found {_quoted(state.groups)}; a state goes with the cadences it was"
-        " made for"
+        f" made for{_ON_TRACED if any(g.startswith('traced') for g in groups) else ''}"
       )
     for group in layout.groups:
       if not group.leaves:
@@ -472,16 +488,18 @@ def _is_placeholder(tree: Any) -> bool:
 
 def _one_of(name: str, value: Any, options: tuple[str, ...]) -> None:
   if value not in options:
-    raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, found {value!r}")
+    raise ValueError(
+      f"{name} must be one of {', '.join(map(repr, options))}, found {_checks.shown(value)}"
+    )
 
 
 def _check_float(name: str, dtype: Any) -> None:
   try:
     known = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-  except TypeError:
+  except (TypeError, ValueError):
     known = False
   if not known:
-    raise ValueError(f"{name} must be a float dtype, found {dtype!r}")
+    raise ValueError(f"{name} must be a float dtype, found {_checks.shown(dtype)}")
 
 
 def _check_given(method: str, params: Any, needed: bool) -> None:
@@ -516,7 +534,9 @@ class Chain:
   def __init__(self, *transforms: optax.GradientTransformation) -> None:
     last = transforms[-1] if transforms else None
     if not isinstance(last, CadenceTransformation):
-      raise ValueError(f"chain expects a cadence as the last transformation, found {last!r}")
+      raise ValueError(
+        f"chain expects a cadence as the last transformation, found {_checks.shown(last)}"
+      )
     for tx in transforms:
       check_transformation("each transformation in chain", tx)
     self.before = [optax.with_extra_args_support(tx) for tx in transforms[:-1]]

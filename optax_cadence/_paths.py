@@ -16,13 +16,30 @@ Path = tuple[str, ...]
 
 
 def join(path: Path) -> str:
-  """`/`-joined path as errors, globs and tables show it."""
+  """`/`-joined path; several may read the same, since a key may have a slash in it: see `names`."""
   return "/".join(path)
+
+
+def names(paths: Iterable[Path]) -> list[str]:
+  """The names of the leaves of a tree, as errors, tables and keys show them, all distinct.
+
+  They are the `/`-joined paths; of several that read the same, as those of
+  `{"a": {"b": x}, "a/b": y}`, all but the first in the order of the tree have a number: `a/b#2`.
+  """
+  return distinct(map(join, paths))
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+  """The names in order, with a number where one was there before."""
+  taken: dict[str, None] = {}
+  for name in names:
+    taken[unused(name, taken)] = None
+  return list(taken)
 
 
 def listed(paths: Iterable[Path]) -> str:
   """The first few paths, for an error."""
-  shown = [repr(join(path)) for path in paths]
+  shown = list(map(repr, names(paths)))
   return ", ".join(shown[:8] + ["…"] * (len(shown) > 8)) or "nothing"
 
 
@@ -49,9 +66,10 @@ def mismatch(expected: Any, found: Any) -> str | None:
   Containers are not compared: a dict and a dataclass with the same paths are the same.
   """
   want, have = _shapes(expected), _shapes(found)
-  for path in [*want, *have]:
+  paths = list(want | have)
+  for path, name in zip(paths, names(paths), strict=True):
     if want.get(path) != have.get(path):
-      return f"{join(path)!r}: expected {_shown(want.get(path))}, found {_shown(have.get(path))}"
+      return f"{name!r}: expected {_shown(want.get(path))}, found {_shown(have.get(path))}"
   return None
 
 

@@ -36,7 +36,7 @@ def trainable(params: optax.Params, tx: _cadence.CadenceTransformation, phase: i
   >>> print(grads["body"], grads["head"])
   0.0 2.0
   """
-  cadence = _cadence.of(tx)
+  cadence = _cadence.of(tx, "oc.trainable(params, tx, phase)")
   layout = cadence.groups_of(params)
   static_phase = phases.checked_phase(phase, layout.cycle)
   if cadence.accumulate != "latest":

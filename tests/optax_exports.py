@@ -1,5 +1,6 @@
 """Every gradient transformation that Optax exports, built with plain arguments."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -79,7 +80,8 @@ EXCLUDED = {
 }
 
 
-def _exported() -> dict[str, Callable[..., Any]]:
+@functools.cache
+def exported() -> dict[str, Callable[..., Any]]:
   """Functions of `optax` and `optax.contrib` that return a gradient transformation."""
   found = {}
   for module, prefix in ((optax, ""), (optax.contrib, "contrib.")):
@@ -91,19 +93,27 @@ def _exported() -> dict[str, Callable[..., Any]]:
   return found
 
 
-def build(name: str) -> optax.GradientTransformation:
-  """The transformation of this name; parameters without a default get 0.1."""
-  fn = _exported()[name]
+def build(name: str, **given: Any) -> optax.GradientTransformation:
+  """The transformation of this name; parameters without a default get 0.1, or what is given."""
+  fn, arguments = exported()[name], arguments_of(name)
+  if given:
+    return fn(**arguments.arguments | given)
+  return fn(*arguments.args, **arguments.kwargs)
+
+
+def arguments_of(name: str) -> inspect.BoundArguments:
+  """What `build` calls a constructor with."""
+  signature = inspect.signature(exported()[name])
   if name in _ARGUMENTS:
     args, kwargs = _ARGUMENTS[name]
-    return fn(*args, **kwargs)
+    return signature.bind(*args, **kwargs)
   required = [
     p
-    for p in inspect.signature(fn).parameters.values()
+    for p in signature.parameters.values()
     if p.default is p.empty and p.kind is not p.VAR_POSITIONAL
   ]
   assert [p.name for p in required] in ([], ["learning_rate"]), f"say how to build {name}"
-  return fn(*[0.1 for _ in required])
+  return signature.bind(*[0.1 for _ in required])
 
 
-NAMES = sorted(set(_exported()) - set(EXCLUDED))
+NAMES = sorted(set(exported()) - set(EXCLUDED))

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import optax_cadence as oc
+from optax_cadence._cadence import of
 
 
 def w(*shape):
@@ -96,7 +97,7 @@ class TestByPath:
     tree = oc.by_path({"kernel": 4, "bias": 1})(frozen)
     assert tree == flax.core.freeze({"kernel": 4, "bias": 1})
 
-  @pytest.mark.parametrize("bad", [8, [("stem", 8)], {0: 8}])
+  @pytest.mark.parametrize("bad", [8, [("stem", 8)], {0: 8}, {0: 8, "stem": 8}])
   def test_not_a_mapping_from_strings(self, bad):
     with pytest.raises(ValueError, match="expected a mapping"):
       oc.by_path(bad)
@@ -481,3 +482,49 @@ class TestForwardOrderOnFlax:
       "final": {"bias": 2, "scale": 2},
       "vocabulary": {"embedding": 0},
     }
+
+
+TWINS = {
+  "bare": lambda k, a: k(4),
+  "Every": lambda k, a: oc.Every(k(4), offset=k(3)),
+  "tree": lambda k, a: {"b": k(1), "w": oc.Every(k(4), 3)},
+  "channels": lambda k, a: {"b": 2, "w": oc.channels(a([1, 2, 1, 2]), axis=k(1))},
+  "channels of scalars": lambda k, a: {"b": 2, "w": oc.channels([k(1), k(2), k(1)])},
+  "quadrants": lambda k, a: {"b": 2, "w": oc.quadrants(a([[1, 2], [2, 1]]), axes=a([0, 1]))},
+  "rows of a grid": lambda k, a: {"b": 2, "w": oc.Grid([a([1, 2]), a([2, 4])], (0, 1))},
+  "stacked": lambda k, a: {"b": 2, "w": oc.stacked(a([1, 2, 2, 4]))},
+  "mask that is a grid": lambda k, a: {"b": 2, "w": a([1, 2, 1, 2, 1, 2])},
+  "mask": lambda k, a: {"b": 2, "w": a(np.arange(24).reshape(4, 6) % 5 % 3 + 1)},
+  "by_path": lambda k, a: oc.by_path({"b": k(2), "w": a([1, 2, 1, 2, 1, 2])}, default=k(8)),
+  "by_depth": lambda k, a: oc.by_depth({"b": k(0), "w": k(1)}, output=k(2), input=k(8)),
+  "late": lambda k, a: oc.late(k(4), {"b": k(2), "w": oc.channels(a([1, 2]))}, before=k(2)),
+}
+
+
+@pytest.mark.parametrize("make", TWINS.values(), ids=TWINS)
+def test_numbers_of_jax_are_cadences_like_those_of_numpy_and_python(make):
+  params = {"b": w(6), "w": w(4, 6)}
+
+  def seen(scalar, array):
+    tx = oc.cadence(optax.sgd(0.1), make(scalar, array))
+    state = jax.eval_shape(tx.init, params)
+    due = [
+      (group.every.static, group.every.score(8).tolist())
+      for group in of(tx).groups_of(params).groups
+    ]
+    return tx.cycle, due, jax.tree.structure(state), oc.describe(tx, params)
+
+  expected = seen(np.int64, np.asarray)
+  for scalar in (jnp.int32, jnp.asarray, lambda x: jnp.ones(4, jnp.uint8)[0] * jnp.uint8(x)):
+    assert seen(scalar, jnp.asarray) == expected
+  assert seen(int, np.asarray) == expected
+
+
+def test_a_traced_period_is_dynamic():
+  def init(k):
+    tx = oc.cadence(optax.sgd(0.1), {"b": k, "w": oc.Every(k)})
+    assert tx.cycle is None
+    return tx.init({"b": jnp.ones(2), "w": jnp.ones(2)})
+
+  assert list(jax.jit(init)(2).groups) == ["traced"]
+  assert list(jax.vmap(init)(jnp.arange(2, 4)).groups) == ["traced"]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import optax
 import pytest
 from states import groups
@@ -77,3 +78,53 @@ def test_the_score_is_drawn_on_the_axes_given():
 def test_a_trace_has_no_score():
   with pytest.raises(jax.errors.ConcretizationTypeError):
     jax.jit(lambda k: oc.Every(k).score(3))(2)
+
+
+# Many states in one, as vmap makes them.
+
+MEASURED = {
+  "policy": (oc.until_certain(0.5, 2, 4), {}),
+  "policy of updates": (oc.as_settled(1, 4), {}),
+  "each layer": (oc.each_layer(oc.until_certain(0.5, 2, 4)), {"nonfinite": "skip"}),
+  "grid": ({"body": oc.quadrants([[1, 2], [4, 8]]), "head": 4}, {"nonfinite": "skip"}),
+  "mask": ({"body": np.arange(24).reshape(4, 6) % 5 + 1, "head": 2}, {"nonfinite": "skip"}),
+  "latest": ({"body": 2, "head": 1}, {"accumulate": "latest"}),
+  "schedule": (oc.Every(lambda t: 1 + t // 2), {}),
+}
+
+
+@pytest.mark.parametrize(("every", "options"), MEASURED.values(), ids=MEASURED)
+def test_metrics_of_many_states_are_those_of_each(every, options):
+  params = jax.tree.map(lambda p: p.astype(jnp.float32), PARAMS)
+  tx = optax.chain(oc.noise_scale(2), oc.cadence(optax.sgd(0.1), every, **options))
+
+  def train(seed):
+    def step(state, key):
+      bad = jnp.where(jax.random.uniform(key) < 0.3, jnp.nan, 1.0)
+      draw = lambda p: bad * (1.0 + jax.random.normal(key, p.shape))
+      return tx.update(jax.tree.map(draw, params), state, params)[1], None
+
+    return jax.lax.scan(step, tx.init(params), jax.random.split(jax.random.key(seed), 7))[0]
+
+  state = jax.jit(jax.vmap(jax.vmap(train)))(jnp.arange(6).reshape(2, 3))
+  found = oc.metrics(state)
+  assert all(value.shape == (2, 3) for value in found.values())
+  inside = jax.jit(oc.metrics)(state)
+  for i in np.ndindex(2, 3):
+    expected = oc.metrics(jax.tree.map(lambda x: x[i], state))  # noqa: B023
+    assert found.keys() == inside.keys() == expected.keys()
+    for name, value in expected.items():
+      np.testing.assert_array_equal(found[name][i], value)
+      np.testing.assert_allclose(inside[name][i], value, rtol=1e-6)
+  if "nonfinite" in options:
+    assert len(np.unique(found["head/skipped"])) > 1
+  assert len(np.unique(found["head/noise_scale"])) > 1
+
+
+def test_a_picture_is_of_one_state():
+  state = jax.vmap(oc.cadence(optax.sgd(0.1), 2).init)(jnp.zeros((3, 2)))
+  history = [oc.metrics(state)]
+  with pytest.raises(ValueError, match=r"of one state, found those of many, of shape \(3,\)"):
+    oc.plot_confidence(history)
+  one = [jax.tree.map(lambda x: x[0], entry) for entry in history]
+  plt.close(oc.plot_confidence(one)[0].figure)

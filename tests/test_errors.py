@@ -46,7 +46,10 @@ def under_vmap(make, axis):
     "nested Every": (lambda: oc.Every(oc.Every(2)), ["period", "integer", "found Every("]),
     "grid as period": (lambda: oc.Every(oc.channels([1, 2])), ["period", "found Grid("]),
     "period of JAX below 1": (lambda: oc.Every(jnp.int32(0)), ["period", "at least 1", "found 0"]),
+    "period of JAX True": (lambda: oc.Every(jnp.bool_(True)), ["period", "integer", "True"]),
     "period of JAX in floats": (lambda: oc.Every(jnp.float32(2)), ["period", "integer", "float32"]),
+    "period beyond int32": (lambda: oc.Every(2**31), ["period", "at most", "int32", "2147483648"]),
+    "list of periods": (lambda: oc.Every([1, 2]), ["period", "integer", "[1, 2]", "oc.channels"]),
     "offset of the period": (
       lambda: oc.Every(8, offset=8),
       ["offset", "at least 0", "below the period 8", "found 8"],
@@ -122,6 +125,14 @@ PERIOD = ["integer", "schedule"]
     "period of NumPy True": (np.True_, [*PERIOD, "found", "True"]),
     "period 1.5": (1.5, [*PERIOD, "found 1.5"]),
     "period in quotes": ("8", [*PERIOD, "found '8'"]),
+    "period beyond int32": (2**31, ["at most 2147483647", "found 2147483648"]),
+    "cell beyond int32": (oc.channels([1, 2**40]), ["at most 2147483647", f"found {2**40}"]),
+    "cells beyond int32": (oc.channels(np.array([1, 2**40])), ["at most", f"found {2**40}"]),
+    "mask beyond int32": (MASK * np.int64(2**31), ["at most 2147483647", "found 2147483648"]),
+    "mask of uint64": (
+      MASK.astype(np.uint64) * np.uint64(2**63),
+      ["at most 2147483647", f"found {2**63}"],
+    ),
     "no such axis": (oc.channels([1, 2], axis=2), ["(4, 6)", "axis 2", "2 axes"]),
     "no such axis from the end": (oc.channels([1, 2], axis=-3), ["(4, 6)", "axis -3", "2 axes"]),
     "axis twice": (oc.Grid([[1, 2], [1, 2]], (1, -1)), ["(4, 6)", "(1, -1)", "twice"]),
@@ -206,16 +217,47 @@ def test_a_schedule_that_returns_no_period(make, parts, wrap):
     ),
     "another name": ({"block": 1, "head": 1}, ["'blk/b'", "'block', 'head'"]),
     "deeper than the parameters": ({"blk": 1, "head": {"w": 1}}, ["'head'", "'blk', 'head/w'"]),
-    "list for a dict": ([1, 2], ["'blk/b'", "prefix", "'0', '1'"]),
-    "list for periods": ({"blk": {"b": 1, "w": [1, 2]}, "head": 1}, ["'blk/w'", "'blk/w/0'"]),
+    "list for a dict": ([1, 2], ["'blk/b'", "prefix", "'0', '1'", "oc.channels"]),
+    "list for periods": (
+      {"blk": {"b": 1, "w": [1, 2]}, "head": 1},
+      ["'blk/w'", "'blk/w/0'", "oc.channels"],
+    ),
+    "tuple for an offset": ({"blk": (8, 3), "head": 1}, ["'blk/b'", "oc.Every(period, offset)"]),
+    "list from by_path": (oc.by_path({"blk/w": [1, 2]}, 1), ["'blk/w'", "oc.channels"]),
+    "list from late": (oc.late(4, {"blk": [1, 2], "head": 1}), ["'blk/b'", "oc.channels"]),
     "None for a cadence": ({"blk": None, "head": 1}, ["'blk/b'", "found cadences for 'head'"]),
     "nothing": ({}, ["'blk/b'", "prefix", "nothing"]),
   }
 )
 @pytest.mark.parametrize("how", ["tree", "callable"])
 def test_every_that_does_not_match_the_parameters(make, parts, how):
-  every = make if how == "tree" else lambda params: make
+  every = make if how == "tree" or callable(make) else lambda params: make
   check(lambda: oc.cadence(SGD, every).init(PARAMS), *parts)
+
+
+def test_a_list_is_a_part_of_a_tree_that_has_lists():
+  tx = oc.cadence(SGD, {"blk": [1, (2, 4)]})
+  params = {"blk": [jnp.ones(2), (jnp.ones(3), jnp.ones(4))]}
+  assert tx.init(params).regions.names == {"1": ["blk/0"], "2": ["blk/1/0"], "4": ["blk/1/1"]}
+  check(lambda: tx.init({"blk": [jnp.ones(2)]}), "'blk/1/0'", without=["oc.channels"])
+  message = check(lambda: oc.cadence(SGD, [1, 2]).init(jnp.ones(2)), "oc.channels", without=["''"])
+  assert "the parameter" in message
+
+
+BEYOND = {
+  "late begin": lambda n: oc.late(n, 2),
+  "late before": lambda n: oc.late(1, 2, before=n),
+  "ramp end": lambda n: oc.ramp(1, n, 2),
+  "policy": lambda n: oc.until_certain(1.0, 1, n),
+  "late": lambda n: oc.cadence(SGD, oc.late(1, {"w": n})).init({"w": jnp.ones(2)}),
+  "noise_scale": lambda n: oc.noise_scale(n).init(jnp.ones(2)),
+}
+
+
+@pytest.mark.parametrize("call", BEYOND.values(), ids=BEYOND)
+def test_no_count_is_beyond_int32(call):
+  call(2**31 - 1)
+  check(lambda: call(2**31), "at most 2147483647", "found 2147483648")
 
 
 @table(
@@ -307,6 +349,46 @@ def test_chain(make, parts):
 )
 def test_functions_of_a_cadence(call, tx):
   check(lambda: call(tx), "cadence", "oc.chain", "found")
+
+
+LARGE = {"blk": {"w": jnp.full((3, 4), 0.625)}, "head": np.full(5, 0.625), "lr": 0.5}
+
+
+@pytest.mark.parametrize(
+  ("call", "order"),
+  [
+    (lambda x: oc.describe(x, CADENCE), "oc.describe(tx, params)"),
+    (lambda x: oc.plot_score(x, CADENCE, 4), "oc.plot_score(tx, params, steps)"),
+    (lambda x: oc.trainable(CADENCE, x, 0), "oc.trainable(params, tx, phase)"),
+    (lambda x: oc.cadence(x, 2), "inner"),
+    (lambda x: oc.cadence(SGD, 2, nonfinite=x), "nonfinite"),
+    (lambda x: oc.cadence(SGD, 2, accumulator_dtype=x), "accumulator_dtype"),
+    (lambda x: oc.cadence(SGD, oc.Every(x)), "period"),
+    (lambda x: oc.cadence(SGD, oc.Every(8, offset=x)), "offset"),
+    (lambda x: oc.chain(SGD, x), "chain"),
+    (lambda x: oc.chain(x, CADENCE), "chain"),
+    (oc.channels, "periods"),
+    (lambda x: oc.Grid([1, 2], x), "axes"),
+    (lambda x: oc.by_path([x]), "by_path"),
+    (lambda x: oc.by_depth([0, 1], output=x), "by_depth"),
+    (oc.each_layer, "each_layer"),
+    (lambda x: oc.until_certain(1.0, 1, x), "max_period"),
+    (lambda x: oc.until_certain(x, 1, 2), "snr"),
+    (oc.metrics, "cadence"),
+    (lambda x: CADENCE.update(x, x), "state"),
+    (lambda x: CADENCE.flush(x, x), "state"),
+  ],
+)
+def test_no_error_prints_parameters(call, order):
+  message = check(lambda: call(LARGE), order, "found", without=["0.625", "Array", "array("])
+  assert len(message) < 400
+
+
+def test_a_period_that_is_traced_only_afterwards():
+  make = lambda every: oc.cadence(SGD, every)
+  state = make(jnp.int32(2)).init(PARAMS)
+  step = jax.jit(lambda every: make(every).update(PARAMS, state, PARAMS))
+  check(lambda: step(2), "state", "'traced'", "'2'", "Every(lambda _: period)")
 
 
 def test_cycle_of_a_function_of_the_parameters_is_asked_with_them():

@@ -59,7 +59,8 @@ def test_inside_injected_hyperparameters_the_learning_rate_is_traced(static):
 
 
 def test_a_period_can_be_an_injected_hyperparameter():
-  make = lambda every: oc.cadence(optax.sgd(1.0), every)
+  # A number where the state is made and traced afterwards: a schedule is the same in both.
+  make = lambda every: oc.cadence(optax.sgd(1.0), oc.Every(lambda _: every))
   tx = oracle.relaxed(optax.inject_hyperparams(make)(every=2))
   state, update, due = tx.init(PARAMS), jax.jit(tx.update), []
   for t, grads in enumerate(BATCHES, start=1):

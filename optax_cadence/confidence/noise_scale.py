@@ -89,8 +89,8 @@ def noise_scale(every: Any = 8, *, decay: float = 0.9) -> optax.GradientTransfor
       try:
         _check_window(group.every)
       except ValueError as error:
-        path = layout.paths[group.leaves[0]] if group.leaves else ()
-        raise layouts.named(error, path) from None
+        name = layout.name(group.leaves[0]) if group.leaves else ""
+        raise layouts.named(error, name) from None
     return layout
 
   def init(params: optax.Params) -> NoiseScaleState:

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from optax_cadence import _checks
 from optax_cadence import _paths
 from optax_cadence.confidence import statistics
 from optax_cadence.confidence.statistics import Statistics
@@ -162,7 +164,7 @@ def each_layer(policy: Policy) -> "EachLayer":
   (True, False)
   """
   if not isinstance(policy, Policy):
-    raise ValueError(f"each_layer expects a policy, found {policy!r}")
+    raise ValueError(f"each_layer expects a policy, found {_checks.shown(policy)}")
 
   return EachLayer(policy)
 
@@ -175,26 +177,22 @@ class EachLayer:
   cycle = None  # as for every cadence that decides while training
 
   def __call__(self, params: Any) -> Any:
-    copies: dict[_paths.Path, Policy] = {}
-    rows = []
-    for path, _ in _paths.flatten_with_paths(params):
-      layer = path[:-1]
-      if layer not in copies:
-        copies[layer] = copy.copy(self.policy)
-        copies[layer].place = _paths.join(layer)
-      rows.append(copies[layer])
-    return jax.tree.unflatten(jax.tree.structure(params), rows)
+    layers = [path[:-1] for path, _ in _paths.flatten_with_paths(params)]
+    copies = {layer: copy.copy(self.policy) for layer in layers}
+    for policy, place in zip(copies.values(), _paths.names(copies), strict=True):
+      policy.place = place
+    return jax.tree.unflatten(jax.tree.structure(params), [copies[layer] for layer in layers])
 
 
 def _positive(name: str, value: Any) -> Any:
   if isinstance(value, jax.core.Tracer):
     return value
   try:
-    if jnp.ndim(value) == 0 and float(value) > 0:
+    if np.ndim(value) == 0 and float(value) > 0:
       return value
   except (TypeError, ValueError):
     pass
-  raise ValueError(f"{name} must be a number above 0, found {value!r}")
+  raise ValueError(f"{name} must be a number above 0, found {_checks.shown(value)}")
 
 
 def fraction(name: str, value: Any) -> Any:
@@ -206,8 +204,8 @@ def fraction(name: str, value: Any) -> Any:
   if isinstance(value, jax.core.Tracer):
     return value
   try:
-    if jnp.ndim(value) == 0 and 0 <= float(value) < 1:
+    if np.ndim(value) == 0 and 0 <= float(value) < 1:
       return value
   except (TypeError, ValueError):
     pass
-  raise ValueError(f"{name} must be at least 0 and below 1, found {value!r}")
+  raise ValueError(f"{name} must be at least 0 and below 1, found {_checks.shown(value)}")

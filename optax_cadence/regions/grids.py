@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from optax_cadence import _checks
 from optax_cadence.regions.cuts import Bands
 from optax_cadence.regions.cuts import Box
 from optax_cadence.regions.cuts import Cut
@@ -90,21 +92,22 @@ class Grid(Partition):
 
 
 def _integers(axes: Any) -> tuple[int, ...]:
-  checked = tuple(axes) if isinstance(axes, list | tuple | np.ndarray) else None
-  if checked is None or not all(isinstance(a, int | np.integer) and a is not True for a in checked):
-    raise ValueError(f"axes must be a sequence of integers, found {axes!r}")
-  return tuple(int(a) for a in checked)
+  if not (isinstance(axes, list | tuple) or is_mask(axes)):
+    raise ValueError(f"axes must be a sequence of integers, found {_checks.shown(axes)}")
+  return tuple(_checks.integer("each of axes", axis) for axis in axes)
 
 
 def _cells(periods: Any, depth: int) -> np.ndarray:
   """Nested sequences as an object array with `depth` axes, one cadence in each cell."""
+  if is_mask(periods) and not isinstance(periods, jax.core.Tracer):
+    periods = np.asarray(periods)
   shape: list[int] = []
   row = periods
   for _ in range(depth):
     if not (isinstance(row, list | tuple) or is_mask(row)) or len(row) == 0:
       raise ValueError(
         f"periods must be non-empty sequences nested {depth} deep, one level per axis,"
-        f" found {periods!r}"
+        f" found {_checks.shown(periods)}"
       )
     shape.append(len(row))
     row = row[0]
@@ -117,10 +120,14 @@ def _cells(periods: Any, depth: int) -> np.ndarray:
 def _cell(periods: Any, index: tuple[int, ...], shape: list[int]) -> Any:
   for i, n in zip(index, shape, strict=True):
     if not (isinstance(periods, list | tuple) or is_mask(periods)) or len(periods) != n:
-      raise ValueError(f"periods must not be ragged: expected {n} cells, found {periods!r}")
+      raise ValueError(
+        f"periods must not be ragged: expected {n} cells, found {_checks.shown(periods)}"
+      )
     periods = periods[i]
   if isinstance(periods, list | tuple) or is_mask(periods):
-    raise ValueError(f"periods are nested deeper than there are axes: found {periods!r}")
+    raise ValueError(
+      f"periods are nested deeper than there are axes: found {_checks.shown(periods)}"
+    )
   return periods
 
 

@@ -7,8 +7,9 @@ a tree into one tree per group, in which the leaves of other groups are `MaskedN
 
 import collections
 import dataclasses
+import functools
 import operator
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_cadence import _checks
 from optax_cadence import _paths
 from optax_cadence.regions import cuts
 from optax_cadence.regions import partitions
@@ -107,9 +109,14 @@ class Layout:
     """Micro-steps after which the schedule repeats; None when a period is dynamic."""
     return phases.cycle(group.every for group in self.groups)
 
+  @functools.cached_property
+  def names(self) -> list[str]:
+    """The name of each leaf."""
+    return _paths.names(self.paths)
+
   def name(self, leaf: int) -> str:
-    """Path of a leaf as errors and tables show it."""
-    return _paths.join(self.paths[leaf])
+    """The name of a leaf, as errors and tables show it."""
+    return self.names[leaf]
 
   def tree(self, group: Group, tensors: Sequence[Any]) -> Any:
     """The tree that the group's inner optimizer sees.
@@ -140,20 +147,25 @@ class Layout:
   def region_names(self) -> dict[str, tuple[str, ...]]:
     """For every group the names of its regions, in the order of its tensors.
 
-    A region is called by the path of its leaf; several in one leaf are numbered, in the order of
+    A region is called by the name of its leaf; several in one leaf are numbered, in the order of
     the groups.
     """
     regions = [
       (group.name, t.leaf) for group in self.groups for t in (*group.tensors, *group.masked)
     ]
-    total = collections.Counter(leaf for _, leaf in regions)
-    number: collections.Counter[int] = collections.Counter()
-    names: dict[str, list[str]] = {group.name: [] for group in self.groups}
+    in_leaf: dict[int, list[str]] = {}
     for group, leaf in regions:
-      path = self.paths[leaf]
-      names[group].append(_paths.join((*path, str(number[leaf])) if total[leaf] > 1 else path))
-      number[leaf] += 1
-    return {group: tuple(name or "params" for name in found) for group, found in names.items()}
+      in_leaf.setdefault(leaf, []).append(group)
+    called: list[str] = []
+    for leaf in sorted(in_leaf):
+      name, n = self.name(leaf), len(in_leaf[leaf])
+      called += [f"{name}/{i}" if name else f"{i}" for i in range(n)] if n > 1 else [name]
+    names: dict[str, list[str]] = {group.name: [] for group in self.groups}
+    # In the order of the leaves, so that numbers do not depend on the groups.
+    groups = (group for leaf in sorted(in_leaf) for group in in_leaf[leaf])
+    for group, name in zip(groups, _paths.distinct(called), strict=True):
+      names[group].append(name or "params")
+    return {group: tuple(found) for group, found in names.items()}
 
 
 def leaves_of(tree: Any) -> Leaves:
@@ -199,7 +211,10 @@ def cadences_of(every: Any) -> Cadences | None:
     given: list[tuple[_paths.Path, str, Any]] = [((), place, c) for place, c in every.cadences]
   else:
     by_path = dict(_paths.flatten_with_paths(every))
-    given = [(path, _paths.join(path), cadence) for path, cadence in by_path.items()]
+    given = [
+      (path, place, cadence)
+      for (path, cadence), place in zip(by_path.items(), _paths.names(by_path), strict=True)
+    ]
   everys: dict[Hashable, Every] = {}
   places: dict[Hashable, str] = {}
   has_masks = False
@@ -210,7 +225,7 @@ def cadences_of(every: Any) -> Cadences | None:
     except ValueError as error:
       if by_path is None:
         return None  # with parameters the error can say which one it is for
-      raise named(error, path) from None
+      raise named(error, place) from None
     if by_path is not None:
       by_path[path] = resolved
     has_masks |= partitions.is_mask(cadence)
@@ -273,7 +288,7 @@ def layout(every: Any, tree: Any, known: Cadences | None = None) -> Layout:
     try:
       parts = cadence.cut(shapes[i], operator.attrgetter("key"))
     except ValueError as error:
-      raise named(error, paths[i], f" of shape {shapes[i]}") from None
+      raise named(error, _paths.names(paths)[i], f" of shape {shapes[i]}") from None
     for cell, cut in parts:
       tensors.setdefault(cell.key, []).append(Tensor(i, cut))
       scattered |= isinstance(cut, cuts.Entries) or cuts.can_fold(cut, shapes[i])
@@ -290,13 +305,13 @@ def _called(every: Callable[[Any], Any], tree: Any) -> Any:
   except TypeError as error:
     raise ValueError(
       "every, when callable, must be a function of the parameters; one schedule for the whole"
-      f" tree is Every(schedule). Found {every!r}, which failed with: {error}"
+      f" tree is Every(schedule). Found {_checks.shown(every)}, which failed with: {error}"
     ) from error
 
 
-def named(error: Exception, path: _paths.Path, what: str = "") -> ValueError:
+def named(error: Exception, name: str, what: str = "") -> ValueError:
   """The error, which says which leaf the cadence is for."""
-  where = f"cadence of {_paths.join(path)!r}{what}" if path else "cadence"
+  where = f"cadence of {name!r}{what}" if name else "cadence"
   return ValueError(f"{where}: {error}")
 
 
@@ -304,25 +319,37 @@ def _match(cadences: Cadences, paths: Sequence[_paths.Path], tree: Any) -> list[
   """The cadence of each path: the one that is given for a prefix of it."""
   given, used, result = cadences.by_path, set(), []
   assert given is not None
-  for path in paths:
+  for i, path in enumerate(paths):
     n = 0
     while n < len(path) and path[:n] not in given:
       n += 1
     prefix = path[:n]
     if prefix not in given:
+      name = repr(_paths.names(paths)[i]) if path else "the parameter"
       raise ValueError(
-        f"no cadence for {_paths.join(path)!r}: expected every to be a prefix of the"
-        f" parameters, found cadences for {_paths.listed(given)}"
+        f"no cadence for {name}: expected every to be a prefix of the parameters, found"
+        f" cadences for {_paths.listed(given)}{_on_lists(path, given)}"
       )
     used.add(prefix)
     result.append(given[prefix])
-  for path in given.keys() - used - {()}:
-    if not _is_masked(path, tree):
+  for path, name in zip(given, _paths.names(given), strict=True):
+    if path and path not in used and not _is_masked(path, tree):
       raise ValueError(
-        f"cadence of {_paths.join(path)!r}: no parameter is there; expected a prefix of"
-        f" {_paths.listed(paths)}"
+        f"cadence of {name!r}: no parameter is there; expected a prefix of {_paths.listed(paths)}"
       )
   return result
+
+
+def _on_lists(path: _paths.Path, given: Iterable[_paths.Path]) -> str:
+  """What is meant where a list of cadences stands at or above a parameter without one."""
+  for other in given:
+    n = len(other) - 1
+    if other and other[-1] == "0" and path[:n] == other[:n]:
+      return (
+        "; a list or tuple is a part of the tree: periods for the bands of an axis are"
+        " oc.channels([...]), an offset is oc.Every(period, offset)"
+      )
+  return ""
 
 
 def _is_masked(path: _paths.Path, tree: Any) -> bool:

@@ -93,7 +93,7 @@ def describe(
   total                11000                        40.0 kB
   cycle: 8 micro-steps
   """
-  cadence = _cadence.of(tx)
+  cadence = _cadence.of(tx, "oc.describe(tx, params)")
   layout, reasons = cadence.lay_out(params)
   dtypes = [jax.dtypes.result_type(leaf) for leaf in jax.tree.leaves(params)]
   groups = tuple(

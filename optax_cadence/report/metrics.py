@@ -23,7 +23,8 @@ def metrics(state: Any) -> dict[str, Any]:
   All come from the device in one transfer. Under `jax.jit` they are scalars of the program.
 
   Args:
-    state: State of a cadence, or of any optimizer that has one in it.
+    state: State of a cadence, or of any optimizer that has one in it. Of many states in one, as
+      `jax.vmap(tx.init)` makes them, every value is an array with the same leading axes.
 
   Returns:
     A flat dict: `micro_step`, and these five for every region. A region is named by the path of its
@@ -96,18 +97,21 @@ def _small(group: GroupState | MeasuredGroup) -> _Group:
 
 
 def _row(group: _Group, i: int, xp: Any) -> dict[str, Any]:
-  """The values of a group's region i."""
+  """The values of a group's region i; regions are the last axis, before it are those of vmap."""
   row = {}
   if group.updates is not None:
-    skipped = xp.int32(0) if group.skipped is None else group.skipped[i]
+    none = xp.zeros_like(group.period)[()]
+    skipped = none if group.skipped is None else group.skipped[..., i]
     row = {"period": group.period, "updates": group.updates, "skipped": skipped}
-  estimate = group.estimate
-  row["noise_scale"] = xp.float32(np.nan) if estimate is None else _noise_scale(estimate, i, xp)
+  if group.estimate is None:
+    row["noise_scale"] = xp.full_like(group.period, np.nan, xp.float32)[()]
+  else:
+    row["noise_scale"] = _noise_scale(group.estimate, i, xp)
   return row
 
 
 def _noise_scale(estimate: Estimate, i: int, xp: Any) -> Any:
-  signal, noise, weight = estimate.signal[i], estimate.noise[i], estimate.weight[i]
+  signal, noise, weight = (x[..., i] for x in estimate)
   # Rounding may leave less than no noise; the smallest number keeps its inverse finite.
   noise = xp.maximum(noise, xp.finfo(xp.float32).tiny)
   ratio = xp.where(signal > 0, noise / xp.where(signal > 0, signal, 1), xp.inf)

@@ -29,7 +29,7 @@ def plot_score(
   """
   import matplotlib as mpl
 
-  rows = _score(_cadence.of(tx).groups_of(params), steps)
+  rows = _score(_cadence.of(tx, "oc.plot_score(tx, params, steps)").groups_of(params), steps)
   if ax is None:
     import matplotlib.pyplot as plt
 
@@ -64,18 +64,24 @@ def plot_confidence(history: Sequence[dict[str, Any]], *, axes: Any = None) -> A
   A period is the mean over what lies between two entries: micro-steps per update.
 
   Args:
-    history: What `metrics` returned, from time to time.
+    history: What `metrics` returned, from time to time, of one configuration.
     axes: Matplotlib axes to draw on, one or two; new ones by default.
 
   Returns:
     The axes, as an array.
 
   Raises:
-    ValueError: If the history is empty.
+    ValueError: If the history is empty, or of many states at once.
     ImportError: If Matplotlib is not installed (`pip install optax_cadence[plot]`).
   """
   if not history:
     raise ValueError("plot_confidence: expected metrics of at least one micro-step, found none")
+  axes_of_vmap = np.shape(history[-1]["micro_step"])
+  if axes_of_vmap:
+    raise ValueError(
+      "plot_confidence: expected metrics of one state, found those of many, of shape"
+      f" {axes_of_vmap}; pick one: [jax.tree.map(lambda x: x[0], entry) for entry in history]"
+    )
   curves = {"mean period (micro-steps)": _mean_periods(history)}
   scales = _curves(history, "noise_scale")
   if any(np.isfinite(values).any() for _, values in scales.values()):

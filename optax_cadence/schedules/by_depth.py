@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from optax_cadence import _checks
 from optax_cadence import _paths
 
 
@@ -41,9 +42,11 @@ def by_depth(
       f"by_depth: expected rounding to be 'power_of_two' or 'integer', found {rounding!r}"
     )
   last, first = _log2_period("output", output), _log2_period("input", input)
+  rows = _paths.flatten_with_paths(depth)
+  names = _paths.names(path for path, _ in rows)
   depths = [
-    _whole_number(leaf, f"a whole number as the depth of '{_paths.join(path)}'")
-    for path, leaf in _paths.flatten_with_paths(depth)
+    _whole_number(leaf, f"a whole number as the depth of {name!r}")
+    for name, (_, leaf) in zip(names, rows, strict=True)
   ]
   low, high = min(depths, default=0), max(depths, default=0)
 
@@ -71,4 +74,4 @@ def _whole_number(value: Any, expected: str) -> int:
       raise TypeError("a truth value counts nothing")
     return operator.index(value)
   except TypeError:
-    raise ValueError(f"by_depth: expected {expected}, found {value!r}") from None
+    raise ValueError(f"by_depth: expected {expected}, found {_checks.shown(value)}") from None

@@ -5,12 +5,14 @@ It hands on whatever it was given: cadences here, sparsities in `pruning`.
 
 import dataclasses
 import fnmatch
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import optax
 
+from optax_cadence import _checks
 from optax_cadence import _paths
 
 
@@ -19,7 +21,8 @@ def by_path(cadences: Mapping[str, Any], default: Any = None) -> "ByPath":
 
   A pattern is a glob for `fnmatch.fnmatchcase`, so `*` also crosses `/`. It
   matches a whole `/`-joined path, or the part of it before any `/`: `"stem"`
-  covers `stem/conv/kernel` and `stem/conv/bias`, but not `stem2/kernel`.
+  covers `stem/conv/kernel` and `stem/conv/bias`, but not `stem2/kernel`. Of two paths that read
+  the same, `{"a": {"b": x}, "a/b": y}`, the second in the order of the tree is also called `a/b#2`.
 
   Args:
     cadences: from pattern to cadence; earlier patterns take precedence.
@@ -42,7 +45,9 @@ def by_path(cadences: Mapping[str, Any], default: Any = None) -> "ByPath":
   {'head': 2, 'stem': {'b': 1, 'w': 8}}
   """
   if not isinstance(cadences, Mapping) or not all(isinstance(p, str) for p in cadences):
-    raise ValueError(f"by_path: expected a mapping from patterns to cadences, found {cadences!r}")
+    raise ValueError(
+      f"by_path: expected a mapping from patterns to cadences, found {_checks.shown(cadences)}"
+    )
   return ByPath(dict(cadences), default)
 
 
@@ -66,33 +71,36 @@ class ByPath:
 
   def __call__(self, params: Any) -> Any:
     paths = [path for path, _ in _paths.flatten_with_paths(params)]
+    names = _paths.names(paths)
     if paths and not _has_masked_parts(params):
-      self._check_every_pattern_matches(paths)
-    return jax.tree.unflatten(jax.tree.structure(params), map(self._cadence_of, paths))
+      self._check_every_pattern_matches(paths, names)
+    return jax.tree.unflatten(jax.tree.structure(params), map(self._cadence_of, paths, names))
 
-  def _cadence_of(self, path: _paths.Path) -> Any:
+  def _cadence_of(self, path: _paths.Path, name: str) -> Any:
     for pattern, cadence in self.patterns.items():
-      if _matches(pattern, path):
+      if _matches(pattern, path, name):
         return cadence
     if self.default is None:
       raise ValueError(
-        f"by_path: no pattern matches the parameter {_paths.join(path)!r} and there is no default; "
+        f"by_path: no pattern matches the parameter {name!r} and there is no default; "
         f"expected a match by one of {list(self.patterns)}"
       )
     return self.default
 
-  def _check_every_pattern_matches(self, paths: list[_paths.Path]) -> None:
+  def _check_every_pattern_matches(self, paths: list[_paths.Path], names: list[str]) -> None:
     for pattern in self.patterns:
-      if not any(_matches(pattern, path) for path in paths):
+      if not any(map(functools.partial(_matches, pattern), paths, names)):
         raise ValueError(
           f"by_path: the pattern '{pattern}' matches no parameter; expected it to match "
           f"one of {_paths.listed(paths)} or what stands before a '/' in it"
         )
 
 
-def _matches(pattern: str, path: _paths.Path) -> bool:
-  prefixes = (_paths.join(path[:n]) for n in range(1, len(path) + 1)) if path else [""]
-  return any(fnmatch.fnmatchcase(prefix, pattern.removesuffix("/")) for prefix in prefixes)
+def _matches(pattern: str, path: _paths.Path, name: str) -> bool:
+  # Slashes within a key, as Haiku has them, are slashes too.
+  parts = _paths.join(path).split("/")
+  prefixes = ("/".join(parts[:n]) for n in range(1, len(parts) + 1))
+  return any(fnmatch.fnmatchcase(x, pattern.removesuffix("/")) for x in (*prefixes, name))
 
 
 def _has_masked_parts(params: Any) -> bool:

@@ -6,7 +6,6 @@ policy decides while the window is open.
 """
 
 import dataclasses
-import operator
 from collections.abc import Hashable
 from typing import Any
 
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_cadence import _checks
 from optax_cadence.schedules.policy import Policy
 
 
@@ -22,10 +22,10 @@ class Every:
   """Due every `period` micro-steps.
 
   Attributes:
-    period: An integer of at least 1; or a schedule, `micro_steps_done -> period`,
-      read at the start of each window (below 1 counts as 1, fractions are rounded);
-      or a traced integer scalar, so that `jax.vmap` sweeps periods in one program; or a
-      `Policy`, which decides while the window is open.
+    period: An integer of at least 1, of Python, NumPy or JAX; or a schedule,
+      `micro_steps_done -> period`, read at the start of each window (below 1 counts as 1,
+      fractions are rounded); or a traced integer scalar, so that `jax.vmap` sweeps periods in
+      one program; or a `Policy`, which decides while the window is open.
     offset: Due when t ≡ offset (mod period); the first window is then that long.
       Only for integer periods.
     static: Whether the period is known while tracing.
@@ -50,16 +50,15 @@ class Every:
 
   def __post_init__(self) -> None:
     policy = self.period if isinstance(self.period, Policy) else None
-    if isinstance(self.period, jax.Array) and self.period.ndim == 0:
+    if isinstance(self.period, jax.core.Tracer) and self.period.ndim == 0:
       if not jnp.issubdtype(self.period.dtype, jnp.integer):
         raise ValueError(f"a period must be an integer, found dtype {self.period.dtype}")
-      if not isinstance(self.period, jax.core.Tracer) and self.period < 1:
-        raise ValueError(f"a period must be at least 1, found {self.period}")
     elif not callable(self.period) and policy is None:
-      object.__setattr__(self, "period", integer("a period", self.period))
-      if self.period < 1:
-        raise ValueError(f"a period must be at least 1, found {self.period}")
-    object.__setattr__(self, "offset", integer("an offset", self.offset))
+      others = ", a schedule or a traced integer"
+      if isinstance(self.period, list | tuple):
+        others += " (periods for the bands of an axis are oc.channels([...]))"
+      object.__setattr__(self, "period", _checks.integer("a period", self.period, 1, others))
+    object.__setattr__(self, "offset", _checks.integer("an offset", self.offset))
     static = isinstance(self.period, int)
     if static and not 0 <= self.offset < self.period:
       raise ValueError(
@@ -106,7 +105,9 @@ class Every:
     try:
       period = jnp.asarray(found)
     except (TypeError, ValueError):
-      raise ValueError(f"a schedule must give a scalar period, found {found!r}") from None
+      raise ValueError(
+        f"a schedule must give a scalar period, found {_checks.shown(found)}"
+      ) from None
     if period.ndim:
       raise ValueError(f"a schedule must give a scalar period, found shape {period.shape}")
     if not jnp.issubdtype(period.dtype, jnp.integer):
@@ -143,18 +144,3 @@ def as_every(cadence: Any) -> Every:
     ValueError: If it is none of these.
   """
   return cadence if isinstance(cadence, Every) else Every(cadence)
-
-
-def integer(name: str, value: Any) -> int:
-  """The value as an int.
-
-  Raises:
-    ValueError: If it is no integer; truth values are none.
-  """
-  if not isinstance(value, bool | np.bool_ | str):
-    try:
-      return operator.index(value)
-    except TypeError:
-      pass
-  kinds = "an integer" if name != "a period" else "an integer, a schedule or a traced integer"
-  raise ValueError(f"{name} must be {kinds}, found {value!r}")

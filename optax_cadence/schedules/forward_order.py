@@ -78,8 +78,8 @@ def forward_order(fn: Callable[..., Any], params: Any, *args: Any) -> Any:
 
 
 def _check_all_placed(params: Any, levels: Mapping[int, int]) -> None:
-  paths = [_paths.join(path) for path, _ in _paths.flatten_with_paths(params)]
-  missing = [path for i, path in enumerate(paths) if i not in levels]
+  names = _paths.names(path for path, _ in _paths.flatten_with_paths(params))
+  missing = [name for i, name in enumerate(names) if i not in levels]
   if missing:
     raise ValueError(
       f"forward_order: expected fn to combine every parameter with data, found {missing} "

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_cadence import _checks
 from optax_cadence import _paths
 from optax_cadence.regions.partitions import as_partition
 from optax_cadence.schedules.every import as_every
@@ -35,8 +36,8 @@ def late(begin: int, every: Any, *, before: int = 1) -> "Scheduled":
   >>> import jax.numpy as jnp, optax, optax_cadence as oc
   >>> tx = oc.cadence(optax.sgd(1.0), oc.late(4, {"body": 4, "head": 1}, before=2))
   """
-  _check("begin", begin, 0)
-  _check("before", before, 1)
+  begin = _checks.integer("begin", begin, 0)
+  before = _checks.integer("before", before, 1)
   return Scheduled(
     every,
     lambda period: optax.join_schedules(
@@ -63,9 +64,9 @@ def ramp(begin: int, end: int, every: Any, *, before: int = 1) -> "Scheduled":
   >>> import jax.numpy as jnp, optax, optax_cadence as oc
   >>> tx = oc.cadence(optax.sgd(1.0), oc.ramp(1000, 5000, {"body": 16, "head": 1}))
   """
-  _check("begin", begin, 0)
-  _check("end", end, begin + 1)
-  _check("before", before, 1)
+  begin = _checks.integer("begin", begin, 0)
+  end = _checks.integer("end", end, begin + 1)
+  before = _checks.integer("before", before, 1)
 
   def schedule(period: int) -> Any:
     exponent = optax.linear_schedule(
@@ -100,7 +101,8 @@ class Scheduled:
       given = getattr(self.every, "cadences", None)
     else:
       rows = _paths.flatten_with_paths(self.every)
-      given = [(_paths.join(path), cadence) for path, cadence in rows]
+      places = _paths.names(path for path, _ in rows)
+      given = [(place, cadence) for place, (_, cadence) in zip(places, rows, strict=True)]
     return given and [(place, self._cadence(cadence)) for place, cadence in given]
 
   def _cadence(self, cadence: Any) -> Any:
@@ -117,8 +119,3 @@ class Scheduled:
       schedule.__name__ = f"schedule to {wanted.period}"
       self.made[wanted.period] = Every(schedule)
     return self.made[wanted.period]
-
-
-def _check(name: str, value: Any, least: int) -> None:
-  if isinstance(value, bool) or not isinstance(value, int) or value < least:
-    raise ValueError(f"{name} must be an integer of at least {least}, found {value!r}")

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
+from optax_cadence import _checks
 from optax_cadence.schedules.every import Every
-from optax_cadence.schedules.every import integer
 
 
 def cycle(everys: Iterable[Every]) -> int | None:
@@ -36,7 +36,7 @@ def checked_phase(phase: Any, length: int | None) -> int:
       "phase must be a Python int that is known while tracing, found a traced value;"
       ' mark it static with jax.jit(..., static_argnames="phase")'
     )
-  phase = integer("phase", phase)
+  phase = _checks.integer("phase", phase)
   if not 0 <= phase < length:
     raise ValueError(
       f"phase must be t modulo the cycle, at least 0 and below {length}, found {phase}"

@@ -9,6 +9,8 @@ from typing import Any, TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from optax_cadence import _checks
+
 if TYPE_CHECKING:
   from optax_cadence.confidence.statistics import Statistics
 
@@ -47,9 +49,8 @@ class Policy:
   place = ""
 
   def __init__(self, min_period: int, max_period: int) -> None:
-    for name, value in (("min_period", min_period), ("max_period", max_period)):
-      if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, found {value!r}")
+    min_period = _checks.integer("min_period", min_period, 1)
+    max_period = _checks.integer("max_period", max_period, 1)
     if min_period > max_period:
       raise ValueError(
         f"min_period must be at most max_period, found {min_period} above {max_period}"

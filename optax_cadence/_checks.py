@@ -1,0 +1,60 @@
+"""Checks of numbers, and how errors show what was found."""
+
+import operator
+from typing import Any
+
+import jax
+import numpy as np
+
+from optax_cadence import _paths
+
+# Counters are int32.
+LARGEST = 2**31 - 1
+
+
+def integer(name: str, value: Any, least: int | None = None, others: str = "") -> int:
+  """The value as an int.
+
+  Args:
+    name: What it is, for the error.
+    value: Anything; an integer of NumPy, or of JAX where it is not traced, is one.
+    least: If given, it must lie between this and the largest count.
+    others: What else may stand there, for the error.
+
+  Raises:
+    ValueError: If it is no integer (truth values are none), or out of range.
+  """
+  expected = f"an integer{'' if least is None else f' of at least {least}'}{others}"
+  try:
+    if isinstance(value, bool) or getattr(value, "dtype", None) == np.bool_:
+      raise TypeError("a truth value counts nothing")
+    number = operator.index(value)
+  except TypeError:
+    raise ValueError(f"{name} must be {expected}, found {shown(value)}") from None
+  if least is not None and number < least:
+    raise ValueError(f"{name} must be {expected}, found {number}")
+  if least is not None and number > LARGEST:
+    raise ValueError(f"{name} must be at most {LARGEST}, the largest int32, found {number}")
+  return number
+
+
+def shown(value: Any) -> str:
+  """A value as errors show it: never the entries of an array, nor more than a line."""
+  if _is_array(value):
+    return f"an array of shape {np.shape(value)} and dtype {value.dtype}"
+  try:
+    arrays = [path for path, leaf in _paths.flatten_with_paths(value) if _is_array(leaf)]
+  except ValueError:  # a dict whose keys cannot be sorted is no tree
+    return _named(value)
+  if arrays:
+    return f"{_named(value)} of {len(arrays)} arrays, {_paths.listed(arrays)}"
+  text = " ".join(repr(value).split())
+  return text if len(text) <= 160 else f"{_named(value)}, {text[:100]}…"
+
+
+def _is_array(value: Any) -> bool:
+  return isinstance(value, np.ndarray | jax.Array | jax.ShapeDtypeStruct) and value.ndim > 0
+
+
+def _named(value: Any) -> str:
+  return f"a {type(value).__name__}"
