@@ -282,6 +282,7 @@ class Cadence:
       )
     if _is_placeholder(params):
       return self._init_without_parameters(params)
+    _check_trainable("parameter", params)
     layout, leaves, groups = self.lay_out(params)[0], layouts.leaves_of(params), {}
     dtypes = _dtypes(params)
     call = self._call(layout, dtypes, None)
@@ -313,9 +314,7 @@ class Cadence:
     )
     return CadenceState(jnp.int32(0), groups, regions, masks)
 
-  def _init_group(
-    self, inner: Any, every: Every, n: int, params: Any, sums: Any
-  ) -> GroupState:
+  def _init_group(self, inner: Any, every: Every, n: int, params: Any, sums: Any) -> GroupState:
     accumulates, confidence = self.accumulates(every), None
     if every.policy is not None:
       from optax_cadence.confidence import deciding
@@ -379,6 +378,7 @@ class Cadence:
     **extra_args: Any,
   ) -> tuple[optax.Params, CadenceState]:
     _check_given("apply", params, needed=bool(jax.tree.leaves(grads)))
+    _check_order(params, state, grads)
     call = self._prepare(grads, state, params, extra_args, in_place=True)
     if phase is not None:
       phase = phases.checked_phase(phase, call.layout.cycle)
@@ -405,6 +405,7 @@ class Cadence:
     in_place: bool = False,
   ) -> _step.Call:
     """Checks what a call is given, and puts together what its micro-step needs."""
+    _check_trainable("gradient of", grads)
     if params is not None:
       _paths.check_same("gradient", "as the parameters have", params, grads)
     layout = self.groups_of(grads)
@@ -500,6 +501,41 @@ def _check_float(name: str, dtype: Any) -> None:
     known = False
   if not known:
     raise ValueError(f"{name} must be a float dtype, found {_checks.shown(dtype)}")
+
+
+def _check_trainable(what: str, tree: Any) -> None:
+  """Raises `ValueError` for a leaf that no gradient descends on: integers, truth values, keys."""
+  leaves = jax.tree.leaves(tree)
+  for i, x in enumerate(leaves):
+    dtype = x.dtype if hasattr(x, "dtype") else jax.dtypes.result_type(x)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+      name = _paths.names(path for path, _ in _paths.flatten_with_paths(tree))[i]
+      kind = "float0" if dtype == jax.dtypes.float0 else dtype
+      raise ValueError(
+        f"{what} {name!r}: expected a dtype of real or complex numbers, found {kind} (JAX gives"
+        " float0 as the gradient of an integer); leave such a leaf out with optax.masked, or"
+        " optax.partition and optax.set_to_zero, or keep it out of the tree that is trained"
+      )
+
+
+def _check_order(params: Any, state: Any, grads: Any) -> None:
+  """Raises `ValueError` where `apply` is called in the order of `update`, as far as one can tell."""
+  if not isinstance(state, CadenceState):
+    raise ValueError(
+      "apply takes (params, state, grads): expected a CadenceState as the state, found"
+      f" {_checks.shown(state)}"
+    )
+  known = state.regions.dtypes
+
+  def fit(tree: Any) -> bool:
+    rows = _paths.flatten_with_paths(tree)
+    return all(known.get(path) == jax.dtypes.result_type(x) for path, x in rows)
+
+  if fit(grads) and not fit(params):
+    raise ValueError(
+      "apply takes (params, state, grads), and update (grads, state, params): expected parameters"
+      " of the dtypes that the state was made for first, found these dtypes in the gradients"
+    )
 
 
 def _check_given(method: str, params: Any, needed: bool) -> None:

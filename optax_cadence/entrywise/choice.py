@@ -26,9 +26,7 @@ MAX_GROUPS = 32
 Reasons = dict[int, str | None]
 
 
-def choose(
-  inner: Any, layout: Layout, dtypes: Sequence[Any]
-) -> tuple[Layout, Reasons]:
+def choose(inner: Any, layout: Layout, dtypes: Sequence[Any]) -> tuple[Layout, Reasons]:
   """The layout of a new state.
 
   Args:

@@ -106,7 +106,7 @@ def init(call: "Call", leaves: Leaves, sum_dtype: Callable[[Any], Any] | None) -
     if layout.masked:
       raise
     return None  # An optimizer need not take a tree without leaves.
-  paths = {path for leaf in layout.masked for path in _moments(call, leaf)}
+  paths = {path for leaf in layout.masked for path in call.moments[leaf]}
   kept = jax.tree_util.tree_map_with_path(
     lambda path, x: x if path in paths else optax.MaskedNode(), state
   )
@@ -133,7 +133,7 @@ def without_entries(
   and so never computed.
   """
   layout, leaves = call.layout, [t.leaf for t in group.masked]
-  moments = {path for leaf in leaves for path in _moments(call, leaf)}
+  moments = {path for leaf in leaves for path in call.moments[leaf]}
 
   def filled(tree: Any, dtypes: Sequence[Any]) -> Any:
     slots = layout.treedef.flatten_up_to(tree)
@@ -209,7 +209,7 @@ def advance(
       total = totals[mask.leaf]
       if grads is not None:
         total = _added(mask, codes, regions, total, grads[mask.leaf])
-    paths = _moments(call, mask.leaf)
+    paths = call.moments[mask.leaf]
     carry = total, targets[mask.leaf], [held[path] for path in paths]
     now = mask.only(programs)
     if now.groups:
@@ -271,12 +271,15 @@ def _added(
   return jnp.where(mask.any(codes, finite), new, total)
 
 
-def _moments(call: "Call", leaf: int) -> list[Any]:
-  """Where the inner optimizer keeps its arrays for the entries of a leaf."""
-  entries = jax.ShapeDtypeStruct(call.layout.shapes[leaf], call.dtypes[leaf])
-  paths = proof.moments(call.inner, call.layout, leaf, entries)
-  assert not isinstance(paths, str), paths
-  return list(paths)
+def moments_of(call: "Call") -> dict[int, list[Any]]:
+  """Where the inner optimizer keeps its arrays for the entries of each leaf, as key paths."""
+  moments = {}
+  for leaf in call.layout.masked:
+    entries = jax.ShapeDtypeStruct(call.layout.shapes[leaf], call.dtypes[leaf])
+    paths = proof.moments(call.inner, call.layout, leaf, entries)
+    assert not isinstance(paths, str), paths
+    moments[leaf] = list(paths)
+  return moments
 
 
 def _fire(

@@ -19,6 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_cadence import _control
+
 # A function that makes keys, int32 of any shape. It is called inside the passes, so that cheap keys
 # are computed from the data in the pass that counts them and are never stored.
 Keys = Callable[[], jax.Array]
@@ -104,15 +106,13 @@ def largest(pools: Sequence[Sequence[Keys]], kept: Sequence[int | jax.Array]) ->
   if max(sizes) > _MAX_SIZE:
     raise ValueError(f"a pool of weights has at most {_MAX_SIZE} entries, found more")
 
-  def by(method: Method) -> Callable[..., Any]:
-    few = dataclasses.replace(method, ways=method.few_ways)
-    return lambda wanted: _cut(pools, wanted, few if sum(sizes) < _FEW_ENTRIES else method)
-
   wanted = jnp.stack([jnp.asarray(k, jnp.int32) for k in kept])
-  histogram = by(HISTOGRAM)
-  thresholds, ends = jax.lax.platform_dependent(
-    wanted, cuda=histogram, rocm=histogram, default=by(COMPARE)
-  )
+  find = _find
+  if not _control.is_traced(wanted):
+    # Outside of a program the loop would be compiled anew at every call.
+    pools = [[jax.tree_util.Partial(_itself, keys()) for keys in pool] for pool in pools]
+    find = _find_compiled
+  thresholds, ends = find(pools, wanted)
   return [
     [
       functools.partial(_mask, keys, thresholds[g], end)
@@ -120,6 +120,28 @@ def largest(pools: Sequence[Sequence[Keys]], kept: Sequence[int | jax.Array]) ->
     ]
     for g, pool in enumerate(pools)
   ]
+
+
+def _itself(keys: jax.Array) -> jax.Array:
+  return keys
+
+
+def _find(
+  pools: Sequence[Sequence[Keys]], wanted: jax.Array
+) -> tuple[jax.Array, list[list[jax.Array]]]:
+  """`_cut` by the method of the device."""
+  n_entries = sum(math.prod(shape) for pool in pools for shape in _shapes(pool))
+
+  def by(method: Method) -> Callable[..., Any]:
+    if n_entries < _FEW_ENTRIES:
+      method = dataclasses.replace(method, ways=method.few_ways)
+    return lambda wanted: _cut(pools, wanted, method)
+
+  histogram = by(HISTOGRAM)
+  return jax.lax.platform_dependent(wanted, cuda=histogram, rocm=histogram, default=by(COMPARE))
+
+
+_find_compiled = jax.jit(_find)
 
 
 def _shapes(pool: Sequence[Keys]) -> list[tuple[int, ...]]:
