@@ -129,14 +129,18 @@ def apart(fn: Callable[[Any, Any], Any], carry: Any, consts: Any, count: jax.Arr
   Returns:
     A tree like `carry`.
   """
+
+  def cast(carry: Any, consts: Any) -> Any:
+    return cast_like(fn(carry, consts), carry)
+
   if not is_traced((carry, consts)):
-    return fn(carry, consts)
+    return cast(carry, consts)
   return jax.lax.platform_dependent(
     carry,
     consts,
     count,
     cpu=lambda carry, consts, count: maybe(count >= 0, fn, carry, consts),
-    default=lambda carry, consts, _: fn(carry, consts),
+    default=lambda carry, consts, _: cast(carry, consts),
   )
 
 
