@@ -18,6 +18,7 @@ from optax_cadence import _step
 from optax_cadence import _window
 from optax_cadence._state import CadenceState
 from optax_cadence._state import GroupState
+from optax_cadence._state import per_region
 from optax_cadence._state import Regions
 from optax_cadence.regions import layout as layouts
 from optax_cadence.schedules import phases
@@ -265,6 +266,7 @@ class Cadence:
     self, inner: Any, every: Every, tensors: list[jax.Array], params: Any, sums: Any
   ) -> GroupState:
     n, accumulates, confidence = len(tensors), self.accumulates(every), None
+    shape = per_region(n)
     if every.policy is not None:
       from optax_cadence.confidence import deciding
 
@@ -272,11 +274,11 @@ class Cadence:
     return GroupState(
       inner_state=inner.init(params),
       accumulators=sums if accumulates else None,
-      window=jnp.zeros((n,) if self.skip else (), jnp.int32) if accumulates else None,
+      window=jnp.zeros(shape if self.skip else (), jnp.int32) if accumulates else None,
       remaining=None if every.always else every.first_window(),
       period=jnp.int32(0) if every.policy is not None else every.first_window(),
       updates=jnp.int32(0),
-      skipped=jnp.zeros((n,), jnp.int32) if self.skip else None,
+      skipped=jnp.zeros(shape, jnp.int32) if self.skip else None,
       confidence=confidence,
     )
 

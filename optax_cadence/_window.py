@@ -71,9 +71,9 @@ def accumulate(state: GroupState, tensors: Sequence[jax.Array], tree: Any) -> Wi
     ValueError: If the state is of other tensors.
   """
   new, finite, skipped = jnp.int32(1), None, state.skipped
-  if skipped is not None:
+  if skipped is not None and tensors:
     finite = [_all_finite(x) for x in tensors]
-    new = jnp.stack(finite).astype(jnp.int32) if finite else jnp.zeros(0, jnp.int32)
+    new = jnp.stack(finite).astype(jnp.int32)
     skipped = skipped + 1 - new
   if state.accumulators is None or state.window is None:
     return Window(list(tensors), new, skipped)
@@ -83,7 +83,7 @@ def accumulate(state: GroupState, tensors: Sequence[jax.Array], tree: Any) -> Wi
     total = added(old, x, item(state.window, i))
     sums.append(total if finite is None else jnp.where(finite[i], total, old))
   squares = None if state.confidence is None else state.confidence.squares
-  if squares is not None:
+  if squares is not None and tensors:
     squares = add_squares(squares, state.window, tensors, finite)
   return Window(sums, state.window + new, skipped, squares)
 
