@@ -21,6 +21,7 @@ from optax_cadence import _step
 from optax_cadence import _window
 from optax_cadence._state import CadenceState
 from optax_cadence._state import GroupState
+from optax_cadence._state import per_region
 from optax_cadence._state import Regions
 from optax_cadence.regions import layout as layouts
 from optax_cadence.schedules import phases
@@ -316,6 +317,7 @@ class Cadence:
 
   def _init_group(self, inner: Any, every: Every, n: int, params: Any, sums: Any) -> GroupState:
     accumulates, confidence = self.accumulates(every), None
+    shape = per_region(n)
     if every.policy is not None:
       from optax_cadence.confidence import deciding
 
@@ -323,11 +325,11 @@ class Cadence:
     return GroupState(
       inner_state=inner.init(params),
       accumulators=sums if accumulates else None,
-      window=jnp.zeros((n,) if self.skip else (), jnp.int32) if accumulates else None,
+      window=jnp.zeros(shape if self.skip else (), jnp.int32) if accumulates else None,
       remaining=None if every.always else every.first_window(),
       period=jnp.int32(0) if every.policy is not None else every.first_window(),
       updates=jnp.int32(0),
-      skipped=jnp.zeros((n,), jnp.int32) if self.skip else None,
+      skipped=jnp.zeros(shape, jnp.int32) if self.skip else None,
       confidence=confidence,
     )
 
@@ -519,7 +521,7 @@ def _check_trainable(what: str, tree: Any) -> None:
 
 
 def _check_order(params: Any, state: Any, grads: Any) -> None:
-  """Raises `ValueError` where `apply` is called in the order of `update`, as far as one can tell."""
+  """Raises `ValueError` where `apply` is called in the order of `update`, if one can tell."""
   if not isinstance(state, CadenceState):
     raise ValueError(
       "apply takes (params, state, grads): expected a CadenceState as the state, found"

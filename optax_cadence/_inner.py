@@ -117,6 +117,10 @@ def like(state: optax.OptState, containers: Any) -> Any:
 def filled(inner: optax.GradientTransformation, state: optax.OptState, tensors: Any) -> Any:
   """Which leaves of a state belong to tensors whose window is not empty.
 
+  What stands in a tree like the parameters, as `tree_map_params` finds them, goes with the tensor
+  in whose place it is. A field that is one leaf for `tree_map_params` and in truth a tree, as the
+  masks of `prune` are, goes by the paths in it. The rest belongs to no tensor.
+
   Args:
     inner: The inner optimizer.
     state: Its state.
@@ -128,22 +132,30 @@ def filled(inner: optax.GradientTransformation, state: optax.OptState, tensors: 
   Raises:
     ValueError: If the state does not follow the parameters.
   """
-  any_filled = jnp.stack(jax.tree.leaves(tensors)).any()
+  flags = dict(_paths.flatten_with_paths(tensors))
+  any_filled = jnp.stack(list(flags.values())).any()
+
+  def in_place(part: Any) -> Any:
+    return jax.tree.map(lambda flag, x: jax.tree.map(lambda _: flag, x), tensors, part)
+
+  def by_path(part: Any) -> Any:
+    if jax.tree_util.all_leaves([part]):
+      return any_filled
+    paths = [path for path, _ in _paths.flatten_with_paths(part)]
+    strange = [path for path in paths if path not in flags]
+    if strange:
+      raise ValueError(
+        f"it keeps {_paths.listed(strange)} where its parameters are {_paths.listed(flags)}"
+      )
+    return jax.tree.unflatten(jax.tree.structure(part), [flags[path] for path in paths])
+
   try:
+    # Every tree like the parameters is a leaf here, and so mapped as a whole.
     return optax.tree_utils.tree_map_params(
-      inner,
-      lambda x, flag: x if _is_masked(x) else flag,
-      state,
-      tensors,
-      transform_non_params=lambda _: any_filled,
-      is_leaf=_is_masked,
+      inner, in_place, state, transform_non_params=by_path, is_leaf=lambda _: True
     )
   except (TypeError, ValueError, AttributeError) as error:
     raise ValueError(
       'nonfinite="skip" expected an inner optimizer whose state follows the parameters, as'
-      f" optax.tree_utils.tree_map_params understands it, found {type(state).__name__}"
+      f" optax.tree_utils.tree_map_params understands it, found {type(state).__name__}: {error}"
     ) from error
-
-
-def _is_masked(node: Any) -> bool:
-  return isinstance(node, optax.MaskedNode)

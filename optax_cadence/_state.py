@@ -12,8 +12,17 @@ if TYPE_CHECKING:
   from optax_cadence.confidence.statistics import Estimate
 
 
+def per_region(regions: int) -> tuple[int, ...]:
+  """The shape of what a state has for each region of a group: [R].
+
+  A group may have no regions, as where a part of the tree is masked away. It has scalars then,
+  which nobody reads or changes: checkpoints do not take arrays without entries.
+  """
+  return (regions,) if regions else ()
+
+
 class ConfidenceState(NamedTuple):
-  """What a group under a policy knows of its R regions.
+  """What a group under a policy knows of its R regions; of none, what `per_region` says.
 
   Attributes:
     squares: Sum of the squared norms of the gradients in the window: float32 [R]; of no
@@ -31,7 +40,9 @@ class ConfidenceState(NamedTuple):
 
 
 class GroupState(NamedTuple):
-  """State of one group; a field that the group does not need is None.
+  """State of one group of R regions; a field that the group does not need is None.
+
+  No array is without entries: a group without regions has scalars in the place of [R].
 
   Attributes:
     inner_state: State of the group's instance of the inner optimizer.
@@ -39,7 +50,7 @@ class GroupState(NamedTuple):
       optimizer sees, or, in a dtype narrower than 32 bits, their mean; of no meaning while the
       window is empty. None for period 1 and for `accumulate="latest"`.
     window: Micro-steps in the window so far: int32 scalar, or int32 [R] with one for each
-      of the group's R regions under `nonfinite="skip"`. None without accumulators.
+      region under `nonfinite="skip"`. None without accumulators.
     remaining: Micro-steps until the group is due, under a policy at the latest: int32
       scalar. None for period 1.
     period: Micro-steps of the window in force; under a policy, of the last one that fired, 0

@@ -234,7 +234,10 @@ def fire(
 
   def compute_where_filled(carry: Any, consts: Any) -> Any:
     filled = call.layout.tree(group, list(window.length > 0))
-    inner_state = _inner.restored(call.inner, carry[2], filled) if group.in_pieces else carry[2]
+    inner_state = carry[2]
+    if group.in_pieces:
+      tensors = call.layout.tree(group, carry[1])
+      inner_state = _inner.restored(call.inner, inner_state, tensors)
     flags = _inner.like(_inner.filled(call.inner, inner_state, filled), carry[2])
     return _control.keep((True, True, flags), compute, carry, consts)
 

@@ -81,9 +81,9 @@ def accumulate(
     ValueError: If the state is of other tensors.
   """
   new, flags, skipped = jnp.int32(1), None, state.skipped
-  if skipped is not None:
+  if skipped is not None and (tensors or finite):
     flags = [*map(_all_finite, tensors), *finite]
-    new = jnp.stack(flags).astype(jnp.int32) if flags else jnp.zeros(0, jnp.int32)
+    new = jnp.stack(flags).astype(jnp.int32)
     skipped = skipped + 1 - new
   if state.accumulators is None or state.window is None:
     return Window(list(tensors), new, skipped, flags)
@@ -93,7 +93,7 @@ def accumulate(
     total = added(old, x, item(state.window, i) == 0, item(length, i))
     sums.append(total if flags is None else jnp.where(flags[i], total, old))
   squares = None if state.confidence is None else state.confidence.squares
-  if squares is not None:
+  if squares is not None and tensors:
     squares = add_squares(squares, state.window, tensors, flags)
   return Window(sums, length, skipped, flags, squares)
 

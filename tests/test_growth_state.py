@@ -176,8 +176,8 @@ def test_what_pruning_remembers_follows():
   tx = oc.prune(0.5, every=5, criterion=oc.pruning.movement(), inner=optax.sgd(0.1), where=where)
   params, state = run(tx, forward, PARAMS, init(tx, PARAMS), 2)
   bigger = PLAN.apply(params, fresh)
-  found = growth.grow_state(tx, state, params, bigger, PLAN).memory["two/kernel"]
-  np.testing.assert_array_equal(found[:8], state.memory["two/kernel"])
+  found = growth.grow_state(tx, state, params, bigger, PLAN).memory["two"]["kernel"]
+  np.testing.assert_array_equal(found[:8], state.memory["two"]["kernel"])
   assert not found[8:].any()
 
 

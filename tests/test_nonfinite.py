@@ -4,16 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
+import optax_exports
 import oracle
 import pytest
 from small_tree import assert_close
 from small_tree import assert_identical
 from small_tree import BATCHES
 from small_tree import cadence
+from small_tree import dyadic
 from small_tree import LEAFWISE
 from small_tree import PARAMS
 from small_tree import PIECES
 from states import groups
+
+import optax_cadence as oc
 
 
 def poison(batches, where):
@@ -176,3 +181,127 @@ def test_propagate_reaches_the_update_of_its_own_window_and_no_other(static):
       if t == 3:
         expected[0][0] = -bad
       assert_close(updates, expected)
+
+
+def labels(tree):
+  return jax.tree.map(lambda x: "adam" if x.ndim == 1 else "sgd", tree)
+
+
+MATRICES = {"where": lambda path, x: x.ndim == 2}
+INNERS = {
+  "chain": optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1)),
+  "partition": optax.partition({"adam": optax.adam(0.1), "sgd": optax.sgd(0.1, 0.9)}, labels),
+  "masked": optax.masked(optax.adam(0.1), lambda tree: jax.tree.map(lambda x: x.ndim == 2, tree)),
+  "multi steps": optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
+  "hyperparameters": optax.inject_hyperparams(optax.adam)(optax.linear_schedule(0.5, 0.1, 4)),
+  "if finite": optax.apply_if_finite(optax.adam(0.1), 3),
+  # Several arrays in the place of one parameter.
+  "sm3": optax.sm3(0.1),
+  "muon": optax.contrib.muon(0.1),
+  "cadence": oc.cadence(optax.adam(0.1), 2),
+  "random mask": oc.cadence(optax.adam(0.1), {"b": 2, "k": 1, "m": np.array([[1, 2], [2, 1]])}),
+  "prune": oc.prune(0.5, every=3, inner=optax.adam(0.1), **MATRICES),
+  "prune to bools": oc.prune(0.5, every=1, inner=optax.adam(0.1), packed=False, **MATRICES),
+  "movement": oc.prune(
+    0.5, every=2, criterion=oc.pruning.movement(), inner=optax.adam(0.1), **MATRICES
+  ),
+  "shocks": optax.chain(optax.adam(0.1), oc.prune(0.5, every=2, hold=False, **MATRICES)),
+}
+TRIO = {"b": jnp.arange(1.0, 4) / 4, "k": jnp.arange(1.0, 13).reshape(4, 3) / 8, "m": jnp.eye(2)}
+SHAPES = jax.tree.map(jnp.shape, TRIO)
+
+
+def beside_a_bad_leaf(inner, bad, every=2, **extra_args):
+  """Parameters and states of a run in which a leaf is never finite, and of one without it."""
+  tx, alone = (cadence(x, every, nonfinite="skip") for x in (inner, only_without(inner, bad)))
+  carry = TRIO, tx.init(TRIO)
+  without = {name: x for name, x in TRIO.items() if name != bad}
+  other = without, alone.init(without)
+  apply, apply_alone = (jax.jit(lambda *a, x=x: x.apply(*a, **extra_args)) for x in (tx, alone))
+  start = carry
+  for t in range(6):
+    grads = dyadic(t, SHAPES)
+    carry = apply(*carry, grads | {bad: jnp.full_like(grads[bad], NAN)})
+    other = apply_alone(*other, {name: grads[name] for name in without})
+  return start, carry, other
+
+
+def only_without(inner, bad):
+  """The inner optimizer; a tree that it was given loses the leaf that is not there."""
+  if inner is INNERS["random mask"]:
+    every = {"b": 2, "k": 1, "m": np.array([[1, 2], [2, 1]])}
+    return oc.cadence(optax.adam(0.1), {name: x for name, x in every.items() if name != bad})
+  return inner
+
+
+def of_leaf(state, name):
+  """What an inner state has of a parameter, by its place in the state."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(groups(state)[0].inner_state)
+  key = jax.tree_util.DictKey(name)
+  return {jax.tree_util.keystr(path): x for path, x in flat if key in path}
+
+
+def assert_that_a_bad_leaf_is_as_if_it_were_not_there(inner, bad, **extra_args):
+  start, carry, other = beside_a_bad_leaf(inner, bad, **extra_args)
+  assert_identical(carry[0][bad], start[0][bad])
+  assert_identical(of_leaf(carry[1], bad), of_leaf(start[1], bad))
+  for name in other[0]:
+    assert_close(carry[0][name], other[0][name])
+    found, expected = of_leaf(carry[1], name), of_leaf(other[1], name)
+    assert found.keys() == expected.keys()
+    for place, x in expected.items():
+      # Masks are whole numbers.
+      (assert_close if jnp.issubdtype(x.dtype, jnp.inexact) else assert_identical)(found[place], x)
+
+
+@pytest.mark.parametrize(
+  ("name", "bad"), [*((name, "k") for name in INNERS), ("chain", "b"), ("prune", "b")]
+)
+def test_skip_a_leaf_that_is_never_finite_is_as_if_it_were_not_there(name, bad):
+  assert_that_a_bad_leaf_is_as_if_it_were_not_there(INNERS[name], bad)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", sorted(set(optax_exports.NAMES) - {"flatten", "contrib.sophia"}))
+def test_skip_beside_a_bad_leaf_in_every_optimizer(name):
+  inner = optax_exports.build(name)
+  extra_args = optax_exports.EXTRA_ARGS.get(name, {})
+  assert_that_a_bad_leaf_is_as_if_it_were_not_there(inner, "k", **extra_args)
+
+
+def test_skip_an_optimizer_that_mixes_the_parameters_is_an_error():
+  tx = cadence(optax.flatten(optax.adam(0.1)), 2, nonfinite="skip")
+  state = tx.init(PARAMS)
+  with pytest.raises(ValueError, match="tree_map_params"):
+    tx.update(BATCHES[0], state, PARAMS)
+
+
+def test_skip_a_field_under_other_names_is_an_error_that_says_which():
+  joined = lambda tree: {f"of_{name}": x for name, x in tree.items()}
+
+  def init(params):
+    # As `tree_map_params` asks for it, or by names that are not those of the parameters.
+    return joined(params) if isinstance(params, dict) else jnp.int32(0)
+
+  inner = optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
+  tx = cadence(inner, 2, nonfinite="skip")
+  with pytest.raises(ValueError, match="'of_b', 'of_k', 'of_m' where its parameters are 'b', 'k'"):
+    tx.update(TRIO, tx.init(TRIO), TRIO)
+
+
+# What is in their states depends on how many axes a tensor has.
+@pytest.mark.parametrize("name", ["movement", "partition"])
+def test_skip_a_quadrant_that_is_never_finite_is_as_if_it_were_not_there(name):
+  kernel, inner = dyadic(100, (4, 6)), INNERS[name]
+  tx = cadence(inner, oc.quadrants([[2, 2], [2, 2]]), nonfinite="skip")
+  alone = cadence(inner, 2)
+  cut = lambda x: [x[:2, :3], x[:2, 3:], x[2:, 3:]]
+  carry, other = ((p, x.init(p)) for x, p in ((tx, kernel), (alone, cut(kernel))))
+  apply, apply_alone = jax.jit(tx.apply), jax.jit(alone.apply)
+  for t in range(6):
+    grads = dyadic(t, (4, 6))
+    carry = apply(*carry, grads.at[2:, :3].set(NAN))
+    other = apply_alone(*other, cut(grads))
+  assert_close(cut(carry[0]), other[0])
+  assert_identical(carry[0][2:, :3], kernel[2:, :3])
+  assert bool((carry[0][:2] != kernel[:2]).all())

@@ -197,9 +197,9 @@ def test_movement_sums_up_minus_gradient_times_weight():
     scores = scores - np.asarray(grads["a"]["kernel"]) * np.asarray(params["a"]["kernel"])
     updates, state = update(grads, state, params)
     params = optax.apply_updates(params, updates)
-  np.testing.assert_allclose(state.memory["a/kernel"], scores, rtol=1e-5)
+  np.testing.assert_allclose(state.memory["a"]["kernel"], scores, rtol=1e-5)
   masks = pruning.masks(params, state)
-  np.testing.assert_array_equal(masks["a"]["kernel"], best(state.memory["a/kernel"], 64))
+  np.testing.assert_array_equal(masks["a"]["kernel"], best(state.memory["a"]["kernel"], 64))
 
 
 def test_saliency_is_weight_times_gradient():
@@ -436,6 +436,81 @@ def test_nnx_optimizer_and_train_state():
   tx = optax.chain(optax.sgd(0.1), oc.prune(0.5, every=1))
   state = train_state.TrainState.create(apply_fn=None, params=tree(), tx=tx)
   assert zeros(state.apply_gradients(grads=tree(1)).params) == {"a": 64, "b": 18}
+
+
+def settings_of_states():
+  """Transformations whose states differ in their fields."""
+  inner, movement = {"inner": ADAM}, {"criterion": pruning.movement()}
+  return {
+    "masks": oc.prune(0.5, every=2),
+    "masks as bools": oc.prune(0.5, every=2, packed=False),
+    "inner": oc.prune(0.5, every=2, **inner),
+    "memory": oc.prune(0.5, every=2, **inner, **movement),
+    "memory and bools": oc.prune(0.5, every=2, packed=False, **inner, **movement),
+    "shocks": oc.prune(0.5, every=2, hold=False, **inner),
+  }
+
+
+@pytest.mark.parametrize("name", settings_of_states())
+def test_tree_map_params_maps_what_follows_the_parameters_and_nothing_else(name):
+  tx, params = settings_of_states()[name], tree()
+  state = jax.jit(tx.update)(tree(1), tx.init(params), params)[1]
+  map_params = optax.tree_utils.tree_map_params
+  assert_same(map_params(tx, lambda x: x, state), state)
+  # A label for each parameter; masks get the one that stands for the whole field.
+  labels = {"a": {"kernel": "a/kernel", "bias": "a/bias"}, "b": {"kernel": "b/kernel"}}
+  found = map_params(
+    tx,
+    lambda x, label: x if isinstance(x, optax.MaskedNode) else label,
+    state,
+    labels,
+    transform_non_params=lambda x: "other",
+    is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+  )
+  assert found.step == "other"
+  assert found.masks == ("other" if state.masks else {})
+  masked = {"a": {"kernel": "a/kernel", "bias": optax.MaskedNode()}, "b": {"kernel": "b/kernel"}}
+  assert found.memory == (masked if state.memory else {})
+  if name.startswith(("inner", "memory", "shocks")):
+    assert found.inner_state[0].mu == found.inner_state[0].nu == labels
+    assert found.inner_state[0].count == "other"
+
+
+def assert_same(found, expected):
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_names_with_slashes_are_names():
+  draw = lambda i: jax.random.normal(jax.random.key(i), (4, 4))
+  slashed = {"a/b": draw(0), "a": {"b": draw(1)}, "": draw(2)}
+  plain = {"ab": draw(0), "a": {"b": draw(1)}, "0": draw(2)}
+  sparsities = {"a/b": 0.25, "a": {"b": 0.5}, "": 0.125}
+
+  def run_of(params, **options):
+    tx = oc.prune(every=2, criterion=pruning.movement(), inner=optax.sgd(0.1), **options)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for t in range(2):
+      grads = jax.tree.map(lambda x, t=t: jnp.cos(x * (t + 1)), params)
+      updates, state = update(grads, state, params)
+      params = optax.apply_updates(params, updates)
+    return params, state, pruning.masks(params, state)
+
+  options = {"sparsity": 0.5, "allocation": "global"}
+  params, state, masks = run_of(slashed, **options)
+  other, _, expected = run_of(plain, **options)
+  renamed = lambda tree: [tree["a"]["b"], *(x for key, x in tree.items() if key != "a")]
+  for a, b in ((masks, expected), (params, other)):
+    jax.tree.map(np.testing.assert_array_equal, renamed(a), renamed(b))
+  assert_same(pruning.masks(params, pruning.with_masks(state, masks)), masks)
+  params, state, masks = run_of(slashed, sparsity=sparsities)
+  assert jax.tree.map(lambda m: round(float(1 - m.mean()), 3), masks) == sparsities
+  # A table has room for one name each.
+  found = pruning.summary(params, state, flops={"a/b": 1.0})
+  assert list(found.leaves) == ["", "a/b", "a/b#2"]
+  assert found.size == 3 * 16 and found.sparsity == 14 / 48
+  with pytest.raises(ValueError, match="'a/b/c': no parameter is there"):
+    oc.prune({"a/b": {"c": 0.5}}, every=1).init(slashed)
 
 
 def test_masks_follow_new_shapes():

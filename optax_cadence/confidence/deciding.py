@@ -14,6 +14,7 @@ from optax_cadence import _control
 from optax_cadence import _window
 from optax_cadence._state import ConfidenceState
 from optax_cadence._state import GroupState
+from optax_cadence._state import per_region
 from optax_cadence._window import Window
 from optax_cadence.confidence import sample
 from optax_cadence.confidence import statistics
@@ -38,7 +39,7 @@ def init(policy: Policy, tensors: Any, regions: int) -> ConfidenceState:
   """
   n, memory = regions, jax.tree.map(jnp.asarray, policy.init())
   return ConfidenceState(
-    squares=jnp.zeros(n, jnp.float32) if policy.reads_gradients else None,
+    squares=jnp.zeros(per_region(n), jnp.float32) if policy.reads_gradients else None,
     estimate=statistics.no_estimate(n) if policy.reads_gradients else None,
     sample=jax.tree.map(sample.nothing_seen, tensors) if policy.reads_updates else None,
     policy=_control.cast_like(memory, memory),

@@ -11,6 +11,7 @@ import optax
 
 from optax_cadence import _control
 from optax_cadence import _window
+from optax_cadence._state import per_region
 from optax_cadence._state import Regions
 from optax_cadence.confidence import policies
 from optax_cadence.confidence import statistics
@@ -102,7 +103,7 @@ def noise_scale(every: Any = 8, *, decay: float = 0.9) -> optax.GradientTransfor
         layout.tree(group, sums),
         jnp.int32(0),
         group.every.first_window(),
-        jnp.zeros(len(sums), jnp.float32),
+        jnp.zeros(per_region(len(sums)), jnp.float32),
         statistics.no_estimate(len(sums)),
       )
     return NoiseScaleState(jnp.int32(0), groups, Regions.of(names=layout.region_names()))

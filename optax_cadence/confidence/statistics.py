@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_cadence._state import per_region
+
 _TINY = np.finfo(np.float32).tiny
 
 
@@ -87,7 +89,7 @@ class Estimate(NamedTuple):
 
 def no_estimate(regions: int) -> Estimate:
   """The estimate before the first window."""
-  return Estimate(*(jnp.zeros(regions, jnp.float32) for _ in range(3)))
+  return Estimate(*(jnp.zeros(per_region(regions), jnp.float32) for _ in range(3)))
 
 
 def smooth(old: Estimate, window: Statistics, decay: Any) -> Estimate:

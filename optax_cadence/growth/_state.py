@@ -31,9 +31,9 @@ def grow_state(
   """The state of an optimizer after its parameters have grown, shrunk, or lost their gate.
 
   A leaf of the state follows the parameter whose key path its own key path ends in, the longest
-  if there are several; so do moments and the accumulators of open windows. A leaf whose last key
-  is a parameter's `/`-joined path follows that parameter too; so do the masks of `prune`, packed
-  to bits or not. Where the parameters are a single array, every leaf of its shape follows it.
+  if there are several; so do moments and the accumulators of open windows. What is kept in dicts
+  by the names in a parameter's path follows it too; so do the masks of `prune`, packed to bits or
+  not. Where the parameters are a single array, every leaf of its shape follows it.
 
   What follows a parameter keeps its old entries bit for bit and gets new ones as `init` makes
   them. Everything else (counters, hyperparameters, random keys) is kept. Two things are as `init`
@@ -133,8 +133,9 @@ def _followed(
     if not isinstance(keys[end - 1], jax.tree_util.SequenceKey):
       break
     end -= 1
-  name = getattr(keys[-1], "key", None) if keys else None
-  return next((path for path in shapes if _paths.join(path) == name), None), False
+  names = tuple(str(getattr(key, "key", None)) for key in keys)
+  tails = (names[start:] for start in range(len(names)))
+  return next((tail for tail in tails if tail in shapes), None), False
 
 
 def _is_sample(keys: Keys) -> bool:
@@ -144,9 +145,9 @@ def _is_sample(keys: Keys) -> bool:
 
 
 def _is_packed(keys: Keys, leaf: Any, path: _paths.Path, shape: tuple[int, ...]) -> bool:
-  """Whether a leaf is a mask of a parameter's shape, packed to bits: one of a dict by name."""
-  by_name = keys[-1] == jax.tree_util.DictKey(_paths.join(path))
-  return by_name and leaf.dtype == jnp.uint8 and leaf.shape == packing.packed_shape(shape)
+  """Whether a leaf is a mask of a parameter's shape, packed to bits."""
+  of_masks = len(keys) > len(path) and getattr(keys[-len(path) - 1], "name", None) == "masks"
+  return of_masks and leaf.dtype == jnp.uint8 and leaf.shape == packing.packed_shape(shape)
 
 
 def _index(

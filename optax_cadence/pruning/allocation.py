@@ -11,12 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_cadence import _paths
+
 NAMES = ("uniform", "erdos_renyi", "erk", "global")
 
 
 def pools(
-  allocation: str, sparsities: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[list[list[str]], list[Any]]:
+  allocation: str,
+  sparsities: Mapping[_paths.Path, Any],
+  shapes: Mapping[_paths.Path, tuple[int, ...]],
+) -> tuple[list[list[_paths.Path]], list[Any]]:
   """Which leaves compete for the same units, and how many units each such pool keeps.
 
   Args:

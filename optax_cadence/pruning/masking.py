@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_cadence import _control
+from optax_cadence import _paths
 from optax_cadence.pruning import allocation as allocations
 from optax_cadence.pruning import packing
 from optax_cadence.pruning import selection
@@ -29,7 +30,29 @@ from optax_cadence.pruning.structure import Structure
 
 # An array for each pruned leaf, by its path. A mask is a bool array of the leaf's shape, True where
 # a weight is kept; stored, it is that or, packed, what `packing.pack` makes of it.
-Leaves = dict[str, jax.Array]
+Leaves = dict[_paths.Path, jax.Array]
+
+
+def nested(leaves: Leaves) -> Any:
+  """The arrays in dicts of dicts, a level for each name in a path, as a state keeps masks.
+
+  What the parameters are kept in does not matter then, nor what is written into a name. The array
+  of parameters that are a single array is in no dict.
+  """
+  if () in leaves:
+    return leaves[()]
+  tree: dict[str, Any] = {}
+  for (*names, last), x in leaves.items():
+    node = tree
+    for name in names:
+      node = node.setdefault(name, {})
+    node[last] = x
+  return tree
+
+
+def by_path(tree: Any) -> Leaves:
+  """Undoes `nested`; the same of any tree."""
+  return dict(_paths.flatten_with_paths(tree))
 
 
 class MicroStep(NamedTuple):
@@ -68,11 +91,11 @@ class Masker:
   permanent: bool
   packed: bool
 
-  def dense(self, params: Mapping[str, Any]) -> Leaves:
+  def dense(self, params: Mapping[_paths.Path, Any]) -> Leaves:
     """Stored masks that keep everything."""
     return {path: self._store(jnp.ones(jnp.shape(x), bool)) for path, x in params.items()}
 
-  def load(self, path: str, stored: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  def load(self, path: _paths.Path, stored: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The mask that is stored for a leaf of this shape.
 
     Raises:
@@ -81,8 +104,8 @@ class Masker:
     expected = packing.packed_shape(shape) if self.packed else shape
     if stored.shape != expected:
       raise ValueError(
-        f"mask of {path!r}: expected shape {expected}, found {stored.shape}; after growth give"
-        " the state its masks with pruning.with_masks"
+        f"mask of {_paths.join(path)!r}: expected shape {expected}, found {stored.shape}; after"
+        " growth give the state its masks with pruning.with_masks"
       )
     return packing.unpack(stored, shape) if self.packed else stored
 
@@ -90,7 +113,7 @@ class Masker:
     return packing.pack(mask) if self.packed else mask
 
   def next(
-    self, stored: Leaves, due: Any, sparsities: Mapping[str, Any], micro_step: MicroStep
+    self, stored: Leaves, due: Any, sparsities: Mapping[_paths.Path, Any], micro_step: MicroStep
   ) -> Leaves:
     """The stored masks after a micro-step. Where they are not due, nothing is computed.
 
@@ -114,7 +137,9 @@ class Masker:
     stored = renew_if(micro_step.step == 1, self._prune, stored)
     return renew_if(due & (micro_step.step > 1), self._exchange, stored)
 
-  def _prune(self, old: Leaves, sparsities: Mapping[str, Any], micro_step: MicroStep) -> Leaves:
+  def _prune(
+    self, old: Leaves, sparsities: Mapping[_paths.Path, Any], micro_step: MicroStep
+  ) -> Leaves:
     """Keeps the best units; if pruning is permanent, the best of those that are left."""
     criterion = self.regrow.first if self.regrow else self.criterion
     if self.structure.makes_mask:
@@ -133,7 +158,9 @@ class Masker:
     # If fewer units are left than may be kept, pruned ones are among the best.
     return {path: mask & old[path] if self.permanent else mask for path, mask in masks.items()}
 
-  def _exchange(self, old: Leaves, sparsities: Mapping[str, Any], micro_step: MicroStep) -> Leaves:
+  def _exchange(
+    self, old: Leaves, sparsities: Mapping[_paths.Path, Any], micro_step: MicroStep
+  ) -> Leaves:
     """Drops the worst of the kept units, and grows as many of the others."""
     assert self.regrow is not None
     active = {path: self._unit_mask(mask) for path, mask in old.items()}
@@ -158,7 +185,9 @@ class Masker:
       for path, mask in old.items()
     }
 
-  def _scores(self, criterion: Criterion, i: int, path: str, micro_step: MicroStep) -> jax.Array:
+  def _scores(
+    self, criterion: Criterion, i: int, path: _paths.Path, micro_step: MicroStep
+  ) -> jax.Array:
     """Scores of the weights of a leaf, the i-th of those that are pruned."""
     param, key = micro_step.params[path], None
     if criterion.key is not None:
@@ -166,13 +195,15 @@ class Masker:
     read = micro_step.memory if criterion.remembers else micro_step.grads or {}
     scores = criterion.score(param, read.get(path), key)
     if scores.shape != param.shape:
-      raise ValueError(f"scores of {path!r}: expected shape {param.shape}, found {scores.shape}")
+      raise ValueError(
+        f"scores of {_paths.join(path)!r}: expected shape {param.shape}, found {scores.shape}"
+      )
     return scores
 
-  def _keys(self, criterion: Criterion, micro_step: MicroStep) -> dict[str, selection.Keys]:
+  def _keys(self, criterion: Criterion, micro_step: MicroStep) -> dict[_paths.Path, selection.Keys]:
     """For each leaf a function that makes the keys of its units."""
 
-    def keys_of(i: int, path: str) -> selection.Keys:
+    def keys_of(i: int, path: _paths.Path) -> selection.Keys:
       def compute() -> jax.Array:
         scores = self._scores(criterion, i, path, micro_step)
         return selection.order(self.structure.unit_scores(scores))
@@ -197,8 +228,8 @@ def _only(keys: selection.Keys, allowed: jax.Array) -> selection.Keys:
 
 
 def _largest(
-  keys: Mapping[str, selection.Keys], pools: list[list[str]], kept: list[Any]
-) -> dict[str, selection.Keys]:
+  keys: Mapping[_paths.Path, selection.Keys], pools: list[list[_paths.Path]], kept: list[Any]
+) -> dict[_paths.Path, selection.Keys]:
   """For each leaf a function that makes the mask of the units that its pool keeps."""
   masks = selection.largest([[keys[path] for path in pool] for pool in pools], kept)
   return {

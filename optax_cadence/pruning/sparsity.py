@@ -17,8 +17,8 @@ from optax_cadence.schedules.by_path import ByPath
 
 
 def by_leaf(
-  sparsity: Any, structure: Structure, params: Any, leaves: Mapping[str, Any]
-) -> dict[str, Any]:
+  sparsity: Any, structure: Structure, params: Any, leaves: Mapping[_paths.Path, Any]
+) -> dict[_paths.Path, Any]:
   """The sparsity of each leaf: a number, a traced scalar or a schedule, by path.
 
   Args:
@@ -34,26 +34,27 @@ def by_leaf(
   fixed = structure.fixed_sparsity
   if fixed is not None:
     if sparsity is not None and sparsity != fixed:
-      path = next(iter(leaves))
-      raise ValueError(f"sparsity of {path!r}: {structure} states {fixed}, found {sparsity!r}")
+      name = _paths.join(next(iter(leaves)))
+      raise ValueError(f"sparsity of {name!r}: {structure} states {fixed}, found {sparsity!r}")
     return dict.fromkeys(leaves, fixed)
   if not is_tree(sparsity):
     return dict.fromkeys(leaves, sparsity)
 
   tree = sparsity(params) if isinstance(sparsity, ByPath) else sparsity
-  by_prefix = {_paths.join(path): s for path, s in _paths.flatten_with_paths(tree)}
-  paths = [_paths.join(path) for path, _ in _paths.flatten_with_paths(params)]
+  by_prefix = dict(_paths.flatten_with_paths(tree))
+  paths = [path for path, _ in _paths.flatten_with_paths(params)]
   for prefix in by_prefix:
     if not any(_covers(prefix, path) for path in paths):
       raise ValueError(
-        f"sparsity of {prefix!r}: no parameter is there; expected a prefix of"
-        f" {', '.join(map(repr, paths))}"
+        f"sparsity of {_paths.join(prefix)!r}: no parameter is there; expected a prefix of"
+        f" {_paths.listed(paths)}"
       )
   sparsities = {}
   for path in leaves:
     covering = [prefix for prefix in by_prefix if _covers(prefix, path)]
     if not covering:
-      raise ValueError(f"sparsity of {path!r}: expected a number in the tree, found none")
+      name = _paths.join(path)
+      raise ValueError(f"sparsity of {name!r}: expected a number in the tree, found none")
     sparsities[path] = by_prefix[covering[0]]
   return sparsities
 
@@ -65,18 +66,18 @@ def is_tree(sparsity: Any) -> bool:
   return not (sparsity is None or callable(sparsity) or jax.tree_util.all_leaves([sparsity]))
 
 
-def _covers(prefix: str, path: str) -> bool:
-  return prefix in ("", path) or path.startswith(f"{prefix}/")
+def _covers(prefix: _paths.Path, path: _paths.Path) -> bool:
+  return path[: len(prefix)] == prefix
 
 
-def check(path: str, sparsity: Any, times: Times, may_fall: bool) -> None:
+def check(name: str, sparsity: Any, times: Times, may_fall: bool) -> None:
   """Raises if a sparsity is outside [0, 1], or a schedule falls where it must not.
 
   A traced sparsity is not checked, and a schedule only at some of the micro-steps at which new
   masks are due: the first thousand, and another thousand up to the end, at most a million.
 
   Args:
-    path: The leaf, for the error.
+    name: The leaf, for the error.
     sparsity: A number, a traced scalar or a schedule.
     times: When new masks are due.
     may_fall: Whether weights come back when the sparsity falls.
@@ -89,10 +90,10 @@ def check(path: str, sparsity: Any, times: Times, may_fall: bool) -> None:
   values = np.asarray(values, np.float64)
   outside = values[~((values >= 0) & (values <= 1))]
   if outside.size:
-    raise ValueError(f"sparsity of {path!r}: expected a number in [0, 1], found {outside.flat[0]}")
+    raise ValueError(f"sparsity of {name!r}: expected a number in [0, 1], found {outside.flat[0]}")
   if not may_fall and values.ndim and (np.diff(values) < -1e-6).any():
     raise ValueError(
-      f"sparsity of {path!r}: expected a schedule that does not fall while the mask holds and"
+      f"sparsity of {name!r}: expected a schedule that does not fall while the mask holds and"
       f" nothing regrows, found a fall from {values.max():g} to {values[-1]:g}"
     )
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from optax_cadence import _paths
 from optax_cadence import _tables
+from optax_cadence.pruning import masking
 from optax_cadence.pruning import view
 
 
@@ -16,7 +17,7 @@ class Summary:
   """How many weights of every pruned leaf are zero; prints as a table.
 
   Attributes:
-    leaves: By path: number of weights, number of zeros, FLOPs of the dense leaf.
+    leaves: By the `/`-joined path: number of weights, number of zeros, FLOPs of the dense leaf.
   """
 
   leaves: Mapping[str, tuple[int, int, float]]
@@ -58,8 +59,8 @@ def summary(params: Any, state: Any, *, flops: Mapping[str, float] | None = None
   Args:
     params: Parameters.
     state: Optimizer state with a `PruneState` in it.
-    flops: By path, FLOPs of the dense leaf; by default two for each weight, as in a dense
-      layer. A convolution has as many times more as its output has positions.
+    flops: By the `/`-joined path, FLOPs of the dense leaf; by default two for each weight, as in a
+      dense layer. A convolution has as many times more as its output has positions.
 
   >>> import jax.numpy as jnp, optax_cadence as oc
   >>> from optax_cadence import pruning
@@ -69,12 +70,13 @@ def summary(params: Any, state: Any, *, flops: Mapping[str, float] | None = None
   w            2     0.00%         4
   total        2     0.00%  0.00% saved
   """
-  pruned = view.find(state).masks
-  leaves = {}
+  pruned = masking.by_path(view.find(state).masks)
+  leaves: dict[str, tuple[int, int, float]] = {}
   for path, x in _paths.flatten_with_paths(view.masked(params, state)):
-    name = _paths.join(path)
     # After shocks no masks are there to tell which leaves are pruned: all are shown.
-    if name in pruned or not pruned:
+    if path in pruned or not pruned:
+      # Of two paths that read the same the second gets a number.
+      name = _paths.unused(_paths.join(path), leaves)
       zeros = x.size - int(np.count_nonzero(np.asarray(x)))
       leaves[name] = (x.size, zeros, float((flops or {}).get(name, 2 * x.size)))
   return Summary(leaves)

@@ -24,15 +24,20 @@ class PruneState(NamedTuple):
 
   Attributes:
     step: Number of micro-steps done: int32 scalar.
-    masks: The mask of each pruned leaf, by path: packed, uint8, or bool of the leaf's shape.
-      Empty with `hold=False`.
-    memory: By path what a criterion that remembers has summed up, float32; else empty.
+    masks: The mask of each pruned leaf, in dicts of dicts by the names in its path: packed, uint8,
+      or bool of the leaf's shape. Empty with `hold=False`.
+    memory: What a criterion that remembers has summed up of each pruned leaf, float32, in a tree
+      like the parameters, in which the other leaves are `MaskedNode`; else empty.
     inner_state: State of the inner optimizer.
+
+  For `optax.tree_utils.tree_map_params`, memory and inner state follow the parameters. Masks do
+  not: they are no numbers to be cast, averaged or cleared, and packed they have another shape. They
+  are one field, for which `transform_non_params` is called once.
   """
 
   step: jax.Array
-  masks: dict[str, jax.Array]
-  memory: dict[str, jax.Array]
+  masks: Any
+  memory: Any
   inner_state: optax.OptState
 
 
@@ -77,7 +82,7 @@ def prune(
       micro-step 1, and then as many weights grow as are dropped by the criterion.
     hold: Whether pruned weights stay 0. False: a shock, after which they come back.
     straight_through: Leaves the weights dense; the loss reads `pruning.masked(params, state)`.
-    where: Which leaves are pruned: `(path, param) -> bool`.
+    where: Which leaves are pruned: `(path, param) -> bool`, of the `/`-joined path.
     packed: Whether a mask is stored as one bit per weight; otherwise as a bool.
     inner: An optimizer; needed by what reads gradients (saliency, movement, RigL).
 
@@ -106,20 +111,27 @@ def prune(
   def init_fn(params: optax.Params) -> PruneState:
     inner_state = optax.EmptyState() if optimizer is None else optimizer.init(params)
     # With a placeholder `optax.tree_utils.tree_map_params` asks which parts of the state are
-    # trees of parameters. Ours are dicts of some of them, so none is.
+    # trees of parameters.
     if type(params).__name__ == "_ParamsPlaceholder":
-      return PruneState(jnp.int32(0), jnp.int32(0), jnp.int32(0), inner_state)  # type: ignore[arg-type]
+      memory = params if criterion.remembers else {}
+      return PruneState(jnp.int32(0), jnp.int32(0) if hold else {}, memory, inner_state)
     leaves = _pruned_leaves(params, where)
     asked = sparsities.by_leaf(sparsity, structure, params, leaves)
     for path, leaf in leaves.items():
       try:
         structure.check(np.shape(leaf))
       except ValueError as error:
-        raise ValueError(f"structure of {path!r}: {error}") from None
-      sparsities.check(path, asked[path], times, may_fall=not permanent)
-    remembered = leaves if criterion.remembers else {}
-    memory = {path: jnp.zeros(x.shape, jnp.float32) for path, x in remembered.items()}
-    return PruneState(jnp.int32(0), masker.dense(leaves) if hold else {}, memory, inner_state)
+        raise ValueError(f"structure of {_paths.join(path)!r}: {error}") from None
+      sparsities.check(_paths.join(path), asked[path], times, may_fall=not permanent)
+    memory = {}
+    if criterion.remembers:
+      slots = [
+        jnp.zeros(x.shape, jnp.float32) if path in leaves else optax.MaskedNode()
+        for path, x in _by_path(params).items()
+      ]
+      memory = jax.tree.unflatten(jax.tree.structure(params), slots)
+    masks = masking.nested(masker.dense(leaves)) if hold else {}
+    return PruneState(jnp.int32(0), masks, memory, inner_state)
 
   def update_fn(
     updates: optax.Updates, state: PruneState, params: Any = None, **extra_args: Any
@@ -131,7 +143,7 @@ def prune(
     leaves = _pruned_leaves(params, where)
 
     # The gradients are read before the inner optimizer turns them into updates.
-    grads, memory, inner_state = None, state.memory, state.inner_state
+    grads, memory, inner_state = None, masking.by_path(state.memory), state.inner_state
     if optimizer is not None:
       grads = {path: g for path, g in _by_path(updates).items() if path in leaves}
       memory = {
@@ -141,23 +153,25 @@ def prune(
       updates, inner_state = optimizer.update(updates, inner_state, params, **extra_args)
 
     # New masks where they are due, else the old ones; a shock starts from dense ones.
-    masks = state.masks if hold else masker.dense(leaves)
+    masks = masking.by_path(state.masks) if hold else masker.dense(leaves)
     if set(masks) != set(leaves):
       raise ValueError(
-        f"state: expected masks of {', '.join(map(repr, leaves))}, found {', '.join(masks)}"
+        f"state: expected masks of {_paths.listed(leaves)}, found {_paths.listed(masks)}"
       )
     asked = sparsities.by_leaf(sparsity, structure, params, leaves)
     micro_step = masking.MicroStep(step, leaves, grads, memory)
     masks = masker.next(masks, times.due(step), asked, micro_step)
-    state = PruneState(step, masks if hold else {}, memory, inner_state)
+    remembered = jax.tree.unflatten(jax.tree.structure(state.memory), memory.values())
+    kept = masking.nested(masks) if hold else {}
+    state = PruneState(step, kept, remembered, inner_state)
 
     # The update makes pruned weights zero.
     if straight_through:
       return updates, state
     by_path = _by_path(updates)
     for path, mask in masks.items():
-      kept = masker.load(path, mask, leaves[path].shape)
-      by_path[path] = _zeroed(by_path[path], leaves[path], kept)
+      weights = masker.load(path, mask, leaves[path].shape)
+      by_path[path] = _zeroed(by_path[path], leaves[path], weights)
     return jax.tree.unflatten(jax.tree.structure(updates), by_path.values()), state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -195,26 +209,26 @@ def _check_choices(
       )
 
 
-def _pruned_leaves(params: Any, where: Callable[[str, Any], bool]) -> dict[str, jax.Array]:
+def _pruned_leaves(params: Any, where: Callable[[str, Any], bool]) -> masking.Leaves:
   """The leaves that `where` selects, by path.
 
   Raises:
     ValueError: If there is none.
   """
   by_path = _by_path(params)
-  leaves = {path: x for path, x in by_path.items() if where(path, x)}
+  leaves = {path: x for path, x in by_path.items() if where(_paths.join(path), x)}
   if not leaves:
     raise ValueError(
-      f"where selects no leaf: expected at least one of {', '.join(map(repr, by_path))} to be"
-      " prunable, found none"
+      f"where selects no leaf: expected at least one of {_paths.listed(by_path)} to be prunable,"
+      " found none"
     )
   return leaves
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
+def _by_path(tree: Any) -> dict[_paths.Path, Any]:
   """The leaves of a tree by path, in order."""
   return {
-    _paths.join(path): x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
+    path: x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
     for path, x in _paths.flatten_with_paths(tree)
   }
 

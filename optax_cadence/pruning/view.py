@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_cadence import _paths
+from optax_cadence.pruning import masking
 from optax_cadence.pruning import packing
 from optax_cadence.pruning.transformation import PruneState
 
@@ -31,17 +32,15 @@ def masks(params: Any, state: Any) -> Any:
 
   A leaf that is not pruned has a mask that is all True.
   """
-  stored = find(state).masks
+  stored = masking.by_path(find(state).masks)
 
-  def mask_of(path: str, shape: tuple[int, ...]) -> jax.Array:
+  def mask_of(path: _paths.Path, shape: tuple[int, ...]) -> jax.Array:
     mask = stored.get(path)
     if mask is None:
       return jnp.ones(shape, bool)
     return packing.unpack(mask, shape) if mask.dtype == jnp.uint8 else mask
 
-  leaves = [
-    mask_of(_paths.join(path), jnp.shape(x)) for path, x in _paths.flatten_with_paths(params)
-  ]
+  leaves = [mask_of(path, jnp.shape(x)) for path, x in _paths.flatten_with_paths(params)]
   return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
@@ -54,16 +53,16 @@ def with_masks(state: Any, new: Any) -> Any:
     state: Optimizer state with a `PruneState` in it.
     new: Masks as a bool tree like the parameters, of their old shapes or of new ones.
   """
-  by_path = {_paths.join(path): mask for path, mask in _paths.flatten_with_paths(new)}
+  by_path = masking.by_path(new)
 
   def replace(node: Any) -> Any:
     if not _is_state(node):
       return node
     stored = {
       path: by_path[path] if old.dtype == jnp.bool_ else packing.pack(by_path[path])
-      for path, old in node.masks.items()
+      for path, old in masking.by_path(node.masks).items()
     }
-    return node._replace(masks=stored)
+    return node._replace(masks=masking.nested(stored))
 
   find(state)  # an error if there is not exactly one
   return jax.tree.map(replace, state, is_leaf=_is_state)
