@@ -175,21 +175,31 @@ def _columns(items: Sequence[Any], field: str) -> list[tuple[Any, ...]]:
   return list(zip(*(getattr(item, field) for item in items), strict=True))
 
 
-def evaluate(program: Any, inputs: Sequence[Any]) -> list[Any]:
-  """Runs a program, in which calls are opened, but for those with a derivative of their own."""
+def evaluate(program: Any, inputs: Sequence[Any], all_branches: bool = False) -> list[Any]:
+  """Runs a program, in which calls are opened, but for those with a derivative of their own.
+
+  Args:
+    program: The program.
+    inputs: Its arguments.
+    all_branches: Whether every branch of a `cond` is run, and the results of one selected.
+  """
 
   def operation(eqns: Eqns, operands: list[Any]) -> list[Any]:
     (eqn,) = eqns
+    if all_branches and eqn.primitive.name == "cond":
+      index, *operands = operands
+      results = [evaluate(branch, operands, True) for branch in eqn.params["branches"]]
+      return [jax.lax.select_n(index, *values) for values in zip(*results, strict=True)]
     inner = None if eqn.primitive.name.startswith("custom_") else called(eqn)
-    return bind(eqn, operands) if inner is None else evaluate(inner, operands)
+    return bind(eqn, operands) if inner is None else evaluate(inner, operands, all_branches)
 
   return walk([program], inputs, operation, lambda numbers: numbers[0])
 
 
 def traced(fn: Callable[..., Any], *args: Any) -> Any:
-  """The program of a function of trees of arrays, without calls."""
+  """The program of a function of trees of arrays, without calls and branches."""
   program = jax.make_jaxpr(fn)(*args)
-  return jax.make_jaxpr(lambda *flat: evaluate(program, flat))(*program.in_avals)
+  return jax.make_jaxpr(lambda *flat: evaluate(program, flat, True))(*program.in_avals)
 
 
 def part(program: Any, arguments: Sequence[int], results: Sequence[int]) -> Part:
