@@ -49,6 +49,9 @@ class CadenceTransformation(optax.GradientTransformationExtraArgs):
     Update and apply in one. Parameters and inner state of regions that are not due are
     neither read nor written. Arguments stand in the order of the results, so that
     `jax.jit(tx.apply, donate_argnums=(0, 1))` updates every buffer in place.
+
+    The `opt_state` of an `nnx.Optimizer` is taken as it is; the state comes back as `init` makes
+    it, and `nnx.update(model, params)` takes the parameters.
     """
     return _owner_of_update(self, "apply").apply
 
@@ -57,7 +60,8 @@ class CadenceTransformation(optax.GradientTransformationExtraArgs):
     """`flush(state, params, **extra_args) -> updates, state`.
 
     Applies every window that is not empty, so that nothing is lost at the end of
-    training. Like `update`, it is meant to be called under `jax.jit`.
+    training. Like `update`, it is meant to be called under `jax.jit`. The `opt_state` of an
+    `nnx.Optimizer` is taken as by `apply`.
     """
     return _owner_of_update(self, "flush").flush
 
@@ -362,6 +366,7 @@ class Cadence:
     phase: int | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, CadenceState]:
+    state = _inner.plain(self.init, state, grads if params is None else params)
     call = self._prepare(grads, state, params, extra_args)
     if phase is not None:
       phase = phases.checked_phase(phase, call.layout.cycle)
@@ -380,6 +385,7 @@ class Cadence:
     **extra_args: Any,
   ) -> tuple[optax.Params, CadenceState]:
     _check_given("apply", params, needed=bool(jax.tree.leaves(grads)))
+    state = _inner.plain(self.init, state, params)
     _check_order(params, state, grads)
     call = self._prepare(grads, state, params, extra_args, in_place=True)
     if phase is not None:
@@ -393,6 +399,7 @@ class Cadence:
   ) -> tuple[optax.Updates, CadenceState]:
     trains = not isinstance(state, CadenceState) or any(state.regions.names.values())
     _check_given("flush", params, needed=trains)
+    state = _inner.plain(self.init, state, params)
     call = self._prepare(params, state, params, extra_args)
     zeros = {i: jnp.zeros_like(p) for i, p in layouts.leaves_of(params).items()}
     updates, state = _step.flush(call, state, zeros)
@@ -591,6 +598,7 @@ class Chain:
   def update(
     self, grads: Any, state: Any, params: Any = None, **extra_args: Any
   ) -> tuple[Any, tuple[Any, ...]]:
+    state = _inner.plain(self.init, state, grads if params is None else params)
     grads, done = self._through(grads, state, params, extra_args)
     updates, last_state = self.last.update(grads, state[-1], params, **extra_args)
     return updates, (*done, last_state)
@@ -598,11 +606,13 @@ class Chain:
   def apply(
     self, params: Any, state: Any, grads: Any, phase: int | None = None, **extra_args: Any
   ) -> tuple[Any, tuple[Any, ...]]:
+    state = _inner.plain(self.init, state, params)
     grads, done = self._through(grads, state, params, extra_args)
     params, last_state = self.last.apply(params, state[-1], grads, phase, **extra_args)
     return params, (*done, last_state)
 
   def flush(self, state: Any, params: Any, **extra_args: Any) -> tuple[Any, tuple[Any, ...]]:
+    state = _inner.plain(self.init, state, params)
     self._check(state)
     updates, last_state = self.last.flush(state[-1], params, **extra_args)
     return updates, (*state[:-1], last_state)

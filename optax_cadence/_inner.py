@@ -4,11 +4,12 @@ It is restored where a framework has rebuilt it, explained where it belongs to o
 told what it may want to know of the window.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_cadence import _paths
@@ -107,6 +108,32 @@ def restored(inner: optax.GradientTransformation, state: Any, tensors: Any) -> o
   into containers of its own.
   """
   return like(state, jax.eval_shape(inner.init, tensors))
+
+
+def plain(init: Callable[[Any], Any], state: optax.OptState, params: Any) -> optax.OptState:
+  """The state in the containers that `init` makes, if it is that of an `nnx.Optimizer`.
+
+  There each array of it is in a variable, and a variable like a parameter's is one of another kind.
+
+  Args:
+    init: What made the state.
+    state: The state.
+    params: Parameters, or what is shaped like them.
+
+  Raises:
+    ValueError: If it is the state of other parameters.
+  """
+  nodes = jax.tree.leaves(state, is_leaf=_paths.is_optimizer_variable)
+  if not any(map(_paths.is_optimizer_variable, nodes)):
+    return state
+  expected, found = jax.eval_shape(init, params), _paths.arrays(state)
+  want = jax.tree.leaves(expected)
+  if list(map(np.shape, want)) != list(map(np.shape, found)):
+    raise ValueError(
+      f"state: expected {len(want)} arrays as init makes them for these parameters, found"
+      f" {len(found)}, or others; a state goes with the parameters and settings it was made for"
+    )
+  return jax.tree.unflatten(jax.tree.structure(expected), found)
 
 
 def like(state: optax.OptState, containers: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 Path = tuple[str, ...]
 
@@ -99,6 +100,46 @@ def flatten_with_paths(tree: Any, is_leaf: Any = None) -> list[tuple[Path, Any]]
   return rows
 
 
+def arrays(tree: Any) -> list[Any]:
+  """The leaves of a tree, out of the variables in which NNX keeps them."""
+  leaves = []
+  for node in jax.tree.leaves(tree, is_leaf=is_variable):
+    # Before Flax 0.11 a variable is no tree.
+    inside = node.value if jax.tree_util.all_leaves([node]) and is_variable(node) else node
+    leaves += jax.tree.leaves(inside)
+  return leaves
+
+
+def without_variables(tree: Any) -> Any:
+  """The tree with what is in each variable of NNX in its place."""
+
+  def bare(node: Any) -> Any:
+    return next(iter(arrays(node)), None) if is_variable(node) else node
+
+  return jax.tree.map(bare, tree, is_leaf=is_variable)
+
+
+def parameters(tree: Any) -> Any:
+  """The state of an NNX model without what is no parameter, such as statistics and random keys.
+
+  Any other tree is left as it is, and so is a state in which nothing is a `Param`.
+  """
+  nodes = jax.tree.leaves(tree, is_leaf=is_variable)
+  if not any(map(_is_param, nodes)):
+    return tree
+
+  def kept(node: Any) -> Any:
+    return optax.MaskedNode() if is_variable(node) and not _is_param(node) else node
+
+  return jax.tree.map(kept, tree, is_leaf=is_variable)
+
+
+def _is_param(node: Any) -> bool:
+  # Before Flax 0.11 a state holds stand-ins for variables, which say of what type those are.
+  kind = getattr(node, "type", None) if is_variable(node) else None
+  return _is_of_nnx(kind if isinstance(kind, type) else type(node), "Param")
+
+
 def _name(key: Any) -> str:
   for attribute in ("key", "name", "idx"):
     if hasattr(key, attribute):
@@ -107,13 +148,20 @@ def _name(key: Any) -> str:
 
 
 def _variable_paths(tree: Any) -> set[tuple[Any, ...]]:
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_nnx_variable)
-  return {p for p, leaf in flat if _is_nnx_variable(leaf)}
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)
+  return {p for p, leaf in flat if is_variable(leaf)}
 
 
-def _is_nnx_variable(node: Any) -> bool:
+def is_variable(node: Any) -> bool:
+  """Whether a node is a variable of NNX, which has an array in it."""
+  return _is_of_nnx(type(node), "Variable", "VariableState")
+
+
+def is_optimizer_variable(node: Any) -> bool:
+  """Whether a node is a variable in which `nnx.Optimizer` keeps a part of its state."""
+  return _is_of_nnx(type(node), "OptState")
+
+
+def _is_of_nnx(kind: type, *names: str) -> bool:
   # By name: the core does not import Flax.
-  return any(
-    c.__name__ in ("Variable", "VariableState") and c.__module__.startswith("flax.nnx")
-    for c in type(node).__mro__
-  )
+  return any(c.__name__ in names and c.__module__.startswith("flax.nnx") for c in kind.__mro__)

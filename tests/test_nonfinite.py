@@ -261,8 +261,13 @@ def test_skip_a_leaf_that_is_never_finite_is_as_if_it_were_not_there(name, bad):
   assert_that_a_bad_leaf_is_as_if_it_were_not_there(INNERS[name], bad)
 
 
+# What these draw depends on how many parameters there are; the last is an error, see below.
+NOT_ALONE = {"add_noise", "noisy_sgd", "contrib.sophia", "flatten"}
+
+
 @pytest.mark.ci
-@pytest.mark.parametrize("name", sorted(set(optax_exports.NAMES) - {"flatten", "contrib.sophia"}))
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", sorted(set(optax_exports.NAMES) - NOT_ALONE))
 def test_skip_beside_a_bad_leaf_in_every_optimizer(name):
   inner = optax_exports.build(name)
   extra_args = optax_exports.EXTRA_ARGS.get(name, {})

@@ -20,7 +20,7 @@ def find(state: Any) -> PruneState:
   found = [node for node in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(node)]
   if len(found) != 1:
     raise ValueError(f"state: expected one PruneState, found {len(found)}")
-  return found[0]
+  return _paths.without_variables(found[0])
 
 
 def _is_state(node: Any) -> bool:
@@ -62,7 +62,9 @@ def with_masks(state: Any, new: Any) -> Any:
       path: by_path[path] if old.dtype == jnp.bool_ else packing.pack(by_path[path])
       for path, old in masking.by_path(node.masks).items()
     }
-    return node._replace(masks=masking.nested(stored))
+    # In the containers they were in, which are variables in an `nnx.Optimizer`.
+    arrays = jax.tree.leaves(masking.nested(stored))
+    return node._replace(masks=jax.tree.unflatten(jax.tree.structure(node.masks), arrays))
 
   find(state)  # an error if there is not exactly one
   return jax.tree.map(replace, state, is_leaf=_is_state)

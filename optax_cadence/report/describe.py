@@ -8,6 +8,7 @@ import jax
 import optax
 
 from optax_cadence import _cadence
+from optax_cadence import _paths
 from optax_cadence import _tables
 from optax_cadence.regions.layout import Group
 from optax_cadence.regions.layout import Layout
@@ -77,7 +78,8 @@ def describe(
 
   Args:
     tx: A cadence, or an `oc.chain` that ends in one.
-    params: Parameters, or their `jax.ShapeDtypeStruct`s; nothing is computed.
+    params: Parameters, or their `jax.ShapeDtypeStruct`s; nothing is computed. Of an `nnx.State`
+      the `Param`s alone are.
     microbatch: Examples per micro-step, for the column of effective batches.
 
   Returns:
@@ -93,7 +95,7 @@ def describe(
   total                11000                        40.0 kB
   cycle: 8 micro-steps
   """
-  cadence = _cadence.of(tx, "oc.describe(tx, params)")
+  cadence, params = _cadence.of(tx, "oc.describe(tx, params)"), _paths.parameters(params)
   layout, reasons = cadence.lay_out(params)
   dtypes = [jax.dtypes.result_type(leaf) for leaf in jax.tree.leaves(params)]
   groups = tuple(

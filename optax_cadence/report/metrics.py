@@ -23,8 +23,9 @@ def metrics(state: Any) -> dict[str, Any]:
   All come from the device in one transfer. Under `jax.jit` they are scalars of the program.
 
   Args:
-    state: State of a cadence, or of any optimizer that has one in it. Of many states in one, as
-      `jax.vmap(tx.init)` makes them, every value is an array with the same leading axes.
+    state: State of a cadence, or of any optimizer that has one in it; also the `opt_state` of an
+      `nnx.Optimizer`. Of many states in one, as `jax.vmap(tx.init)` makes them, every value is an
+      array with the same leading axes.
 
   Returns:
     A flat dict: `micro_step`, and these five for every region. A region is named by the path of its
@@ -54,9 +55,9 @@ def metrics(state: Any) -> dict[str, Any]:
   nodes = [x for x in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(x)]
   if not nodes:
     raise ValueError(f"metrics: expected a cadence in the state, found {type(state).__name__}")
-  small = [
-    (node.micro_step, {name: _small(g) for name, g in node.groups.items()}) for node in nodes
-  ]
+  small = _paths.without_variables(
+    [(node.micro_step, {name: _small(g) for name, g in node.groups.items()}) for node in nodes]
+  )
   traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(small))
   small = small if traced else _on_host(small)
   cadences: dict[str, dict[str, Any]] = {}

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 
 from optax_cadence import _cadence
+from optax_cadence import _paths
 from optax_cadence.regions.layout import Layout
 
 
@@ -17,7 +18,7 @@ def plot_score(
 
   Args:
     tx: A cadence, or an `oc.chain` that ends in one.
-    params: Parameters, or their `jax.ShapeDtypeStruct`s.
+    params: Parameters, or their `jax.ShapeDtypeStruct`s; of an `nnx.State` the `Param`s.
     steps: Number of micro-steps to draw.
     ax: Matplotlib axes to draw on; new ones by default.
 
@@ -29,7 +30,8 @@ def plot_score(
   """
   import matplotlib as mpl
 
-  rows = _score(_cadence.of(tx, "oc.plot_score(tx, params, steps)").groups_of(params), steps)
+  cadence = _cadence.of(tx, "oc.plot_score(tx, params, steps)")
+  rows = _score(cadence.groups_of(_paths.parameters(params)), steps)
   if ax is None:
     import matplotlib.pyplot as plt
 
