@@ -136,6 +136,8 @@ class Oracle:
       windows = self.windows.setdefault(label, [[] for _ in group])
       for n, (i, piece) in enumerate(group):
         grad = piece.take(np.asarray(grads[i]).astype(wide(params[i].dtype)))
+        if self.accumulate == "latest":
+          windows[n].clear()
         if not self.skip or np.isfinite(grad).all():
           windows[n].append(grad)
         else:

@@ -119,6 +119,7 @@ class Case:
   wrappers: tuple[str, ...]
   pruned: str | None
   around: str
+  accumulate: str
   skip: bool
   bad: str
   seed: int
@@ -149,8 +150,10 @@ def cases(draw, narrow: bool = False, pruned: Sequence[str | None] = (None,)) ->
     tuple(draw(st.lists(st.sampled_from(wrappers), max_size=2, unique=True))),
     draw(st.sampled_from(pruned)),
     draw(st.sampled_from(AROUND)),
-    draw(st.booleans()),
-    draw(st.sampled_from(["none", "few", "many"])),
+    draw(st.sampled_from(["mean", "sum", "latest"])),
+    skip := draw(st.booleans()),
+    # What is passed on stays in the parameters: many would leave nothing to compare.
+    draw(st.sampled_from(["none", "few", "many"] if skip else ["none", "few"])),
     draw(st.integers(0, 99)),
   )
 
@@ -229,26 +232,29 @@ def follow(case: Case, grad_dtype: str, param_dtype: str) -> None:
   oracles = []
 
   def cadence(inner):
-    return oc.cadence(oracle.relaxed(inner), every, nonfinite="skip" if case.skip else "propagate")
+    nonfinite = "skip" if case.skip else "propagate"
+    tx = oracle.relaxed(inner)
+    return oc.cadence(tx, every, accumulate=case.accumulate, nonfinite=nonfinite)
 
   def slow(inner):
     parts = pieces_in_place if inner is OTHER else pieces
-    oracles.append(oracle.Transformation(oracle.relaxed(inner), parts, skip=case.skip))
+    options = {"accumulate": case.accumulate, "skip": case.skip}
+    oracles.append(oracle.Transformation(oracle.relaxed(inner), parts, **options))
     return oracles[-1].tx
 
   tx, peer = around(case, cadence, slow)
   params = random(rng, param_dtype)
   whole = optax.LookaheadParams.init_synced if case.around == "lookahead" else lambda x: x
   params = whole(params)
-  tx, peer = oracle.relaxed(tx) if not hasattr(tx, "apply") else tx, oracle.relaxed(peer)
+  tx, peer = tx if hasattr(tx, "apply") else oracle.relaxed(tx), oracle.relaxed(peer)
   state, expected_state = tx.init(params), peer.init(params)
   update = jax.jit(tx.update)
   static = jax.jit(tx.update, static_argnames="phase")
   apply = jax.jit(tx.apply) if hasattr(tx, "apply") else None
 
-  ulps = 256 if case.base == "muon" else 32
-  if param_dtype != "float32":
-    ulps = 4
+  # Of float32 some, as programs fuse differently, and more where matrices are multiplied many
+  # times over. Of a narrower dtype a few: a moment may be rounded the other way.
+  ulps = 4 if param_dtype != "float32" else 256 if case.base == "muon" else 32
   compare = lambda found, wanted: assert_close(jax.tree.leaves(found), wanted, ulps, param_dtype)
   # Optax's lookahead takes no phase. Every phase compiles, which takes long around pruning.
   static_at = () if case.around == "lookahead" or case.pruned else (3, 4)
@@ -298,7 +304,7 @@ def check(examples: int, drawn: st.SearchStrategy[Case], grads: str, params: str
   follows()
 
 
-EXAMPLES = [pytest.param(5, id="few"), pytest.param(50, id="many", marks=pytest.mark.ci)]
+EXAMPLES = [pytest.param(4, id="few"), pytest.param(50, id="many", marks=pytest.mark.ci)]
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
@@ -312,9 +318,15 @@ def test_pruning_around_any_stack_of_wrappers_follows_the_oracle():
   check(8, cases(pruned=["packed", "bools"]), "float32", "float32")
 
 
-@pytest.mark.parametrize("examples", [pytest.param(20, marks=pytest.mark.ci), 2])
-@pytest.mark.parametrize("grads", ["bfloat16", "float16"])
-def test_so_it_does_with_gradients_in_half_precision(examples, grads):
+@pytest.mark.parametrize(
+  ("grads", "examples"),
+  [
+    pytest.param("bfloat16", 2, id="few"),
+    pytest.param("bfloat16", 20, id="many", marks=pytest.mark.ci),
+    pytest.param("float16", 20, id="float16", marks=pytest.mark.ci),
+  ],
+)
+def test_so_it_does_with_gradients_in_half_precision(grads, examples):
   check(examples, cases(), grads, "float32")
 
 
@@ -324,12 +336,13 @@ def test_so_it_does_with_parameters_in_half_precision(grads):
   check(10, cases(narrow=True), grads, "bfloat16")
 
 
-PLAIN = Case("adam", False, (), None, "nothing", False, "none", 0)
+PLAIN = Case("adam", False, (), None, "nothing", "mean", False, "none", 0)
 # Each with what is easily got wrong: what is decided by the shape of a tensor where regions are cut
 # out of a matrix or lie scattered in one, and what is left out of a state in another arrangement.
 KNOWN = {
   "by rank under a mask": {"base": "adamw by rank"},
   "by rank under a mask, skipped": {"base": "adamw by rank", "skip": True, "bad": "many"},
+  "by rank under a mask, the latest": {"base": "adamw by rank", "accumulate": "latest"},
   "by rank under a mask, injected": {"base": "lion", "injected": True, "wrappers": ("MultiSteps",)},
   "by rank in a chain": {"base": "rmsprop", "wrappers": ("chain",), "around": "partition"},
   "pieces of a matrix, skipped": {"base": "muon", "skip": True, "bad": "many", "seed": 5},
