@@ -25,7 +25,7 @@ def mask_states(state):
 
 def masked_leaves(state):
   """How many leaves under a mask are trained by one pass for all periods."""
-  return 0 if state.masks is None else len(jax.tree.leaves(state.masks.accumulators))
+  return len(state.regions.masked)
 
 
 def mask_moments(state, name):

@@ -31,9 +31,9 @@ OTHER = 2 ** RNG.integers(1, 4, SHAPE)
 EVERY = {"bias": 4, "first": MASK, "head": oc.channels([1, 2]), "second": OTHER}
 PIECES = [
   oracle.whole(4),
-  oracle.entries(MASK),
+  oracle.entries(MASK, in_place=True),
   oracle.bands((6,), [1, 2], 0),
-  oracle.entries(OTHER),
+  oracle.entries(OTHER, in_place=True),
 ]
 
 
@@ -77,9 +77,13 @@ SHARED = {
   "compiled by itself": optax.GradientTransformation(
     optax.adam(0.1).init, jax.jit(optax.adam(0.1).update)
   ),
-  "matrices apart": optax.partition(
-    {True: optax.lamb(0.1), False: optax.adam(0.1)},
+  "vectors apart": optax.partition(
+    {True: optax.adam(0.1), False: optax.lamb(0.1)},
     lambda p: jax.tree.map(lambda x: x.ndim > 1, p),
+  ),
+  "a branch on a counter": optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
+  "a program that goes by the shape": optax.stateless(
+    lambda u, params: jax.tree.map(lambda x: -x if x.size % 2 else x / 2, u)
   ),
   "selected": optax.stateless(
     lambda u, params: jax.tree.map(lambda x: jnp.where(x > 0, x, jnp.tanh(x)), u)
@@ -93,8 +97,9 @@ APART = {
   "norm of each": optax.lamb(0.1),
   "root mean square": optax.adafactor(0.1),
   "noise": optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(0.1)),
-  "a program that goes by the length": optax.stateless(
-    lambda u, params: jax.tree.map(lambda x: -x if x.size % 2 else x / 2, u)
+  "matrices": optax.partition(
+    {True: optax.lamb(0.1), False: optax.adam(0.1)},
+    lambda p: jax.tree.map(lambda x: x.ndim > 1, p),
   ),
   "neighbours": optax.stateless(lambda u, params: jax.tree.map(lambda x: jnp.roll(x, 1), u)),
   "order": optax.stateless(lambda u, params: jax.tree.map(jnp.cumsum, u)),
@@ -134,7 +139,11 @@ def follow(inner, steps=9, seed=0, ways=("apply",), **options):
   rng, tx = np.random.default_rng(seed), cadence(inner, **options)
   params = random(rng)
   slow = oracle.Oracle(
-    oracle.relaxed(inner), list(params.values()), PIECES, options.get("accumulate", "mean")
+    oracle.relaxed(inner),
+    list(params.values()),
+    PIECES,
+    options.get("accumulate", "mean"),
+    skip=options.get("nonfinite") == "skip",
   )
   state, update, apply = tx.init(params), jax.jit(tx.update), jax.jit(tx.apply)
   static = jax.jit(tx.apply, static_argnames="phase")
@@ -275,9 +284,28 @@ def test_a_learning_rate_set_by_hand_holds_for_its_group():
   np.testing.assert_array_equal(updates["w"], np.where(MASK == 4, -3.0, -1.0))
 
 
-def test_skip_and_latest_are_apart():
-  for options in ({"nonfinite": "skip"}, {"accumulate": "latest"}):
-    assert masked_leaves(cadence(optax.adam(0.1), **options).init(random(RNG))) == 0
+@pytest.mark.parametrize("options", [{"accumulate": "latest"}, {"nonfinite": "skip"}], ids=str)
+def test_the_latest_gradient_and_skipped_ones_follow_the_oracle(options):
+  inner = optax.adamw(0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p))
+  tx, _, _, _ = follow(inner, **options)
+  assert masked_leaves(tx.init(random(RNG))) == 2
+
+
+def test_entries_of_a_group_with_a_nan_are_left_out():
+  tx, rng = cadence(optax.adam(0.1), nonfinite="skip"), np.random.default_rng(7)
+  params = random(rng)
+  state, update = tx.init(params), jax.jit(tx.update)
+  slow = oracle.Oracle(oracle.relaxed(optax.adam(0.1)), list(params.values()), PIECES, skip=True)
+  for t in range(1, 9):
+    grads = random(rng)
+    if t in (2, 5):
+      grads["first"] = grads["first"].at[2, 3].set(jnp.nan)
+    updates, state = update(grads, state, params)
+    assert_close(list(updates.values()), slow.step(list(grads.values()), list(params.values())))
+  skipped = {
+    k: int(v) for k, v in oc.metrics(state).items() if k.startswith("first/") and "skip" in k
+  }
+  assert sorted(skipped.values()) == [0, 0, 2]
 
 
 # Around the cadence.

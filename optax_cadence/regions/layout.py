@@ -153,18 +153,22 @@ class Layout:
     regions = [
       (group.name, t.leaf) for group in self.groups for t in (*group.tensors, *group.masked)
     ]
-    in_leaf: dict[int, list[str]] = {}
-    for group, leaf in regions:
-      in_leaf.setdefault(leaf, []).append(group)
-    called: list[str] = []
-    for leaf in sorted(in_leaf):
-      name, n = self.name(leaf), len(in_leaf[leaf])
-      called += [f"{name}/{i}" if name else f"{i}" for i in range(n)] if n > 1 else [name]
-    names: dict[str, list[str]] = {group.name: [] for group in self.groups}
     # In the order of the leaves, so that numbers do not depend on the groups.
-    groups = (group for leaf in sorted(in_leaf) for group in in_leaf[leaf])
-    for group, name in zip(groups, _paths.distinct(called), strict=True):
-      names[group].append(name or "params")
+    order = sorted(range(len(regions)), key=lambda i: regions[i][1])
+    total = collections.Counter(leaf for _, leaf in regions)
+    number: collections.Counter[int] = collections.Counter()
+    called = []
+    for i in order:
+      leaf = regions[i][1]
+      name = self.name(leaf)
+      if total[leaf] > 1:
+        name = f"{name}/{number[leaf]}" if name else f"{number[leaf]}"
+        number[leaf] += 1
+      called.append(name)
+    by_region = dict(zip(order, _paths.distinct(called), strict=True))
+    names: dict[str, list[str]] = {group.name: [] for group in self.groups}
+    for i, (group_name, _) in enumerate(regions):
+      names[group_name].append(by_region[i] or "params")
     return {group: tuple(found) for group, found in names.items()}
 
 
