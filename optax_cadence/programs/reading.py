@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from optax_cadence import _sharding
+
 # An operation, as it stands in each of the programs that are walked side by side.
 Eqns = tuple[Any, ...]
 
@@ -98,7 +100,11 @@ def while_counts(eqn: Any) -> tuple[int, int]:
 
 
 def bind(eqn: Any, operands: Sequence[Any], **changed: Any) -> list[Any]:
-  """Runs an operation on other operands, some of its parameters changed."""
+  """Runs an operation on other operands, some of its parameters changed.
+
+  In `jax.shard_map` they vary over other axes, perhaps, than those the program was traced with.
+  """
+  operands = _sharding.varying(list(operands), _sharding.axes_of(operands))
   params = eqn.primitive.get_bind_params({**eqn.params, **changed})
   # JAX before 0.10 keeps functions apart, as first operands.
   functions, params = ((), params) if isinstance(params, dict) else params

@@ -1,0 +1,189 @@
+"""Programs for `test_sharding`, each run by itself on eight devices of the CPU.
+
+`python tests/on_devices.py PROGRAM [NAMES]`: all that it checks, or what is named. A line is
+printed for each thing checked, and one for each that is wrong.
+"""
+
+import functools
+import re
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_cadence as oc
+
+SHAPE = (8, 8, 16)
+MASK = np.random.default_rng(0).choice([1, 2], SHAPE)
+# Cut along the axis that is sharded (axis 1), on and across the boundaries of shards, and others.
+EVERY = {
+  "1": 1,
+  "2": 2,
+  "other axis": oc.channels([1, 2], axis=2),
+  "shards": oc.channels([1, 2, 1, 2, 1, 2, 1, 2], axis=1),
+  "bands": oc.channels([1, 2, 4], axis=1),
+  "rectangles": oc.quadrants([[1, 2], [2, 4]], axes=(1, 2)),
+  "layers": oc.stacked([1, 2] * 4),
+  "mask": MASK,
+  "offset": oc.Every(4, 3),
+  "schedule": oc.Every(lambda t: 1 + t // 3),
+  "certain": oc.until_certain(1.0, 1, 4),
+  "settled": oc.as_settled(1, 4),
+}
+CHOSEN = sys.argv[2:]
+WAYS = {"": {}, " skip": {"nonfinite": "skip"}, " latest": {"accumulate": "latest"}}
+
+
+def configurations(every=EVERY):
+  """Every kind of region with every treatment of gradients, and entries that are coupled."""
+  for name, cadences in every.items():
+    for way, options in WAYS.items():
+      if way == " latest" and name in ("certain", "settled"):
+        continue
+      if not CHOSEN or name + way in CHOSEN:
+        yield name + way, oc.cadence(oracle.relaxed(optax.adam(0.1)), cadences, **options)
+  for name in ("bands", "mask"):
+    if not CHOSEN or f"{name} coupled" in CHOSEN:
+      yield f"{name} coupled", oc.cadence(oracle.relaxed(optax.lamb(0.1)), every[name])
+
+
+def explicit():
+  kind = (jax.sharding.AxisType.Explicit,)
+  return jax.make_mesh((8,), ("x",), axis_types=kind)
+
+
+def automatic():
+  return jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def types(tree):
+  return list(map(jax.typeof, jax.tree.leaves(tree)))
+
+
+def gradients():
+  rng = np.random.default_rng(1)
+  return jnp.asarray(rng.integers(-8, 9, (5, *SHAPE)) / 8.0, jnp.float32)
+
+
+def trained(tx, params, grads):
+  """Parameters by `update` and by `apply`, each in one scan over the micro-steps."""
+
+  def update(carry, g):
+    updates, state = tx.update(g, carry[1], carry[0])
+    return (optax.apply_updates(carry[0], updates), state), None
+
+  def apply(carry, g):
+    return tx.apply(*carry, g), None
+
+  start = params, tx.init(params)
+  return jax.lax.scan(update, start, grads)[0], jax.lax.scan(apply, start, grads)[0]
+
+
+def differences(found, expected):
+  pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+  return [1 for x, y in pairs if not np.allclose(x, y, rtol=2e-5, atol=2e-5, equal_nan=True)]
+
+
+def optimizers():
+  """What Optax asks of the state of its own optimizers, of every one of them in a cadence."""
+  import optax_exports  # computes arguments
+
+  sharding = NamedSharding(explicit(), P(None, "x"))
+  kinds = {"1": 1, "2": 2, "bands": oc.channels([1, 2], axis=2), "mask": MASK}
+  exported = sorted(set(optax_exports.exported()) - set(optax_exports.EXCLUDED))
+  for name in CHOSEN or exported:
+    for kind, every in kinds.items():
+      with jax.set_mesh(sharding.mesh):
+        params = jnp.zeros(SHAPE, jnp.float16, out_sharding=sharding)
+        plain = optax.with_extra_args_support(optax_exports.build(name))
+        extra = optax_exports.EXTRA_ARGS.get(name, {})
+        try:
+          plain.init(jax.ShapeDtypeStruct(SHAPE, jnp.float16))
+          state = plain.init(params)
+          if types(plain.update(params, state, params, **extra)[1]) != types(state):
+            raise TypeError("the types change")
+        except Exception as error:
+          print("not in Optax:", name, type(error).__name__)
+          continue
+        tx = oc.cadence(plain, every)
+        tx.init(jax.ShapeDtypeStruct(SHAPE, jnp.float16))
+        state = tx.init(params)
+        _, new = tx.update(params, state, params, **extra)
+        compiled = jax.jit(tx.init)(params)
+        _, stepped = jax.jit(functools.partial(tx.update, **extra))(params, state, params)
+        found = {"update": new, "jit of init": compiled, "jit of update": stepped}
+        for what, tree in found.items():
+          if types(tree) != types(state):
+            print("wrong:", name, kind, what)
+        print("checked", name, kind)
+
+
+def scans():
+  """A scan over micro-steps on a mesh with explicit axes gives what it gives on one device."""
+  sharding = NamedSharding(explicit(), P(None, "x"))
+  params, grads = jnp.ones(SHAPE), gradients()
+  for name, tx in configurations():
+    expected = jax.jit(lambda p, g, tx=tx: trained(tx, p, g))(params, grads)
+    with jax.set_mesh(sharding.mesh):
+      there = jax.device_put(params, sharding)
+      theirs = jax.device_put(grads, NamedSharding(sharding.mesh, P(None, None, "x")))
+      found = jax.jit(lambda p, g, tx=tx: trained(tx, p, g))(there, theirs)
+      eager = tx.update(theirs[0], tx.init(there), there)
+      compiled = jax.jit(lambda p, g, tx=tx: tx.update(g, tx.init(p), p))(there, theirs[0])
+    if differences(found, expected) or types(eager) != types(compiled):
+      print("wrong:", name)
+    print("checked", name)
+
+
+def shard_maps():
+  """A scan in `shard_map` trains every shard by itself."""
+  mesh = automatic()
+  params, grads = jnp.ones(SHAPE), gradients()
+  shape = (SHAPE[0] // 8, *SHAPE[1:])
+  mask = np.random.default_rng(0).choice([1, 2], shape)
+  every = EVERY | {"mask": mask, "layers": 2, "rectangles": oc.quadrants([[1, 2], [2, 4]])}
+  for name, tx in configurations(every):
+    fn = lambda p, g, tx=tx: tuple(p for p, _ in trained(tx, p, g))
+    specs = P("x"), P(None, "x")
+    found = jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=P("x")))(params, grads)
+    for i in (0, 7):
+      alone = jax.jit(fn)(params[i : i + 1], grads[:, i : i + 1])
+      if differences([x[i : i + 1] for x in found], alone):
+        print("wrong:", name)
+    print("checked", name)
+
+
+def eager():
+  """A state that is made without `jit` lies where its parameters lie."""
+  sharding = NamedSharding(automatic(), P(None, "x"))
+  params = jax.device_put(jnp.ones(SHAPE), sharding)
+  for name, tx in configurations():
+    for x in jax.tree.leaves(tx.init(params)):
+      if x.size >= params.size // 8 and len(x.sharding.device_set) < 8:
+        print("wrong:", name, x.shape)
+    print("checked", name)
+
+
+def collectives():
+  """How many collectives a micro-step compiles to, for leaves sharded along axis 1."""
+  sharding = NamedSharding(automatic(), P(None, "x"))
+  params = jax.device_put(jnp.ones(SHAPE), sharding)
+  for name in ("2", "other axis", "layers", "shards", "bands", "rectangles", "mask"):
+    tx = oc.cadence(oracle.relaxed(optax.adam(0.1)), EVERY[name])
+    state = jax.jit(tx.init)(params)
+    program = jax.jit(tx.apply, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    kinds = re.findall(r" (all-[a-z]+|collective-[a-z]+)(?:-start)?\(", program.as_text())
+    print(f"{name}: {len(kinds)}")
+
+
+if __name__ == "__main__":
+  warnings.simplefilter("ignore")
+  # After the import of the library: nothing has started a backend.
+  jax.config.update("jax_num_cpu_devices", 8)
+  globals()[sys.argv[1]]()

@@ -1,0 +1,64 @@
+"""Meshes with automatic and explicit axes, `shard_map`, and what is settled before any backend."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+# What the programs ask JAX for: types that say how arrays lie, and the number of devices.
+pytestmark = pytest.mark.skipif(
+  jax.__version_info__ < (0, 8, 1), reason="shardings are no part of types yet"
+)
+
+FEW = ["2", "2 skip", "bands", "rectangles", "mask", "mask skip", "mask coupled", "certain"]
+OPTIMIZERS = ["adafactor", "adamw", "lamb", "lion", "radam", "sgd", "sm3"]
+
+
+def on_devices(program, names=()):
+  """The lines that a program of `on_devices` prints."""
+  file = pathlib.Path(__file__).with_name("on_devices.py")
+  flags = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+  done = subprocess.run(
+    [sys.executable, str(file), program, *names],
+    env=os.environ | flags,
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+  ("program", "names", "at_least"),
+  [
+    ("eager", [], 30),
+    ("scans", FEW, len(FEW)),
+    ("shard_maps", FEW, len(FEW)),
+    ("optimizers", OPTIMIZERS, 4 * len(OPTIMIZERS)),
+    pytest.param("scans", [], 30, marks=pytest.mark.ci),
+    pytest.param("shard_maps", [], 30, marks=pytest.mark.ci),
+    pytest.param("optimizers", [], 300, marks=pytest.mark.ci),
+  ],
+)
+def test_on_several_devices(program, names, at_least):
+  lines = on_devices(program, names)
+  assert [line for line in lines if line.startswith("wrong")] == []
+  assert sum(line.startswith("checked") for line in lines) >= at_least
+
+
+def test_only_what_is_cut_across_shards_travels():
+  counts = dict(line.split(": ") for line in on_devices("collectives"))
+  assert {name for name, n in counts.items() if n == "0"} == {"2", "other axis", "layers", "mask"}
+
+
+def test_distributed_starts_after_the_import():
+  program = (
+    "import optax_cadence, jax; jax.distributed.initialize('localhost:12357', 1, 0);"
+    " print(len(jax.devices()))"
+  )
+  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
