@@ -534,6 +534,8 @@ def _check_order(params: Any, state: Any, grads: Any) -> None:
       "apply takes (params, state, grads): expected a CadenceState as the state, found"
       f" {_checks.shown(state)}"
     )
+  if _dtypes(params) == _dtypes(grads):
+    return
   known = state.regions.dtypes
 
   def fit(tree: Any) -> bool:

@@ -95,10 +95,12 @@ def told_window(state: optax.OptState, layout: Layout, group: Group, length: jax
   def listens(node: Any) -> bool:
     return hasattr(node, "with_window")
 
+  nodes, treedef = jax.tree.flatten(state, is_leaf=listens)
   lengths = layout.tree(group, list(length)) if length.ndim else length
-  return jax.tree.map(
-    lambda node: node.with_window(lengths) if listens(node) else node, state, is_leaf=listens
-  )
+  for i, node in enumerate(nodes):
+    if hasattr(node, "with_window"):
+      nodes[i] = node.with_window(lengths)
+  return jax.tree.unflatten(treedef, nodes)
 
 
 def restored(inner: optax.GradientTransformation, state: Any, tensors: Any) -> optax.OptState:
@@ -123,6 +125,8 @@ def plain(init: Callable[[Any], Any], state: optax.OptState, params: Any) -> opt
   Raises:
     ValueError: If it is the state of other parameters.
   """
+  if isinstance(getattr(state, "micro_step", None), jax.Array | np.ndarray):
+    return state
   nodes = jax.tree.leaves(state, is_leaf=_paths.is_optimizer_variable)
   if not any(map(_paths.is_optimizer_variable, nodes)):
     return state

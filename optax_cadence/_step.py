@@ -73,8 +73,9 @@ class Call:
   def inner_of(self, group: Group) -> optax.GradientTransformationExtraArgs:
     """The inner optimizer as a group runs it."""
     inner = self.inner
-    if any(self.dtypes[leaf] != self.param_dtypes[leaf] for leaf in group.leaves):
-      inner = _inner.widened(inner)
+    for leaf in group.leaves:
+      if self.dtypes[leaf] != self.param_dtypes[leaf]:
+        inner = _inner.widened(self.inner)
     if not group.masked:
       return inner
     from optax_cadence.entrywise import masks

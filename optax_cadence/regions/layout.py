@@ -336,8 +336,9 @@ def _match(cadences: Cadences, paths: Sequence[_paths.Path], tree: Any) -> list[
       )
     used.add(prefix)
     result.append(given[prefix])
-  for path, name in zip(given, _paths.names(given), strict=True):
+  for i, path in enumerate(given):
     if path and path not in used and not _is_masked(path, tree):
+      name = _paths.names(given)[i]
       raise ValueError(
         f"cadence of {name!r}: no parameter is there; expected a prefix of {_paths.listed(paths)}"
       )
