@@ -302,6 +302,9 @@ class Cadence:
       inner = call.inner_of(group) if group.leaves else _inner.for_no_leaves(self.inner)
       n = len(tensors) + len(group.masked)
       state = self._init_group(inner, group.every, n, *trees)
+      if self.skip and n:
+        flags = layout.tree(group, [jnp.array(True)] * n)
+        jax.eval_shape(functools.partial(_inner.filled, self.inner), state.inner_state, flags)
       if self.skip or group.every.policy is not None:
         # Where gradients decide when it fires, so does what they vary over in `jax.shard_map`.
         state = _sharding.varying(state, _sharding.axes_of([leaves[i] for i in group.leaves]))

@@ -147,10 +147,7 @@ def apart(fn: Callable[[Any, Any], Any], carry: Any, consts: Any, count: jax.Arr
 def is_traced(tree: Any) -> bool:
   """Whether an array of a tree is part of a program that is being traced."""
   leaves = [tree] if isinstance(tree, jax.Array) else jax.tree.leaves(tree)
-  for x in leaves:
-    if isinstance(x, jax.core.Tracer):
-      return True
-  return False
+  return any(isinstance(x, jax.core.Tracer) for x in leaves)
 
 
 def choose(when: bool | jax.Array, then: jax.Array, otherwise: jax.Array) -> jax.Array:

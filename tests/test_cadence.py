@@ -294,14 +294,15 @@ def test_accumulators_are_float32_or_wider_unless_asked(dtype, asked, expected):
   assert groups(tx.init(jnp.ones(3, dtype)))[0].accumulators.dtype == expected
 
 
-def test_updates_come_back_in_the_dtype_of_the_gradients():
-  tx = oc.cadence(oracle.relaxed(optax.adamw(0.1)), {"a": 2, "b": 1})
-  params = {"a": jnp.ones(3), "b": jnp.ones(3)}
-  grads = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(3, jnp.float16)}
+@pytest.mark.parametrize("given", [True, False], ids=["with parameters", "without"])
+def test_updates_come_back_in_the_wider_dtype_of_gradients_and_parameters(given):
+  tx = oc.cadence(oracle.relaxed(optax.sgd(0.1)), {"a": 2, "b": 1, "c": 1})
+  params = {"a": jnp.ones(3), "b": jnp.ones(3), "c": jnp.ones(3, jnp.float16)}
+  grads = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(3, jnp.float16)} | {"c": params["c"]}
   state = tx.init(params)
   for _ in range(2):
-    updates, state = tx.update(grads, state, params)
-    assert updates["a"].dtype == jnp.bfloat16 and updates["b"].dtype == jnp.float16
+    updates, state = tx.update(grads, state, params if given else None)
+    assert [x.dtype for x in updates.values()] == ["float32", "float32", "float16"]
 
 
 def test_many_small_gradients_are_not_lost_in_half_precision():

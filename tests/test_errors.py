@@ -563,10 +563,9 @@ def test_apply_and_flush_need_parameters(tx):
 
 def test_inner_that_needs_parameters_says_so():
   tx = oc.cadence(oracle.relaxed(optax.adamw(0.1)), 2)
-  check(lambda: tx.update(PARAMS, tx.init(PARAMS)), "params")
+  check(lambda: jax.jit(tx.update)(PARAMS, tx.init(PARAMS)), "params")
 
 
 def test_skip_around_an_inner_state_that_does_not_follow_the_parameters():
-  tx = oc.cadence(oracle.relaxed(optax.sm3(0.1)), {"blk": 2, "head": 2}, nonfinite="skip")
-  state = tx.init(PARAMS)
-  check(lambda: tx.update(PARAMS, state, PARAMS), "skip", "inner", without=["pytree structure"])
+  tx = oc.cadence(optax.flatten(optax.adam(0.1)), {"blk": 2, "head": 2}, nonfinite="skip")
+  check(lambda: tx.init(PARAMS), "skip", "inner", without=["pytree structure"])
