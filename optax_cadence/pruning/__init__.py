@@ -2,6 +2,7 @@
 
 Modules, in the order in which data flows through them:
 
+  prunable                which leaves are pruned
   structure, criterion    what is pruned together, and how weights are scored: one class or
                           function each, and how to add another
   schedule, sparsity      when new masks are due, and how sparse each leaf is to be
@@ -18,6 +19,7 @@ from optax_cadence.pruning.criterion import Criterion
 from optax_cadence.pruning.criterion import movement
 from optax_cadence.pruning.criterion import random
 from optax_cadence.pruning.moments import clear_moments
+from optax_cadence.pruning.prunable import prunable
 from optax_cadence.pruning.regrowth import at_random
 from optax_cadence.pruning.regrowth import by_gradient
 from optax_cadence.pruning.regrowth import Regrowth
@@ -32,7 +34,6 @@ from optax_cadence.pruning.structure import Unstructured
 from optax_cadence.pruning.summary import plot
 from optax_cadence.pruning.summary import Summary
 from optax_cadence.pruning.summary import summary
-from optax_cadence.pruning.transformation import prunable
 from optax_cadence.pruning.transformation import prune
 from optax_cadence.pruning.transformation import PruneState
 from optax_cadence.pruning.view import masked

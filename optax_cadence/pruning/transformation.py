@@ -1,6 +1,5 @@
 """The transformation: masks when they are due, and updates that keep the pruned weights at zero."""
 
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from optax_cadence.pruning import masking
 from optax_cadence.pruning import schedule as schedules
 from optax_cadence.pruning import sparsity as sparsities
 from optax_cadence.pruning import structure as structures
+from optax_cadence.pruning.prunable import prunable
 from optax_cadence.pruning.regrowth import Regrowth
 
 
@@ -39,12 +39,6 @@ class PruneState(NamedTuple):
   masks: Any
   memory: Any
   inner_state: optax.OptState
-
-
-def prunable(path: str, param: Any) -> bool:
-  """The default of `where`: matrices and kernels, but no bias, norm or embedding."""
-  named = re.search(r"bias|norm|embed|(^|/)(bn|ln)\d*(/|$)", path, re.IGNORECASE)
-  return np.ndim(param) >= 2 and jnp.issubdtype(param.dtype, jnp.inexact) and not named
 
 
 def prune(
