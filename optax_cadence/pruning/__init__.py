@@ -2,7 +2,7 @@
 
 Modules, in the order in which data flows through them:
 
-  prunable                which leaves are pruned
+  prunable, kernels       which leaves are pruned: by their names, or by the program
   structure, criterion    what is pruned together, and how weights are scored: one class or
                           function each, and how to add another
   schedule, sparsity      when new masks are due, and how sparse each leaf is to be
@@ -18,6 +18,10 @@ from optax_cadence.pruning.allocation import erdos_renyi
 from optax_cadence.pruning.criterion import Criterion
 from optax_cadence.pruning.criterion import movement
 from optax_cadence.pruning.criterion import random
+from optax_cadence.pruning.kernels import contraction_axes
+from optax_cadence.pruning.kernels import Kernel
+from optax_cadence.pruning.kernels import Kernels
+from optax_cadence.pruning.kernels import kernels
 from optax_cadence.pruning.moments import clear_moments
 from optax_cadence.pruning.prunable import prunable
 from optax_cadence.pruning.regrowth import at_random
@@ -45,6 +49,8 @@ __all__ = [
   "Block",
   "Channel",
   "Criterion",
+  "Kernel",
+  "Kernels",
   "PruneState",
   "Regrowth",
   "Summary",
@@ -53,9 +59,11 @@ __all__ = [
   "at_random",
   "by_gradient",
   "clear_moments",
+  "contraction_axes",
   "cubic",
   "erdos_renyi",
   "every_epoch",
+  "kernels",
   "masked",
   "masks",
   "movement",
