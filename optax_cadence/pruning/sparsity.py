@@ -3,6 +3,7 @@
 How a sparsity becomes a number of units is in `allocation`.
 """
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_cadence import _checks
 from optax_cadence import _paths
+from optax_cadence.pruning import prefixes
 from optax_cadence.pruning.schedule import Times
 from optax_cadence.pruning.structure import Structure
 from optax_cadence.schedules.by_path import ByPath
@@ -32,31 +35,21 @@ def by_leaf(
     ValueError: If the structure implies another sparsity, or a tree does not fit the parameters.
   """
   fixed = structure.fixed_sparsity
-  if fixed is not None:
-    if sparsity is not None and sparsity != fixed:
-      name = _paths.join(next(iter(leaves)))
-      raise ValueError(f"sparsity of {name!r}: {structure} states {fixed}, found {sparsity!r}")
+  if sparsity is None:
     return dict.fromkeys(leaves, fixed)
   if not is_tree(sparsity):
-    return dict.fromkeys(leaves, sparsity)
-
-  tree = sparsity(params) if isinstance(sparsity, ByPath) else sparsity
-  by_prefix = dict(_paths.flatten_with_paths(tree))
-  paths = [path for path, _ in _paths.flatten_with_paths(params)]
-  for prefix in by_prefix:
-    if not any(_covers(prefix, path) for path in paths):
+    asked = dict.fromkeys(leaves, sparsity)
+  else:
+    asked = prefixes.by_leaf("sparsity", sparsity, params, leaves)
+  for path, value in asked.items():
+    if fixed is None or (structure.gradual and callable(value)):
+      continue
+    if not isinstance(value, numbers.Real) or value != fixed:
       raise ValueError(
-        f"sparsity of {_paths.join(prefix)!r}: no parameter is there; expected a prefix of"
-        f" {_paths.listed(paths)}"
+        f"sparsity of {_paths.join(path)!r}: {structure} states {fixed}, found"
+        f" {_checks.shown(value)}"
       )
-  sparsities = {}
-  for path in leaves:
-    covering = [prefix for prefix in by_prefix if _covers(prefix, path)]
-    if not covering:
-      name = _paths.join(path)
-      raise ValueError(f"sparsity of {name!r}: expected a number in the tree, found none")
-    sparsities[path] = by_prefix[covering[0]]
-  return sparsities
+  return asked
 
 
 def is_tree(sparsity: Any) -> bool:
@@ -64,10 +57,6 @@ def is_tree(sparsity: Any) -> bool:
   if isinstance(sparsity, ByPath):
     return True
   return not (sparsity is None or callable(sparsity) or jax.tree_util.all_leaves([sparsity]))
-
-
-def _covers(prefix: _paths.Path, path: _paths.Path) -> bool:
-  return path[: len(prefix)] == prefix
 
 
 def check(name: str, sparsity: Any, times: Times, may_fall: bool) -> None:

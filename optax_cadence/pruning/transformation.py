@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_cadence import _paths
@@ -52,6 +51,7 @@ def prune(
   hold: bool = True,
   straight_through: bool = False,
   where: Callable[[str, Any], bool] = prunable,
+  stacked: Callable[[str, Any], bool] | None = None,
   packed: bool = True,
   inner: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -76,7 +76,11 @@ def prune(
       micro-step 1, and then as many weights grow as are dropped by the criterion.
     hold: Whether pruned weights stay 0. False: a shock, after which they come back.
     straight_through: Leaves the weights dense; the loss reads `pruning.masked(params, state)`.
-    where: Which leaves are pruned: `(path, param) -> bool`, of the `/`-joined path.
+    where: Which leaves are pruned: `(path, param) -> bool`, of the `/`-joined path. By default
+      those that are kernels by their name; `pruning.kernels` reads them from the program.
+    stacked: Which of these hold layers stacked on axis 0, as `nn.scan` stacks them, each of which
+      is to be pruned by itself: `(path, param) -> bool`. By default those that a `where` from
+      `pruning.kernels` knows of, or none.
     packed: Whether a mask is stored as one bit per weight; otherwise as a bool.
     inner: An optimizer; needed by what reads gradients (saliency, movement, RigL).
 
@@ -100,7 +104,13 @@ def prune(
   _check_choices(sparsity, criterion, structure, allocation, regrow, hold, straight_through, inner)
   optimizer = None if inner is None else optax.with_extra_args_support(inner)
   permanent = hold and not straight_through and regrow is None
-  masker = masking.Masker(criterion, structure, allocation, regrow, permanent, packed)
+  settings = masking.Masker(criterion, structure, allocation, regrow, permanent, packed)
+  stacked = stacked or getattr(where, "stacked", None) or (lambda path, param: False)
+
+  def masker_of(params: Any, leaves: masking.Leaves) -> masking.Masker:
+    return settings.on(
+      params, leaves, [path for path, x in leaves.items() if stacked(_paths.join(path), x)]
+    )
 
   def init_fn(params: optax.Params) -> PruneState:
     inner_state = optax.EmptyState() if optimizer is None else optimizer.init(params)
@@ -110,12 +120,9 @@ def prune(
       memory = params if criterion.remembers else {}
       return PruneState(jnp.int32(0), jnp.int32(0) if hold else {}, memory, inner_state)
     leaves = _pruned_leaves(params, where)
+    masker = masker_of(params, leaves)
     asked = sparsities.by_leaf(sparsity, structure, params, leaves)
-    for path, leaf in leaves.items():
-      try:
-        structure.check(np.shape(leaf))
-      except ValueError as error:
-        raise ValueError(f"structure of {_paths.join(path)!r}: {error}") from None
+    for path in leaves:
       sparsities.check(_paths.join(path), asked[path], times, may_fall=not permanent)
     memory = {}
     if criterion.remembers:
@@ -135,6 +142,7 @@ def prune(
     _paths.check_same("gradient", "as the parameters have", params, updates)
     step = optax.safe_increment(state.step)
     leaves = _pruned_leaves(params, where)
+    masker = masker_of(params, leaves)
 
     # The gradients are read before the inner optimizer turns them into updates.
     grads, memory, inner_state = None, masking.by_path(state.memory), state.inner_state
