@@ -57,6 +57,22 @@ def by_path(tree: Any) -> Leaves:
   return dict(_paths.flatten_with_paths(tree))
 
 
+def load(path: _paths.Path, stored: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """The mask that is stored for a leaf of this shape.
+
+  Raises:
+    ValueError: If it is the mask of another shape.
+  """
+  packed = stored.dtype == jnp.uint8
+  expected = packing.packed_shape(shape) if packed else shape
+  if stored.shape != expected:
+    raise ValueError(
+      f"mask of {_paths.join(path)!r}: expected shape {expected}, found {stored.shape}; after"
+      " growth give the state its masks with pruning.with_masks"
+    )
+  return packing.unpack(stored, shape) if packed else stored
+
+
 class MicroStep(NamedTuple):
   """What new masks are made from.
 
@@ -163,20 +179,6 @@ class Masker:
     """Stored masks that keep everything."""
     return {path: self._store(jnp.ones(jnp.shape(x), bool)) for path, x in params.items()}
 
-  def load(self, path: _paths.Path, stored: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The mask that is stored for a leaf of this shape.
-
-    Raises:
-      ValueError: If it is the mask of another shape.
-    """
-    expected = packing.packed_shape(shape) if self.packed else shape
-    if stored.shape != expected:
-      raise ValueError(
-        f"mask of {_paths.join(path)!r}: expected shape {expected}, found {stored.shape}; after"
-        " growth give the state its masks with pruning.with_masks"
-      )
-    return packing.unpack(stored, shape) if self.packed else stored
-
   def _store(self, mask: jax.Array) -> jax.Array:
     return packing.pack(mask) if self.packed else mask
 
@@ -194,7 +196,7 @@ class Masker:
 
     def renew_if(due: Any, renew: Callable[..., Leaves], stored: Leaves) -> Leaves:
       def renew_stored(stored: Leaves, micro_step: MicroStep) -> Leaves:
-        old = {p: self.load(p, x, micro_step.params[p].shape) for p, x in stored.items()}
+        old = {p: load(p, x, micro_step.params[p].shape) for p, x in stored.items()}
         now = {
           part: s(micro_step.step) if callable(s) else s
           for p, s in sparsities.items()

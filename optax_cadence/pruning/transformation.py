@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_cadence import _checks
 from optax_cadence import _paths
 from optax_cadence.pruning import allocation as allocations
 from optax_cadence.pruning import criterion as criteria
@@ -25,8 +26,8 @@ class PruneState(NamedTuple):
     step: Number of micro-steps done: int32 scalar.
     masks: The mask of each pruned leaf, in dicts of dicts by the names in its path: packed, uint8,
       or bool of the leaf's shape. Empty with `hold=False`.
-    memory: What a criterion that remembers has summed up of each pruned leaf, float32, in a tree
-      like the parameters, in which the other leaves are `MaskedNode`; else empty.
+    memory: What a criterion that remembers has summed up of each pruned leaf, in float32 or wider,
+      in a tree like the parameters, in which the other leaves are `MaskedNode`; else empty.
     inner_state: State of the inner optimizer.
 
   For `optax.tree_utils.tree_map_params`, memory and inner state follow the parameters. Masks do
@@ -98,6 +99,11 @@ def prune(
   [[ 0. -3.]
    [ 2.  0.]]
   """
+  for name, function in (("where", where), ("stacked", stacked)):
+    if function is not None and not callable(function):
+      raise ValueError(
+        f"{name}: expected a function (path, param) -> bool, found {_checks.shown(function)}"
+      )
   criterion = criteria.as_criterion(criterion)
   structure = structures.as_structure(structure)
   times = schedules.as_times(every)
@@ -122,12 +128,17 @@ def prune(
     leaves = _pruned_leaves(params, where)
     masker = masker_of(params, leaves)
     asked = sparsities.by_leaf(sparsity, structure, params, leaves)
-    for path in leaves:
-      sparsities.check(_paths.join(path), asked[path], times, may_fall=not permanent)
+    # Of leaves with the same sparsity the first stands for all.
+    for path in {id(asked[path]): path for path in reversed(leaves)}.values():
+      implied = structure.fixed_sparsity
+      sparsities.check(_paths.join(path), asked[path], times, not permanent, implied)
+    if inner is None:
+      for reader in [criterion, *([regrow.first, regrow.grow] if regrow else [])]:
+        criteria.check_needs_no_gradient(reader, next(iter(leaves.values())))
     memory = {}
     if criterion.remembers:
       slots = [
-        jnp.zeros(x.shape, jnp.float32) if path in leaves else optax.MaskedNode()
+        jnp.zeros(x.shape, _memory_dtype(x)) if path in leaves else optax.MaskedNode()
         for path, x in _by_path(params).items()
       ]
       memory = jax.tree.unflatten(jax.tree.structure(params), slots)
@@ -149,8 +160,7 @@ def prune(
     if optimizer is not None:
       grads = {path: g for path, g in _by_path(updates).items() if path in leaves}
       memory = {
-        path: total - grads[path].astype(jnp.float32) * leaves[path].astype(jnp.float32)
-        for path, total in memory.items()
+        path: _remembered(total, grads[path], leaves[path]) for path, total in memory.items()
       }
       updates, inner_state = optimizer.update(updates, inner_state, params, **extra_args)
 
@@ -172,7 +182,7 @@ def prune(
       return updates, state
     by_path = _by_path(updates)
     for path, mask in masks.items():
-      weights = masker.load(path, mask, leaves[path].shape)
+      weights = masking.load(path, mask, leaves[path].shape)
       by_path[path] = _zeroed(by_path[path], leaves[path], weights)
     return jax.tree.unflatten(jax.tree.structure(updates), by_path.values()), state
 
@@ -197,8 +207,12 @@ def _check_choices(
       f"structure {structure}: expected no regrow and allocation='uniform', found {allocation!r}"
       f" and regrow={regrow}"
     )
-  if sparsity is None and structure.fixed_sparsity is None:
-    raise ValueError("sparsity: expected a number, a schedule or a tree, found None")
+  if isinstance(sparsity, str | bool) or (sparsity is None and structure.fixed_sparsity is None):
+    raise ValueError(f"sparsity: expected a number, a schedule or a tree, found {sparsity!r}")
+  if inner is not None and not (hasattr(inner, "init") and hasattr(inner, "update")):
+    raise ValueError(
+      f"inner: expected a gradient transformation, as optax.sgd(0.1), found {_checks.shown(inner)}"
+    )
   if not hold and (regrow is not None or straight_through):
     raise ValueError("hold=False: expected neither regrow nor straight_through")
   if allocation != "uniform" and sparsities.is_tree(sparsity):
@@ -233,6 +247,19 @@ def _by_path(tree: Any) -> dict[_paths.Path, Any]:
     path: x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
     for path, x in _paths.flatten_with_paths(tree)
   }
+
+
+def _memory_dtype(param: jax.Array) -> Any:
+  return jnp.float64 if param.dtype == jnp.float64 else jnp.float32
+
+
+def _remembered(total: jax.Array, grad: jax.Array, param: jax.Array) -> jax.Array:
+  """The sum of `-grad * param` with another term, but for what of that is not finite.
+
+  A sum would never be rid of it, and a cadence inside leaves such a micro-batch out as well.
+  """
+  term = grad.astype(total.dtype) * param.astype(total.dtype)
+  return total - jnp.where(jnp.isfinite(term), term, jnp.zeros_like(term))
 
 
 def _zeroed(update: jax.Array, param: jax.Array, kept: jax.Array) -> jax.Array:
