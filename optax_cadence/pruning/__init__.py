@@ -9,7 +9,10 @@ Modules, in the order in which data flows through them:
   selection               which units these are
   regrowth                which pruned weights come back
   masking, packing        new masks, when they are due, and how they are stored
+  filling                 what a shock leaves behind
+  optimizing              what an optimizer inside sees of all this
   transformation          what a mask does to an update: `prune`
+  shocks                  whole leaves that begin anew, as one-liners
   view, summary, moments  what reads the masks, or goes by the zeros that they leave
 """
 
@@ -17,6 +20,7 @@ from optax_cadence.pruning.allocation import erdos_renyi
 from optax_cadence.pruning.criterion import Criterion
 from optax_cadence.pruning.criterion import movement
 from optax_cadence.pruning.criterion import random
+from optax_cadence.pruning.filling import Fill
 from optax_cadence.pruning.moments import clear_moments
 from optax_cadence.pruning.regrowth import at_random
 from optax_cadence.pruning.regrowth import by_gradient
@@ -25,6 +29,8 @@ from optax_cadence.pruning.schedule import cubic
 from optax_cadence.pruning.schedule import every_epoch
 from optax_cadence.pruning.schedule import once
 from optax_cadence.pruning.schedule import Times
+from optax_cadence.pruning.shocks import reset
+from optax_cadence.pruning.shocks import shrink_and_perturb
 from optax_cadence.pruning.structure import Block
 from optax_cadence.pruning.structure import Channel
 from optax_cadence.pruning.structure import NM
@@ -44,6 +50,7 @@ __all__ = [
   "Block",
   "Channel",
   "Criterion",
+  "Fill",
   "PruneState",
   "Regrowth",
   "Summary",
@@ -63,6 +70,8 @@ __all__ = [
   "prunable",
   "prune",
   "random",
+  "reset",
+  "shrink_and_perturb",
   "summary",
   "with_masks",
 ]

@@ -82,6 +82,7 @@ class Masker:
     regrow: Which pruned weights come back; None if nothing regrows.
     permanent: Whether a weight that has been pruned stays so.
     packed: Whether masks are stored as one bit per weight.
+    normalize: Whether the scores of each leaf are divided by their norm.
   """
 
   criterion: Criterion
@@ -90,6 +91,7 @@ class Masker:
   regrow: Regrowth | None
   permanent: bool
   packed: bool
+  normalize: bool = False
 
   def dense(self, params: Mapping[_paths.Path, Any]) -> Leaves:
     """Stored masks that keep everything."""
@@ -123,19 +125,31 @@ class Masker:
       sparsities: A number, a traced scalar or a schedule for each leaf.
       micro_step: What new masks are made from.
     """
-
-    def renew_if(due: Any, renew: Callable[..., Leaves], stored: Leaves) -> Leaves:
-      def renew_stored(stored: Leaves, micro_step: MicroStep) -> Leaves:
-        now = {p: s(micro_step.step) if callable(s) else s for p, s in sparsities.items()}
-        old = {p: self.load(p, x, micro_step.params[p].shape) for p, x in stored.items()}
-        return {p: self._store(mask) for p, mask in renew(old, now, micro_step).items()}
-
-      return _control.maybe(due, renew_stored, stored, micro_step)
-
     if self.regrow is None:
-      return renew_if(due, self._prune, stored)
-    stored = renew_if(micro_step.step == 1, self._prune, stored)
-    return renew_if(due & (micro_step.step > 1), self._exchange, stored)
+      return self._renew_if(due, self._prune, stored, sparsities, micro_step)
+    due = due & (micro_step.step > 1)
+    return self._renew_if(due, self._exchange, stored, sparsities, micro_step)
+
+  def first(
+    self, stored: Leaves, due: Any, sparsities: Mapping[_paths.Path, Any], micro_step: MicroStep
+  ) -> Leaves:
+    """The stored masks to begin with, where there are some before the first update; see `next`."""
+    return self._renew_if(due, self._prune, stored, sparsities, micro_step)
+
+  def _renew_if(
+    self,
+    due: Any,
+    renew: Callable[..., Leaves],
+    stored: Leaves,
+    sparsities: Mapping[_paths.Path, Any],
+    micro_step: MicroStep,
+  ) -> Leaves:
+    def renew_stored(stored: Leaves, micro_step: MicroStep) -> Leaves:
+      now = {p: s(micro_step.step) if callable(s) else s for p, s in sparsities.items()}
+      old = {p: self.load(p, x, micro_step.params[p].shape) for p, x in stored.items()}
+      return {p: self._store(mask) for p, mask in renew(old, now, micro_step).items()}
+
+    return _control.maybe(due, renew_stored, stored, micro_step)
 
   def _prune(
     self, old: Leaves, sparsities: Mapping[_paths.Path, Any], micro_step: MicroStep
@@ -161,27 +175,30 @@ class Masker:
   def _exchange(
     self, old: Leaves, sparsities: Mapping[_paths.Path, Any], micro_step: MicroStep
   ) -> Leaves:
-    """Drops the worst of the kept units, and grows as many of the others."""
+    """Drops the worst of the kept units, and grows as many of all that do not survive.
+
+    A unit that was dropped just now may be the best to grow; it is then kept as it is.
+    """
     assert self.regrow is not None
     active = {path: self._unit_mask(mask) for path, mask in old.items()}
     shapes = {path: mask.shape for path, mask in active.items()}
     pools, kept = allocations.pools(self.allocation, sparsities, shapes)
     share = self.regrow.share(micro_step.step)
-    surviving, growing = [], []
+    n_surviving, n_grown = [], []
     for pool, target in zip(pools, kept, strict=True):
       n_active = sum(active[path].sum(dtype=jnp.int32) for path in pool)
-      n_free = sum(active[path].size for path in pool) - n_active
       n_exchanged = jnp.floor(share * jnp.asarray(target, jnp.float32)).astype(jnp.int32)
-      # More grow if the sparsity has fallen, and no more than there are.
-      n_growing = jnp.minimum(n_free, jnp.maximum(n_exchanged, target - n_active))
-      surviving.append(target - n_growing)
-      growing.append(n_growing)
+      # More grow if the sparsity has fallen.
+      n_growing = jnp.maximum(n_exchanged, target - n_active)
+      n_surviving.append(target - n_growing)
+      n_grown.append(n_growing)
     scored = self._keys(self.criterion, micro_step)
     grown = self._keys(self.regrow.grow, micro_step)
-    survivors = _largest({p: _only(scored[p], active[p]) for p in active}, pools, surviving)
-    newcomers = _largest({p: _only(grown[p], ~active[p]) for p in active}, pools, growing)
+    survivors = _largest({p: _only(scored[p], active[p]) for p in active}, pools, n_surviving)
+    surviving = {path: mask() for path, mask in survivors.items()}
+    newcomers = _largest({p: _only(grown[p], ~surviving[p]) for p in active}, pools, n_grown)
     return {
-      path: self.structure.weight_mask(survivors[path]() | newcomers[path](), mask.shape)
+      path: self.structure.weight_mask(surviving[path] | newcomers[path](), mask.shape)
       for path, mask in old.items()
     }
 
@@ -204,8 +221,16 @@ class Masker:
     """For each leaf a function that makes the keys of its units."""
 
     def keys_of(i: int, path: _paths.Path) -> selection.Keys:
+      norm = None
+      if self.normalize:
+        # Outside of `compute`, which may run in every pass over the scores.
+        scores = self._scores(criterion, i, path, micro_step).astype(jnp.float32)
+        norm = jnp.linalg.norm(scores.reshape(-1)) + 1e-8
+
       def compute() -> jax.Array:
         scores = self._scores(criterion, i, path, micro_step)
+        if norm is not None:
+          scores = scores.astype(jnp.float32) / norm
         return selection.order(self.structure.unit_scores(scores))
 
       if criterion.cheap and self.structure.single_weights:

@@ -34,6 +34,10 @@ class Times:
     due = (t % self.period == 0) & (t >= self.begin)
     return due if self.end is None else due & (t <= self.end)
 
+  def from_the_start(self) -> Any:
+    """Whether masks that need no update are there before the first: where nothing delays them."""
+    return self.begin <= 1
+
 
 def once(at: int) -> Times:
   """Due at micro-step `at` and never again.
@@ -70,6 +74,10 @@ class _ByFunction(Times):
   def due(self, t: Any) -> Any:
     """See `Times`."""
     return self.function(t)
+
+  def from_the_start(self) -> Any:
+    """See `Times`; the function is asked for micro-step 0."""
+    return self.function(jnp.int32(0))
 
 
 def as_times(every: Any) -> Times:
