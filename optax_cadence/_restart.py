@@ -81,19 +81,23 @@ def _merged(flags: Any, fresh: Any, old: Any) -> Any:
       if isinstance(field, _Followed)
       for mask in jax.tree.leaves(field.new)
     ]
-    anew = old.emptied(fresh) if hasattr(old, "emptied") else fresh
+    beside = old.emptied(fresh) if hasattr(old, "emptied") else fresh
     fields = []
     for name in flag._fields:
-      field, x, y = (getattr(node, name) for node in (flag, anew, old))
+      field, x = getattr(flag, name), getattr(old, name)
       if field is not _OTHER:
-        fields.append(_merged(field, x, y))
+        fields.append(_merged(field, getattr(fresh, name), x))
       elif everything:
-        fields.append(jax.tree.map(lambda x, y: jnp.where(jnp.stack(everything).all(), x, y), x, y))
+        fields.append(_where(jnp.stack(everything).all(), getattr(beside, name), x))
       else:
-        fields.append(y)
+        fields.append(x)
     return type(flag)(*fields)
 
   return jax.tree.map(merge, flags, fresh, old, is_leaf=is_part)
+
+
+def _where(flag: jax.Array, fresh: Any, old: Any) -> Any:
+  return jax.tree.map(lambda x, y: jnp.where(flag, x, y), fresh, old)
 
 
 def _is_named(node: Any) -> bool:

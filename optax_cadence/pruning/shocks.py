@@ -1,11 +1,10 @@
 """Shocks that begin anew: whole leaves reset, or shrunk and perturbed."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_cadence.pruning import filling
@@ -16,7 +15,7 @@ from optax_cadence.pruning.transformation import prune
 class _Everything(Structure):
   """Every weight of a leaf is hit, and none has to be selected."""
 
-  makes_mask = True
+  makes_mask: ClassVar[bool] = True
 
   def mask(self, scores: jax.Array, sparsity: Any, allowed: jax.Array) -> jax.Array:
     """See `Structure`."""
@@ -121,4 +120,4 @@ def shrink_and_perturb(
 
 
 def _is_real(path: str, param: Any) -> bool:
-  return jnp.issubdtype(np.result_type(param), jnp.floating)
+  return jnp.issubdtype(param.dtype, jnp.floating)
