@@ -313,7 +313,7 @@ def test_global_allocation_is_exact_in_total():
 @pytest.mark.parametrize(
   "regrow", [pruning.by_gradient(stop=50), pruning.at_random(1, fraction=0.3)]
 )
-def test_regrowth_keeps_sparsity_and_never_regrows_what_it_drops(regrow):
+def test_regrowth_keeps_sparsity_and_exchanges_weights(regrow):
   tx = oc.prune(0.5, every=4, regrow=regrow, inner=optax.sgd(0.1))
   before, moved = None, 0
   for params, state in run(tx, 40):
@@ -365,7 +365,9 @@ def test_moments_of_pruned_entries_are_cleared_or_kept_through_a_cadence(clear):
 
 # One line for each of JaxPruner's algorithms: the table of the documentation itself.
 DOCS = pathlib.Path(__file__).parents[1] / "docs" / "pruning.md"
-ALGORITHMS = dict(re.findall(r"^\| `(\w+)` \| `(.+)` \|$", DOCS.read_text(), re.MULTILINE))
+ALGORITHMS = dict(
+  re.findall(r"^\| `(\w+)` \| `([^|]+)` \| [^|]+ \|$", DOCS.read_text(), re.MULTILINE)
+)
 
 
 def test_all_eleven_algorithms_are_in_the_table():
@@ -378,7 +380,8 @@ def test_each_algorithm_is_one_line(name):
   params, state = run(tx, 4)[-1]
   if name == "no_prune":
     return
-  sparse = zeros(pruning.masked(params, state))
+  # Not the zeros: a weight that has just grown is zero too.
+  sparse = {k: int((~m["kernel"]).sum()) for k, m in pruning.masks(params, state).items()}
   total = 82 if "global" not in name else round(0.5 * 163)
   assert sum(sparse.values()) == total
 

@@ -91,7 +91,7 @@ def test_two_of_four_is_reached_through_three_of_four_and_never_takes_back():
   np.testing.assert_array_equal(before, best.reshape(16, 3))
 
 
-@pytest.mark.parametrize("sparsity", [0.25, "0.5", {"kernel": 0.25}, jnp.float32(0.5)])
+@pytest.mark.parametrize("sparsity", [0.25, {"kernel": "0.5"}, {"kernel": 0.25}, jnp.float32(0.5)])
 def test_n_of_m_implies_its_sparsity(sparsity):
   tx = oc.prune(sparsity, every=1, structure=pruning.NM(2, 4))
   with pytest.raises(ValueError, match=r"'kernel': NM.*states 0.5, found"):

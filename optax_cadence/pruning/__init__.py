@@ -10,7 +10,10 @@ Modules, in the order in which data flows through them:
   selection               which units these are
   regrowth                which pruned weights come back
   masking, packing        new masks, when they are due, and how they are stored
+  filling                 what a shock leaves behind
+  optimizing              what an optimizer inside sees of all this
   transformation          what a mask does to an update: `prune`
+  shocks                  whole leaves that begin anew, as one-liners
   view, summary, moments  what reads the masks, or goes by the zeros that they leave
 """
 
@@ -18,6 +21,7 @@ from optax_cadence.pruning.allocation import erdos_renyi
 from optax_cadence.pruning.criterion import Criterion
 from optax_cadence.pruning.criterion import movement
 from optax_cadence.pruning.criterion import random
+from optax_cadence.pruning.filling import Fill
 from optax_cadence.pruning.kernels import contraction_axes
 from optax_cadence.pruning.kernels import Kernel
 from optax_cadence.pruning.kernels import Kernels
@@ -31,6 +35,8 @@ from optax_cadence.pruning.schedule import cubic
 from optax_cadence.pruning.schedule import every_epoch
 from optax_cadence.pruning.schedule import once
 from optax_cadence.pruning.schedule import Times
+from optax_cadence.pruning.shocks import reset
+from optax_cadence.pruning.shocks import shrink_and_perturb
 from optax_cadence.pruning.structure import Block
 from optax_cadence.pruning.structure import Channel
 from optax_cadence.pruning.structure import NM
@@ -49,6 +55,7 @@ __all__ = [
   "Block",
   "Channel",
   "Criterion",
+  "Fill",
   "Kernel",
   "Kernels",
   "PruneState",
@@ -72,6 +79,8 @@ __all__ = [
   "prunable",
   "prune",
   "random",
+  "reset",
+  "shrink_and_perturb",
   "summary",
   "with_masks",
 ]

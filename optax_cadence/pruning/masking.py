@@ -25,6 +25,7 @@ from optax_cadence import _paths
 from optax_cadence.pruning import allocation as allocations
 from optax_cadence.pruning import packing
 from optax_cadence.pruning import selection
+from optax_cadence.pruning import structure as structures
 from optax_cadence.pruning.criterion import Criterion
 from optax_cadence.pruning.regrowth import Regrowth
 from optax_cadence.pruning.structure import Structure
@@ -32,7 +33,7 @@ from optax_cadence.pruning.structure import Structure
 # An array for each pruned leaf, by its path. A mask is a bool array of the leaf's shape, True where
 # a weight is kept; stored, it is that or, packed, what `packing.pack` makes of it.
 Leaves = dict[_paths.Path, jax.Array]
-Masks = Mapping[_paths.Path, jax.Array]
+Arrays = Mapping[_paths.Path, jax.Array]
 
 
 def nested(leaves: Leaves) -> Any:
@@ -84,12 +85,12 @@ class MicroStep(NamedTuple):
   """
 
   step: jax.Array
-  params: Mapping[_paths.Path, jax.Array]
-  grads: Mapping[_paths.Path, jax.Array] | None
-  memory: Mapping[_paths.Path, jax.Array]
+  params: Arrays
+  grads: Arrays | None
+  memory: Arrays
 
 
-class Parts(Mapping[_paths.Path, jax.Array]):
+class Parts(Arrays):
   """Arrays by path, in which each layer of a leaf that holds a stack of them has its own entry.
 
   A layer is cut out of its leaf where it is read, so that no pass over it stores anything.
@@ -131,6 +132,7 @@ class Masker:
     regrow: Which pruned weights come back; None if nothing regrows.
     permanent: Whether a weight that has been pruned stays so.
     packed: Whether masks are stored as one bit per weight.
+    normalize: Whether the scores of each leaf are divided by their norm.
     layers: How many layers a leaf holds that is a stack of them on axis 0. Each is pruned by
       itself, as if it were a leaf: a part.
     structures: The structure of each part.
@@ -142,6 +144,7 @@ class Masker:
   regrow: Regrowth | None
   permanent: bool
   packed: bool
+  normalize: bool = False
   layers: Mapping[_paths.Path, int] = dataclasses.field(default_factory=dict)
   structures: Mapping[_paths.Path, Structure] = dataclasses.field(default_factory=dict)
 
@@ -157,7 +160,7 @@ class Masker:
       ValueError: If the structure does not fit a leaf.
     """
     of_leaf = self.structure.by_leaf(params, leaves)
-    layers, structures = {}, {}
+    layers: dict[_paths.Path, int] = {}
     for path in leaves:
       shape, structure = jnp.shape(leaves[path]), of_leaf[path]
       try:
@@ -169,11 +172,11 @@ class Masker:
         structure.check(shape)
       except ValueError as error:
         raise ValueError(f"structure of {_paths.join(path)!r}: {error}") from None
-      structures[path] = structure
-    if self.allocation == "global" and self.structure.single_weights:
+      of_leaf[path] = structure
+    if self.allocation == "global" and self.structure.single_weights and not self.normalize:
       layers = {}  # All weights are one pool, however they are divided.
-    structures = {part: structures[path] for path in leaves for part in parts(path, layers)}
-    return dataclasses.replace(self, layers=layers, structures=structures)
+    of_part = {part: of_leaf[path] for path in leaves for part in parts(path, layers)}
+    return dataclasses.replace(self, layers=layers, structures=of_part)
 
   def dense(self, params: Mapping[_paths.Path, Any]) -> Leaves:
     """Stored masks that keep everything."""
@@ -193,24 +196,36 @@ class Masker:
       sparsities: A number, a traced scalar or a schedule for each leaf.
       micro_step: What new masks are made from.
     """
-
-    def renew_if(due: Any, renew: Callable[..., Leaves], stored: Leaves) -> Leaves:
-      def renew_stored(stored: Leaves, micro_step: MicroStep) -> Leaves:
-        old = {p: load(p, x, micro_step.params[p].shape) for p, x in stored.items()}
-        now = {
-          part: s(micro_step.step) if callable(s) else s
-          for p, s in sparsities.items()
-          for part in parts(p, self.layers)
-        }
-        masks = self._joined(renew(self._divided(old), now, self._divided_all(micro_step)))
-        return {p: self._store(mask) for p, mask in masks.items()}
-
-      return _control.maybe(due, renew_stored, stored, micro_step)
-
     if self.regrow is None:
-      return renew_if(due, self._prune, stored)
-    stored = renew_if(micro_step.step == 1, self._prune, stored)
-    return renew_if(due & (micro_step.step > 1), self._exchange, stored)
+      return self._renew_if(due, self._prune, stored, sparsities, micro_step)
+    due = due & (micro_step.step > 1)
+    return self._renew_if(due, self._exchange, stored, sparsities, micro_step)
+
+  def first(
+    self, stored: Leaves, due: Any, sparsities: Mapping[_paths.Path, Any], micro_step: MicroStep
+  ) -> Leaves:
+    """The stored masks to begin with, where there are some before the first update; see `next`."""
+    return self._renew_if(due, self._prune, stored, sparsities, micro_step)
+
+  def _renew_if(
+    self,
+    due: Any,
+    renew: Callable[..., Leaves],
+    stored: Leaves,
+    sparsities: Mapping[_paths.Path, Any],
+    micro_step: MicroStep,
+  ) -> Leaves:
+    def renew_stored(stored: Leaves, micro_step: MicroStep) -> Leaves:
+      old = {p: load(p, x, micro_step.params[p].shape) for p, x in stored.items()}
+      now = {
+        part: s(micro_step.step) if callable(s) else s
+        for p, s in sparsities.items()
+        for part in parts(p, self.layers)
+      }
+      masks = self._joined(renew(self._divided(old), now, self._divided_all(micro_step)))
+      return {p: self._store(mask) for p, mask in masks.items()}
+
+    return _control.maybe(due, renew_stored, stored, micro_step)
 
   def _divided(self, leaves: Mapping[_paths.Path, Any]) -> Mapping[_paths.Path, Any]:
     """The arrays with an entry for each part."""
@@ -229,7 +244,7 @@ class Masker:
     return joined
 
   def _prune(
-    self, old: Masks, sparsities: Mapping[_paths.Path, Any], micro_step: MicroStep
+    self, old: Arrays, sparsities: Mapping[_paths.Path, Any], micro_step: MicroStep
   ) -> Leaves:
     """Keeps the best units; if pruning is permanent, the best of those that are left."""
     criterion = self.regrow.first if self.regrow else self.criterion
@@ -252,29 +267,32 @@ class Masker:
     return {path: mask & old[path] if self.permanent else mask for path, mask in masks.items()}
 
   def _exchange(
-    self, old: Masks, sparsities: Mapping[_paths.Path, Any], micro_step: MicroStep
+    self, old: Arrays, sparsities: Mapping[_paths.Path, Any], micro_step: MicroStep
   ) -> Leaves:
-    """Drops the worst of the kept units, and grows as many of the others."""
+    """Drops the worst of the kept units, and grows as many of all that do not survive.
+
+    A unit that was dropped just now may be the best to grow; it is then kept as it is.
+    """
     assert self.regrow is not None
     active = {path: self._unit_mask(path, mask) for path, mask in old.items()}
     shapes = {path: mask.shape for path, mask in active.items()}
     pools, kept = allocations.pools(self.allocation, sparsities, shapes)
     share = self.regrow.share(micro_step.step)
-    surviving, growing = [], []
+    n_surviving, n_grown = [], []
     for pool, target in zip(pools, kept, strict=True):
       n_active = sum(active[path].sum(dtype=jnp.int32) for path in pool)
-      n_free = sum(active[path].size for path in pool) - n_active
       n_exchanged = jnp.floor(share * jnp.asarray(target, jnp.float32)).astype(jnp.int32)
-      # More grow if the sparsity has fallen, and no more than there are.
-      n_growing = jnp.minimum(n_free, jnp.maximum(n_exchanged, target - n_active))
-      surviving.append(target - n_growing)
-      growing.append(n_growing)
+      # More grow if the sparsity has fallen.
+      n_growing = jnp.maximum(n_exchanged, target - n_active)
+      n_surviving.append(target - n_growing)
+      n_grown.append(n_growing)
     scored = self._keys(self.criterion, micro_step)
     grown = self._keys(self.regrow.grow, micro_step)
-    survivors = _largest({p: _only(scored[p], active[p]) for p in active}, pools, surviving)
-    newcomers = _largest({p: _only(grown[p], ~active[p]) for p in active}, pools, growing)
+    survivors = _largest({p: _only(scored[p], active[p]) for p in active}, pools, n_surviving)
+    surviving = {path: mask() for path, mask in survivors.items()}
+    newcomers = _largest({p: _only(grown[p], ~surviving[p]) for p in active}, pools, n_grown)
     return {
-      path: self.structures[path].weight_mask(survivors[path]() | newcomers[path](), mask.shape)
+      path: self.structures[path].weight_mask(surviving[path] | newcomers[path](), mask.shape)
       for path, mask in old.items()
     }
 
@@ -296,12 +314,21 @@ class Masker:
   def _keys(self, criterion: Criterion, micro_step: MicroStep) -> dict[_paths.Path, selection.Keys]:
     """For each leaf a function that makes the keys of its units."""
 
-    def unit_scores(i: int, path: _paths.Path) -> jax.Array:
-      return self.structures[path].unit_scores(self._scores(criterion, i, path, micro_step))
+    def unit_scores(i: int, path: _paths.Path, norm: Any = None) -> jax.Array:
+      scores = self._scores(criterion, i, path, micro_step)
+      if norm is not None:
+        scores = scores.astype(norm.dtype) / norm
+      return self.structures[path].unit_scores(scores)
 
     def keys_of(i: int, path: _paths.Path) -> selection.Keys:
+      norm = None
+      if self.normalize:
+        # Outside of `compute`, which may run in every pass over the scores.
+        scores = structures.wide(self._scores(criterion, i, path, micro_step))
+        norm = jnp.linalg.norm(scores.reshape(-1)) + 1e-8
+
       def compute() -> jax.Array:
-        return selection.order(unit_scores(i, path), wide)
+        return selection.order(unit_scores(i, path, norm), wide)
 
       if criterion.cheap and self.structures[path].single_weights:
         return compute

@@ -47,6 +47,10 @@ class Times:
     """The last micro-step at which new masks are due; None if there is none, or it is not known."""
     return None if self.end is None else self.end - self.end % self.period
 
+  def from_the_start(self) -> Any:
+    """Whether masks that need no update are there before the first: where nothing delays them."""
+    return self.begin <= 1
+
 
 def once(at: int) -> Times:
   """Due at micro-step `at` and never again.
@@ -104,6 +108,10 @@ class _ByFunction(Times):
       return None
     steps = np.flatnonzero(np.asarray(due)) + 1
     return int(steps[-1]) if len(steps) and steps[-1] <= 2**15 else None
+
+  def from_the_start(self) -> Any:
+    """See `Times`; the function is asked for micro-step 0."""
+    return self.function(jnp.int32(0))
 
 
 def as_times(every: Any) -> Times:

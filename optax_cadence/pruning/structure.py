@@ -139,7 +139,7 @@ class Block(Structure):
     cut = [(d // b, b) for d, b in zip(scores.shape[first:], self.shape, strict=True)]
     blocks = scores.reshape(*scores.shape[:first], *(n for pair in cut for n in pair))
     within_block = tuple(first + 2 * i + 1 for i in range(len(cut)))
-    return _wide(blocks).mean(within_block)
+    return wide(blocks).mean(within_block)
 
   def weight_mask(self, unit_mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """See `Structure`."""
@@ -214,7 +214,7 @@ class Channel(_AlongAxes):
     """See `Structure`."""
     along = {axis % scores.ndim for axis in _listed(self.axis)}
     others = tuple(i for i in range(scores.ndim) if i not in along)
-    return _wide(scores).mean(others, keepdims=True)
+    return wide(scores).mean(others, keepdims=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,7 +317,7 @@ def _listed(axis: Axis) -> tuple[int, ...]:
   return axis if isinstance(axis, tuple) else (axis,)
 
 
-def _wide(scores: jax.Array) -> jax.Array:
+def wide(scores: jax.Array) -> jax.Array:
   """Scores of which a mean is taken, in no fewer than 32 bits."""
   return scores if scores.dtype == jnp.float64 else scores.astype(jnp.float32)
 
