@@ -16,6 +16,7 @@ import optax
 from optax_cadence import _checks
 from optax_cadence import _inner
 from optax_cadence import _paths
+from optax_cadence import _restart
 from optax_cadence import _sharding
 from optax_cadence import _step
 from optax_cadence import _window
@@ -408,6 +409,35 @@ class Cadence:
     updates, state = _step.flush(call, state, zeros)
     return jax.tree.unflatten(jax.tree.structure(params), updates.values()), state
 
+  def restarted(self, state: CadenceState, params: optax.Params, new: Any) -> CadenceState:
+    """The state, where some entries of the parameters are new; see `_restart.restarted`.
+
+    A region all of whose entries are new has an empty window; where only some are, the window goes
+    on and they have gathered nothing in it. No rhythm changes.
+    """
+    call = self._prepare(params, state, params, {})
+    if call.layout.masked:
+      raise ValueError(
+        f"restart=True: expected no random mask as a cadence of"
+        f" {call.layout.name(call.layout.masked[0])!r}, found one, whose periods are trained in one"
+        " pass; give restart=False"
+      )
+    leaves, flags = layouts.leaves_of(params), layouts.leaves_of(new)
+    groups = dict(state.groups)
+    for group in filter(operator.attrgetter("tensors"), call.layout.groups):
+      old, masks = groups[group.name], group.take(flags)
+      trees = [call.layout.tree(group, x) for x in (group.take(leaves), masks)]
+      fields = {"inner_state": _restart.restarted(call.inner_of(group), old.inner_state, *trees)}
+      if old.window is not None:
+        whole = jnp.stack([mask.all() for mask in masks])
+        whole = whole if self.skip else whole.all()
+        fields["window"] = jnp.where(whole, jnp.zeros_like(old.window), old.window)
+        fields["accumulators"] = jax.tree.map(
+          lambda mask, x: jnp.where(mask, jnp.zeros_like(x), x), trees[1], old.accumulators
+        )
+      groups[group.name] = old._replace(**fields)
+    return state._replace(groups=groups)
+
   def _prepare(
     self,
     grads: Any,
@@ -621,6 +651,14 @@ class Chain:
     self._check(state)
     updates, last_state = self.last.flush(state[-1], params, **extra_args)
     return updates, (*state[:-1], last_state)
+
+  def restarted(self, state: Any, params: Any, new: Any) -> tuple[Any, ...]:
+    """The state, where some entries of the parameters are new; see `_restart.restarted`."""
+    self._check(state)
+    return tuple(
+      _restart.restarted(tx, part, params, new)
+      for tx, part in zip([*self.before, self.last], state, strict=True)
+    )
 
   def _through(
     self, grads: Any, states: Any, params: Any, extra_args: dict[str, Any]

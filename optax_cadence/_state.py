@@ -69,6 +69,10 @@ class GroupState(NamedTuple):
   skipped: jax.Array | None
   confidence: ConfidenceState | None = None
 
+  def emptied(self, fresh: "GroupState") -> "GroupState":
+    """The group with an empty window, as that of a fresh one; it stays in its rhythm."""
+    return self._replace(window=fresh.window)
+
 
 class MaskState(NamedTuple):
   """What the groups of leaves under masks have together, in the shape of the leaves.

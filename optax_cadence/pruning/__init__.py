@@ -2,6 +2,7 @@
 
 Modules, in the order in which data flows through them:
 
+  prunable, kernels       which leaves are pruned: by their names, or by the program
   structure, criterion    what is pruned together, and how weights are scored: one class or
                           function each, and how to add another
   schedule, sparsity      when new masks are due, and how sparse each leaf is to be
@@ -9,7 +10,10 @@ Modules, in the order in which data flows through them:
   selection               which units these are
   regrowth                which pruned weights come back
   masking, packing        new masks, when they are due, and how they are stored
+  filling                 what a shock leaves behind
+  optimizing              what an optimizer inside sees of all this
   transformation          what a mask does to an update: `prune`
+  shocks                  whole leaves that begin anew, as one-liners
   view, summary, moments  what reads the masks, or goes by the zeros that they leave
 """
 
@@ -17,7 +21,13 @@ from optax_cadence.pruning.allocation import erdos_renyi
 from optax_cadence.pruning.criterion import Criterion
 from optax_cadence.pruning.criterion import movement
 from optax_cadence.pruning.criterion import random
+from optax_cadence.pruning.filling import Fill
+from optax_cadence.pruning.kernels import contraction_axes
+from optax_cadence.pruning.kernels import Kernel
+from optax_cadence.pruning.kernels import Kernels
+from optax_cadence.pruning.kernels import kernels
 from optax_cadence.pruning.moments import clear_moments
+from optax_cadence.pruning.prunable import prunable
 from optax_cadence.pruning.regrowth import at_random
 from optax_cadence.pruning.regrowth import by_gradient
 from optax_cadence.pruning.regrowth import Regrowth
@@ -25,6 +35,8 @@ from optax_cadence.pruning.schedule import cubic
 from optax_cadence.pruning.schedule import every_epoch
 from optax_cadence.pruning.schedule import once
 from optax_cadence.pruning.schedule import Times
+from optax_cadence.pruning.shocks import reset
+from optax_cadence.pruning.shocks import shrink_and_perturb
 from optax_cadence.pruning.structure import Block
 from optax_cadence.pruning.structure import Channel
 from optax_cadence.pruning.structure import NM
@@ -32,7 +44,6 @@ from optax_cadence.pruning.structure import Unstructured
 from optax_cadence.pruning.summary import plot
 from optax_cadence.pruning.summary import Summary
 from optax_cadence.pruning.summary import summary
-from optax_cadence.pruning.transformation import prunable
 from optax_cadence.pruning.transformation import prune
 from optax_cadence.pruning.transformation import PruneState
 from optax_cadence.pruning.view import masked
@@ -44,6 +55,9 @@ __all__ = [
   "Block",
   "Channel",
   "Criterion",
+  "Fill",
+  "Kernel",
+  "Kernels",
   "PruneState",
   "Regrowth",
   "Summary",
@@ -52,9 +66,11 @@ __all__ = [
   "at_random",
   "by_gradient",
   "clear_moments",
+  "contraction_axes",
   "cubic",
   "erdos_renyi",
   "every_epoch",
+  "kernels",
   "masked",
   "masks",
   "movement",
@@ -63,6 +79,8 @@ __all__ = [
   "prunable",
   "prune",
   "random",
+  "reset",
+  "shrink_and_perturb",
   "summary",
   "with_masks",
 ]

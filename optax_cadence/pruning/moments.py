@@ -26,17 +26,18 @@ def clear_moments(inner: optax.GradientTransformation) -> optax.GradientTransfor
   inner = optax.with_extra_args_support(inner)
 
   def clear(moment: Any, param: Any) -> Any:
-    if is_masked(moment) or jnp.shape(moment) != jnp.shape(param):
+    if _is_masked(moment) or jnp.shape(moment) != jnp.shape(param):
       return moment
     return jnp.where(param == 0, jnp.zeros_like(moment), moment) if param.ndim > 1 else moment
-
-  def is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
 
   def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
     if params is None:
       raise ValueError("clear_moments needs the parameters: expected params, found None")
-    state = optax.tree_utils.tree_map_params(inner, clear, state, params, is_leaf=is_masked)
+    state = optax.tree_utils.tree_map_params(inner, clear, state, params, is_leaf=_is_masked)
     return inner.update(updates, state, params, **extra_args)
 
   return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _is_masked(node: Any) -> bool:
+  return isinstance(node, optax.MaskedNode)
