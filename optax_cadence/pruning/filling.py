@@ -46,7 +46,7 @@ class Fill:
         raise ValueError(f"fill: expected a finite number as {name}, found {value!r}")
 
 
-NAMED = {"zero": Fill(0.0, 0.0), "init": Fill(0.0, 1.0), "shrink": Fill(0.4, 0.1)}
+NAMED = {"zero": Fill(0.0, 0.0), "init": Fill(0.0, 1.0), "shrink": Fill(0.5, 0.5)}
 
 
 class FillState(NamedTuple):

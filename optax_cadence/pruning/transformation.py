@@ -95,8 +95,8 @@ def prune(
     regrow: `pruning.by_gradient(...)` or `pruning.at_random(...)`: the first mask is drawn at
       `init`, and then as many weights grow as are dropped by the criterion.
     hold: Whether pruned weights stay 0. False: a shock, after which they come back.
-    fill: With `hold=False`, what a shock leaves behind: `"zero"`, `"init"`, `"shrink"` or a
-      `pruning.Fill`.
+    fill: With `hold=False`, what a shock leaves behind: `"zero"`; `"init"`, fresh weights;
+      `"shrink"`, half of the old ones and half of fresh ones; or a `pruning.Fill`.
     straight_through: Leaves the weights dense; the loss reads `pruning.masked(params, state)`.
       Masks that are due are then made from the parameters as they are after the update, for
       which this must stand last: they are those of the weights that the next loss reads.
