@@ -1,11 +1,16 @@
 """Channels that are pruned go: with the same outputs, whatever bias or norm they had."""
 
+import inspect
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import oracle
 import pytest
+from flax import nnx
 
 import optax_cadence as oc
 from optax_cadence import growth
@@ -159,3 +164,48 @@ def test_the_optimizer_follows_the_smaller_network():
   state = growth.grow_state(tx, states[-1][0], params, small, plan)
   assert state[0].mu["hidden"]["kernel"].shape == (6, 4)
   assert int(state[0].count) == 12
+
+
+def test_the_lines_of_the_page_take_pruned_channels_out():
+  page = pathlib.Path(__file__).parents[1] / "docs" / "growth.md"
+  *_, code = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+  params = weights()
+  params["hidden"]["kernel"] = params["hidden"]["kernel"].at[:, 2:5].set(0.0)
+  params["hidden"]["bias"] = jnp.ones(8)
+  names = {"growth": growth, "fn": dense, "params": params, "x": X}
+  exec(code, names)
+  assert names["params"]["hidden"]["kernel"].shape == (6, 5)
+  np.testing.assert_allclose(dense(names["params"], X), dense(params, X), rtol=1e-4, atol=1e-4)
+
+
+class Net(nnx.Module):
+  def __init__(self, rngs):
+    self.hidden = nnx.Linear(6, 8, rngs=rngs)
+    self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
+    self.output = nnx.Linear(8, 3, rngs=rngs)
+
+  def __call__(self, x):
+    return self.output(nnx.relu(self.norm(self.hidden(x))))
+
+
+def test_a_live_model_loses_its_pruned_channels():
+  if "model" not in inspect.signature(nnx.Optimizer.update).parameters:
+    pytest.skip("written for Flax 0.11: the optimizer's update takes the model")
+  model = Net(nnx.Rngs(0))
+  with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+    units = growth.nnx.couple(model, X, producer=model.hidden)
+    hidden = lambda path, _: path == "hidden/kernel"
+    prune = oc.prune(0.5, every=pruning.once(3), structure=pruning.Channel(-1), where=hidden)
+    tx = growth.follow_pruned(units, optax.chain(optax.adam(0.05), prune))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    step = nnx.jit(lambda model, optimizer, x: optimizer.update(
+      model, nnx.grad(lambda model: jnp.sum((model(x) - 1) ** 2))(model)))  # fmt: skip
+    for _ in range(5):
+      step(model, optimizer, X)
+    before, variables = model(X), growth.nnx.variables(model)
+    pruned = growth.pruned_units(variables, units)
+    assert int(pruned.sum()) == 4
+    assert not np.asarray(model.norm.bias[...])[np.asarray(pruned)].any()
+    growth.shrink(model, growth.shrinking(variables, units, remove=pruned), X)
+    assert model.hidden.kernel.shape == (6, 4) and model.norm.bias.shape == (4,)
+    np.testing.assert_allclose(model(X), before, rtol=1e-5, atol=1e-5)

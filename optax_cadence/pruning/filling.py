@@ -89,6 +89,14 @@ def init(fill: Fill, leaves: masking.Leaves) -> Any:
   )
 
 
+def stand_in(fill: Fill) -> Any:
+  """The state of a fill as `tree_map_params` probes it: no field follows the parameters."""
+  if fill.fresh == 0:
+    return ()
+  statistics = jnp.int32(0) if fill.initializer is None else {}
+  return FillState(jnp.int32(0), statistics, statistics)
+
+
 def weights(fill: Fill, state: Any, step: jax.Array, leaves: masking.Leaves) -> masking.Leaves:
   """What a shock at this micro-step would make of each leaf, in the leaf's dtype.
 

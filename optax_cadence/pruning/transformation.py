@@ -147,7 +147,7 @@ def prune(
     # trees of parameters.
     if type(params).__name__ == "_ParamsPlaceholder":
       memory = params if criterion.remembers else {}
-      drawing = jnp.int32(0) if not hold and filler.fresh else ()
+      drawing = () if hold else filling.stand_in(filler)
       return PruneState(jnp.int32(0), jnp.int32(0) if hold else {}, memory, inner_state, drawing)
     leaves = _pruned_leaves(params, where)
     asked = sparsities.by_leaf(sparsity, structure, params, leaves)
