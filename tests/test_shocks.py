@@ -1,5 +1,9 @@
 """What a shock leaves behind, and what the optimizer then still knows."""
 
+import json
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -268,7 +272,19 @@ def test_tree_map_params_maps_what_follows_the_parameters_and_nothing_else(fill)
     tx, lambda x: "parameter", state, transform_non_params=lambda x: "other"
   )
   assert found.inner_state[0].mu["a"]["kernel"] == "parameter"
-  assert found.step == "other" and found.fill == ("other" if fill == "init" else ())
+  assert found.step == "other" and found.fill == (("other",) * 3 if fill == "init" else ())
+
+
+@pytest.mark.parametrize("fill", ["init", pruning.Fill(0.0, 1.0, initializer=ones)])
+def test_a_shock_waits_in_a_region_whose_gradients_are_left_out(fill):
+  shock = pruning.reset(lambda path, _: True, every=1, fill=fill, inner=ADAM)
+  tx, params = oc.cadence(shock, 2, nonfinite="skip"), weights()
+  state, update = tx.init(params), jax.jit(tx.update)
+  grads = gradients(1)
+  grads["a"]["kernel"] = jnp.full_like(grads["a"]["kernel"], jnp.nan)
+  for _ in range(2):
+    updates, state = update(grads, state, params)
+  assert not kernel(updates).any() and np.asarray(updates["b"]["kernel"]).all()
 
 
 @pytest.mark.parametrize(
@@ -352,3 +368,20 @@ def test_a_shock_of_channels_recovers(after_a_shock, fill):
   dead, (before, shocked, end) = after_a_shock[fill]
   assert dead == 0
   assert shocked > before > 2 * end
+
+
+def test_the_table_of_the_page_is_that_of_the_file_and_says_what_the_page_says():
+  docs = pathlib.Path(__file__).parents[1] / "docs"
+  rows = json.loads((docs / "fills.json").read_text(encoding="utf-8"))
+  page = (docs / "pruning.md").read_text(encoding="utf-8")
+  table = re.search(r"<!-- fills -->\n(.*?)<!-- end fills -->", page, re.DOTALL)[1]
+  found = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+  assert found[0] == list(rows[0])
+  assert found[2:] == [list(map(str, row.values())) for row in rows]
+  changes = {row["a shock leaves"]: (row["change"], row["± (95 %)"]) for row in rows}
+  for name in ("no shock", "zero"):
+    change, half = changes[name]
+    assert change + half < 0
+  for name in ("init", "shrink"):
+    change, half = changes[name]
+    assert change - half < 0 < change + half

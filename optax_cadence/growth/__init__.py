@@ -31,6 +31,9 @@ from optax_cadence.growth._planners import enlarging
 from optax_cadence.growth._planners import identity_kernel
 from optax_cadence.growth._planners import shrinking
 from optax_cadence.growth._planners import widening
+from optax_cadence.growth._pruned import fold_pruned
+from optax_cadence.growth._pruned import follow_pruned
+from optax_cadence.growth._pruned import pruned_units
 from optax_cadence.growth._state import grow_state
 
 _FLAX = {
@@ -90,6 +93,8 @@ __all__ = [
   "dimension",
   "enlarging",
   "flops",
+  "fold_pruned",
+  "follow_pruned",
   "gated",
   "given",
   "gradmax",
@@ -99,6 +104,7 @@ __all__ = [
   "outer_product",
   "periods",
   "phase_in",
+  "pruned_units",
   "shrinking",
   "widening",
 ]

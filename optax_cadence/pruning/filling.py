@@ -46,7 +46,7 @@ class Fill:
         raise ValueError(f"fill: expected a finite number as {name}, found {value!r}")
 
 
-NAMED = {"zero": Fill(0.0, 0.0), "init": Fill(0.0, 1.0), "shrink": Fill(0.4, 0.1)}
+NAMED = {"zero": Fill(0.0, 0.0), "init": Fill(0.0, 1.0), "shrink": Fill(0.5, 0.5)}
 
 
 class FillState(NamedTuple):
@@ -87,6 +87,14 @@ def init(fill: Fill, leaves: masking.Leaves) -> Any:
   return FillState(
     jax.random.key_data(_typed(fill.key)), masking.nested(mean), masking.nested(deviation)
   )
+
+
+def stand_in(fill: Fill) -> Any:
+  """The state of a fill as `tree_map_params` probes it: no field follows the parameters."""
+  if fill.fresh == 0:
+    return ()
+  statistics = jnp.int32(0) if fill.initializer is None else {}
+  return FillState(jnp.int32(0), statistics, statistics)
 
 
 def weights(fill: Fill, state: Any, step: jax.Array, leaves: masking.Arrays) -> masking.Leaves:

@@ -90,8 +90,8 @@ def prune(
     regrow: `pruning.by_gradient(...)` or `pruning.at_random(...)`: the first mask is drawn at
       `init`, and then as many weights grow as are dropped by the criterion.
     hold: Whether pruned weights stay 0. False: a shock, after which they come back.
-    fill: With `hold=False`, what a shock leaves behind: `"zero"`, `"init"`, `"shrink"` or a
-      `pruning.Fill`.
+    fill: With `hold=False`, what a shock leaves behind: `"zero"`; `"init"`, fresh weights;
+      `"shrink"`, half of the old ones and half of fresh ones; or a `pruning.Fill`.
     straight_through: Leaves the weights dense; the loss reads `pruning.masked(params, state)`.
       Masks that are due are then made from the parameters as they are after the update, for
       which this must stand last: they are those of the weights that the next loss reads.
@@ -157,7 +157,7 @@ def prune(
     # trees of parameters.
     if type(params).__name__ == "_ParamsPlaceholder":
       memory = params if criterion.remembers else {}
-      drawing = jnp.int32(0) if not hold and filler.fresh else ()
+      drawing = () if hold else filling.stand_in(filler)
       return PruneState(jnp.int32(0), jnp.int32(0) if hold else {}, memory, inner_state, drawing)
     leaves = _pruned_leaves(params, where)
     masker = masker_of(params, leaves)
