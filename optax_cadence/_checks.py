@@ -1,5 +1,6 @@
 """Checks of numbers, and how errors show what was found."""
 
+import numbers
 import operator
 from typing import Any
 
@@ -36,6 +37,29 @@ def integer(name: str, value: Any, least: int | None = None, others: str = "") -
   if least is not None and number > LARGEST:
     raise ValueError(f"{name} must be at most {LARGEST}, the largest int32, found {number}")
   return number
+
+
+def number(name: str, value: Any, low: float, high: float) -> Any:
+  """The value, a real number in a range; a traced scalar is not looked into.
+
+  Args:
+    name: What it is, for the error.
+    value: Anything; a scalar of NumPy or JAX is a number.
+    low: The least that it may be.
+    high: The most that it may be.
+
+  Raises:
+    ValueError: If it is no real number (truth values are none), or out of range.
+  """
+  is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  if not is_number and hasattr(value, "dtype"):
+    # A dtype of JAX may be none that NumPy knows as a kind of number.
+    is_number = np.shape(value) == () and jax.dtypes.issubdtype(value.dtype, np.number)
+  if is_number and isinstance(value, jax.core.Tracer):
+    return value
+  if not is_number or np.iscomplexobj(value) or not low <= float(value) <= high:
+    raise ValueError(f"{name}: expected a number in [{low}, {high}], found {shown(value)}")
+  return value
 
 
 def shown(value: Any) -> str:

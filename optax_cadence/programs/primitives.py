@@ -27,6 +27,22 @@ class Tie(NamedTuple):
   summed: bool = False
 
 
+class Product(NamedTuple):
+  """The axes of the two operands of a product, a tuple of them for each operand.
+
+  Those that are none of these slide over positions, as the spatial ones of a convolution do.
+
+  Attributes:
+    summed: What it sums over.
+    batched: What runs over separate products, one for each position.
+    free: What is in the result.
+  """
+
+  summed: tuple[tuple[int, ...], tuple[int, ...]]
+  batched: tuple[tuple[int, ...], tuple[int, ...]]
+  free: tuple[tuple[int, ...], tuple[int, ...]]
+
+
 ELEMENTWISE = frozenset(
   """
   abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
@@ -48,6 +64,8 @@ CONTRACTIONS = PRODUCTS | frozenset(
 REARRANGEMENTS = frozenset(
   ["broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "transpose"]
 )
+# Their result has the axes of their operands, of which some are cut, joined or turned round.
+PARTS = frozenset(["concatenate", "dynamic_slice", "pad", "rev", "slice", "split"])
 _REDUCTIONS = frozenset(
   ["reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum", "reduce_xor"]
 )
@@ -78,6 +96,30 @@ def ties(eqn: Any) -> list[Tie] | None:
     return [t for t in _same_shape(eqn) if t.results[0][1] not in along]
   rule = _RULES.get(name)
   return rule(eqn) if rule else None
+
+
+def product(eqn: Any) -> Product | None:
+  """The axes of a product of two operands; None for any other operation."""
+  name, params = eqn.primitive.name, eqn.params
+  if name == "conv_general_dilated":
+    lhs, rhs, _ = params["dimension_numbers"]
+    return Product(((lhs[1],), (rhs[1],)), ((), ()), ((lhs[0],), (rhs[0],)))
+  if name == "dot_general":
+    summed, batched = params["dimension_numbers"]
+  elif name in ("ragged_dot", "ragged_dot_general"):
+    numbers = params["ragged_dot_dimension_numbers"]
+    summed, (lhs, rhs) = numbers.dot_dimension_numbers
+    batched = lhs, (*rhs, *numbers.rhs_group_dimensions)
+  else:
+    return None
+  sides = list(zip(eqn.invars[:2], summed, batched, strict=True))
+  left, right = (tuple(_rest(var, *taken)) for var, *taken in sides)
+  return Product(_pair(summed), _pair(batched), (left, right))
+
+
+def _pair(axes: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  left, right = axes
+  return tuple(left), tuple(right)
 
 
 def _same_shape(eqn: Any) -> list[Tie]:

@@ -38,6 +38,17 @@ def opened(program: Any) -> tuple[Any, list[Any]]:
   return program, []
 
 
+def trace(fn: Callable[..., Any], params: Any, *args: Any) -> Any:
+  """The program of `fn(params, *args)`: its first arguments are the leaves of `params`."""
+  leaves, structure = jax.tree.flatten(params)
+
+  def flat(leaves: list[Any], args: tuple[Any, ...]) -> list[Any]:
+    outputs = jax.tree.leaves(fn(jax.tree.unflatten(structure, leaves), *args))
+    return [output for output in outputs if hasattr(output, "aval")]
+
+  return jax.make_jaxpr(flat)(leaves, args)
+
+
 def shape(var: Any) -> tuple[int, ...]:
   """Shape of a variable or literal."""
   return tuple(getattr(var.aval, "shape", ()))

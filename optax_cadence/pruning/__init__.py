@@ -2,6 +2,7 @@
 
 Modules, in the order in which data flows through them:
 
+  prunable, kernels       which leaves are pruned: by their names, or by the program
   structure, criterion    what is pruned together, and how weights are scored: one class or
                           function each, and how to add another
   schedule, sparsity      when new masks are due, and how sparse each leaf is to be
@@ -21,7 +22,12 @@ from optax_cadence.pruning.criterion import Criterion
 from optax_cadence.pruning.criterion import movement
 from optax_cadence.pruning.criterion import random
 from optax_cadence.pruning.filling import Fill
+from optax_cadence.pruning.kernels import contraction_axes
+from optax_cadence.pruning.kernels import Kernel
+from optax_cadence.pruning.kernels import Kernels
+from optax_cadence.pruning.kernels import kernels
 from optax_cadence.pruning.moments import clear_moments
+from optax_cadence.pruning.prunable import prunable
 from optax_cadence.pruning.regrowth import at_random
 from optax_cadence.pruning.regrowth import by_gradient
 from optax_cadence.pruning.regrowth import Regrowth
@@ -38,7 +44,6 @@ from optax_cadence.pruning.structure import Unstructured
 from optax_cadence.pruning.summary import plot
 from optax_cadence.pruning.summary import Summary
 from optax_cadence.pruning.summary import summary
-from optax_cadence.pruning.transformation import prunable
 from optax_cadence.pruning.transformation import prune
 from optax_cadence.pruning.transformation import PruneState
 from optax_cadence.pruning.view import masked
@@ -51,6 +56,8 @@ __all__ = [
   "Channel",
   "Criterion",
   "Fill",
+  "Kernel",
+  "Kernels",
   "PruneState",
   "Regrowth",
   "Summary",
@@ -59,9 +66,11 @@ __all__ = [
   "at_random",
   "by_gradient",
   "clear_moments",
+  "contraction_axes",
   "cubic",
   "erdos_renyi",
   "every_epoch",
+  "kernels",
   "masked",
   "masks",
   "movement",

@@ -100,6 +100,30 @@ def movement() -> Criterion:
   )
 
 
+def check_needs_no_gradient(criterion: Criterion, param: Any) -> None:
+  """Raises `ValueError` if a criterion reads gradients although it does not say so.
+
+  Args:
+    criterion: Of a `prune` to which no gradients come.
+    param: A leaf that it has to score.
+  """
+
+  def traced(grad: Any) -> None:
+    jax.eval_shape(lambda x: criterion.score(x, x if grad else None, criterion.key), param)
+
+  try:
+    traced(grad=False)
+  except Exception as error:
+    try:
+      traced(grad=True)
+    except Exception:
+      return  # With a gradient it fails too, and for a reason of its own.
+    raise ValueError(
+      f"criterion {criterion.name}: reads the gradient, which does not reach the end of a chain:"
+      " expected prune(..., inner=optimizer), found inner=None"
+    ) from error
+
+
 def as_criterion(criterion: Any) -> Criterion:
   """The criterion that the user gave: as such, by its name or as a function `(param, grad)`."""
   if isinstance(criterion, Criterion):

@@ -97,7 +97,7 @@ def stand_in(fill: Fill) -> Any:
   return FillState(jnp.int32(0), statistics, statistics)
 
 
-def weights(fill: Fill, state: Any, step: jax.Array, leaves: masking.Leaves) -> masking.Leaves:
+def weights(fill: Fill, state: Any, step: jax.Array, leaves: masking.Arrays) -> masking.Leaves:
   """What a shock at this micro-step would make of each leaf, in the leaf's dtype.
 
   Args:
@@ -131,7 +131,7 @@ def weights(fill: Fill, state: Any, step: jax.Array, leaves: masking.Leaves) -> 
   return new
 
 
-def initializers_of(fill: Fill, leaves: masking.Leaves) -> dict[_paths.Path, Any]:
+def initializers_of(fill: Fill, leaves: masking.Arrays) -> dict[_paths.Path, Any]:
   """The initializer of each leaf, by path; nothing where the statistics stand in for them."""
   if fill.initializer is None:
     return {}

@@ -13,7 +13,8 @@ What a mask does to an update is in `transformation`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from optax_cadence import _paths
 from optax_cadence.pruning import allocation as allocations
 from optax_cadence.pruning import packing
 from optax_cadence.pruning import selection
+from optax_cadence.pruning import structure as structures
 from optax_cadence.pruning.criterion import Criterion
 from optax_cadence.pruning.regrowth import Regrowth
 from optax_cadence.pruning.structure import Structure
@@ -31,6 +33,7 @@ from optax_cadence.pruning.structure import Structure
 # An array for each pruned leaf, by its path. A mask is a bool array of the leaf's shape, True where
 # a weight is kept; stored, it is that or, packed, what `packing.pack` makes of it.
 Leaves = dict[_paths.Path, jax.Array]
+Arrays = Mapping[_paths.Path, jax.Array]
 
 
 def nested(leaves: Leaves) -> Any:
@@ -55,6 +58,22 @@ def by_path(tree: Any) -> Leaves:
   return dict(_paths.flatten_with_paths(tree))
 
 
+def load(path: _paths.Path, stored: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """The mask that is stored for a leaf of this shape.
+
+  Raises:
+    ValueError: If it is the mask of another shape.
+  """
+  packed = stored.dtype == jnp.uint8
+  expected = packing.packed_shape(shape) if packed else shape
+  if stored.shape != expected:
+    raise ValueError(
+      f"mask of {_paths.join(path)!r}: expected shape {expected}, found {stored.shape}; after"
+      " growth give the state its masks with pruning.with_masks"
+    )
+  return packing.unpack(stored, shape) if packed else stored
+
+
 class MicroStep(NamedTuple):
   """What new masks are made from.
 
@@ -66,9 +85,40 @@ class MicroStep(NamedTuple):
   """
 
   step: jax.Array
-  params: Leaves
-  grads: Leaves | None
-  memory: Leaves
+  params: Arrays
+  grads: Arrays | None
+  memory: Arrays
+
+
+class Parts(Arrays):
+  """Arrays by path, in which each layer of a leaf that holds a stack of them has its own entry.
+
+  A layer is cut out of its leaf where it is read, so that no pass over it stores anything.
+  """
+
+  def __init__(self, leaves: Mapping[_paths.Path, Any], layers: Mapping[_paths.Path, int]):
+    self._leaves = leaves
+    self._where: dict[_paths.Path, tuple[_paths.Path, int | None]] = {}
+    for path in leaves:
+      for layer, part in enumerate(parts(path, layers)):
+        self._where[part] = (path, layer if path in layers else None)
+
+  def __getitem__(self, part: _paths.Path) -> Any:
+    path, layer = self._where[part]
+    return self._leaves[path] if layer is None else self._leaves[path][layer]
+
+  def __iter__(self) -> Iterator[_paths.Path]:
+    return iter(self._where)
+
+  def __len__(self) -> int:
+    return len(self._where)
+
+
+def parts(path: _paths.Path, layers: Mapping[_paths.Path, int]) -> list[_paths.Path]:
+  """What a leaf is called; each of its layers if it holds a stack of them."""
+  if path not in layers:
+    return [path]
+  return [(*path, f"layer {i}") for i in range(layers[path])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +127,15 @@ class Masker:
 
   Attributes:
     criterion: How the weights are scored.
-    structure: What is pruned together.
+    structure: What is pruned together; see `on` for the structure of each leaf.
     allocation: How a sparsity is shared out over the leaves.
     regrow: Which pruned weights come back; None if nothing regrows.
     permanent: Whether a weight that has been pruned stays so.
     packed: Whether masks are stored as one bit per weight.
     normalize: Whether the scores of each leaf are divided by their norm.
+    layers: How many layers a leaf holds that is a stack of them on axis 0. Each is pruned by
+      itself, as if it were a leaf: a part.
+    structures: The structure of each part.
   """
 
   criterion: Criterion
@@ -92,24 +145,42 @@ class Masker:
   permanent: bool
   packed: bool
   normalize: bool = False
+  layers: Mapping[_paths.Path, int] = dataclasses.field(default_factory=dict)
+  structures: Mapping[_paths.Path, Structure] = dataclasses.field(default_factory=dict)
+
+  def on(self, params: Any, leaves: Mapping[_paths.Path, Any], stacked: Iterable[Any]) -> "Masker":
+    """The same settings for the leaves of a tree.
+
+    Args:
+      params: All parameters.
+      leaves: Those that are pruned, by path.
+      stacked: Paths of those that hold layers stacked on axis 0.
+
+    Raises:
+      ValueError: If the structure does not fit a leaf.
+    """
+    of_leaf = self.structure.by_leaf(params, leaves)
+    layers: dict[_paths.Path, int] = {}
+    for path in leaves:
+      shape, structure = jnp.shape(leaves[path]), of_leaf[path]
+      try:
+        if path in stacked:
+          if len(shape) < 2:
+            raise ValueError(f"expected layers stacked on axis 0, found shape {shape}")
+          structure.check(shape)
+          layers[path], structure, shape = shape[0], structure.of_layer(len(shape)), shape[1:]
+        structure.check(shape)
+      except ValueError as error:
+        raise ValueError(f"structure of {_paths.join(path)!r}: {error}") from None
+      of_leaf[path] = structure
+    if self.allocation == "global" and self.structure.single_weights and not self.normalize:
+      layers = {}  # All weights are one pool, however they are divided.
+    of_part = {part: of_leaf[path] for path in leaves for part in parts(path, layers)}
+    return dataclasses.replace(self, layers=layers, structures=of_part)
 
   def dense(self, params: Mapping[_paths.Path, Any]) -> Leaves:
     """Stored masks that keep everything."""
     return {path: self._store(jnp.ones(jnp.shape(x), bool)) for path, x in params.items()}
-
-  def load(self, path: _paths.Path, stored: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The mask that is stored for a leaf of this shape.
-
-    Raises:
-      ValueError: If it is the mask of another shape.
-    """
-    expected = packing.packed_shape(shape) if self.packed else shape
-    if stored.shape != expected:
-      raise ValueError(
-        f"mask of {_paths.join(path)!r}: expected shape {expected}, found {stored.shape}; after"
-        " growth give the state its masks with pruning.with_masks"
-      )
-    return packing.unpack(stored, shape) if self.packed else stored
 
   def _store(self, mask: jax.Array) -> jax.Array:
     return packing.pack(mask) if self.packed else mask
@@ -145,14 +216,35 @@ class Masker:
     micro_step: MicroStep,
   ) -> Leaves:
     def renew_stored(stored: Leaves, micro_step: MicroStep) -> Leaves:
-      now = {p: s(micro_step.step) if callable(s) else s for p, s in sparsities.items()}
-      old = {p: self.load(p, x, micro_step.params[p].shape) for p, x in stored.items()}
-      return {p: self._store(mask) for p, mask in renew(old, now, micro_step).items()}
+      old = {p: load(p, x, micro_step.params[p].shape) for p, x in stored.items()}
+      now = {
+        part: s(micro_step.step) if callable(s) else s
+        for p, s in sparsities.items()
+        for part in parts(p, self.layers)
+      }
+      masks = self._joined(renew(self._divided(old), now, self._divided_all(micro_step)))
+      return {p: self._store(mask) for p, mask in masks.items()}
 
     return _control.maybe(due, renew_stored, stored, micro_step)
 
+  def _divided(self, leaves: Mapping[_paths.Path, Any]) -> Mapping[_paths.Path, Any]:
+    """The arrays with an entry for each part."""
+    return Parts(leaves, self.layers) if self.layers else leaves
+
+  def _divided_all(self, micro_step: MicroStep) -> MicroStep:
+    grads = None if micro_step.grads is None else self._divided(micro_step.grads)
+    params, memory = self._divided(micro_step.params), self._divided(micro_step.memory)
+    return MicroStep(micro_step.step, params, grads, memory)
+
+  def _joined(self, masks: Leaves) -> Leaves:
+    """The masks of leaves from those of their parts."""
+    joined = dict(masks)
+    for path in self.layers:
+      joined[path] = jnp.stack([joined.pop(part) for part in parts(path, self.layers)])
+    return joined
+
   def _prune(
-    self, old: Leaves, sparsities: Mapping[_paths.Path, Any], micro_step: MicroStep
+    self, old: Arrays, sparsities: Mapping[_paths.Path, Any], micro_step: MicroStep
   ) -> Leaves:
     """Keeps the best units; if pruning is permanent, the best of those that are left."""
     criterion = self.regrow.first if self.regrow else self.criterion
@@ -161,26 +253,28 @@ class Masker:
       for i, (path, mask) in enumerate(old.items()):
         scores = self._scores(criterion, i, path, micro_step)
         allowed = mask if self.permanent else jnp.ones_like(mask)
-        masks[path] = self.structure.mask(scores, sparsities[path], allowed) & allowed
+        masks[path] = self.structures[path].mask(scores, sparsities[path], allowed) & allowed
       return masks
     keys = self._keys(criterion, micro_step)
     if self.permanent:
-      keys = {path: _only(key, self._unit_mask(old[path])) for path, key in keys.items()}
+      keys = {path: _only(key, self._unit_mask(path, old[path])) for path, key in keys.items()}
     shapes = {path: jax.eval_shape(key).shape for path, key in keys.items()}
     best = _largest(keys, *allocations.pools(self.allocation, sparsities, shapes))
-    masks = {path: self.structure.weight_mask(best[path](), x.shape) for path, x in old.items()}
+    masks = {
+      path: self.structures[path].weight_mask(best[path](), x.shape) for path, x in old.items()
+    }
     # If fewer units are left than may be kept, pruned ones are among the best.
     return {path: mask & old[path] if self.permanent else mask for path, mask in masks.items()}
 
   def _exchange(
-    self, old: Leaves, sparsities: Mapping[_paths.Path, Any], micro_step: MicroStep
+    self, old: Arrays, sparsities: Mapping[_paths.Path, Any], micro_step: MicroStep
   ) -> Leaves:
     """Drops the worst of the kept units, and grows as many of all that do not survive.
 
     A unit that was dropped just now may be the best to grow; it is then kept as it is.
     """
     assert self.regrow is not None
-    active = {path: self._unit_mask(mask) for path, mask in old.items()}
+    active = {path: self._unit_mask(path, mask) for path, mask in old.items()}
     shapes = {path: mask.shape for path, mask in active.items()}
     pools, kept = allocations.pools(self.allocation, sparsities, shapes)
     share = self.regrow.share(micro_step.step)
@@ -198,7 +292,7 @@ class Masker:
     surviving = {path: mask() for path, mask in survivors.items()}
     newcomers = _largest({p: _only(grown[p], ~surviving[p]) for p in active}, pools, n_grown)
     return {
-      path: self.structure.weight_mask(surviving[path] | newcomers[path](), mask.shape)
+      path: self.structures[path].weight_mask(surviving[path] | newcomers[path](), mask.shape)
       for path, mask in old.items()
     }
 
@@ -220,36 +314,49 @@ class Masker:
   def _keys(self, criterion: Criterion, micro_step: MicroStep) -> dict[_paths.Path, selection.Keys]:
     """For each leaf a function that makes the keys of its units."""
 
+    def unit_scores(i: int, path: _paths.Path, norm: Any = None) -> jax.Array:
+      scores = self._scores(criterion, i, path, micro_step)
+      if norm is not None:
+        scores = scores.astype(norm.dtype) / norm
+      return self.structures[path].unit_scores(scores)
+
     def keys_of(i: int, path: _paths.Path) -> selection.Keys:
       norm = None
       if self.normalize:
         # Outside of `compute`, which may run in every pass over the scores.
-        scores = self._scores(criterion, i, path, micro_step).astype(jnp.float32)
+        scores = structures.wide(self._scores(criterion, i, path, micro_step))
         norm = jnp.linalg.norm(scores.reshape(-1)) + 1e-8
 
       def compute() -> jax.Array:
-        scores = self._scores(criterion, i, path, micro_step)
-        if norm is not None:
-          scores = scores.astype(jnp.float32) / norm
-        return selection.order(self.structure.unit_scores(scores))
+        return selection.order(unit_scores(i, path, norm), wide)
 
-      if criterion.cheap and self.structure.single_weights:
+      if criterion.cheap and self.structures[path].single_weights:
         return compute
       keys = compute()
       return lambda: keys
 
+    # Where some scores have 64 bits, which takes x64, those of all leaves are compared as such.
+    wide = jnp.dtype(jax.dtypes.canonicalize_dtype("float64")).itemsize > 4 and any(
+      jax.eval_shape(functools.partial(unit_scores, i, path)).dtype.itemsize > 4
+      for i, path in enumerate(micro_step.params)
+    )
     return {path: keys_of(i, path) for i, path in enumerate(micro_step.params)}
 
-  def _unit_mask(self, mask: jax.Array) -> jax.Array:
+  def _unit_mask(self, path: _paths.Path, mask: jax.Array) -> jax.Array:
     """Which units are kept, from the mask of the weights."""
-    if self.structure.single_weights:
+    if self.structures[path].single_weights:
       return mask
-    return self.structure.unit_scores(mask.astype(jnp.float32)) > 0
+    return self.structures[path].unit_scores(mask.astype(jnp.float32)) > 0
 
 
 def _only(keys: selection.Keys, allowed: jax.Array) -> selection.Keys:
   """The same keys, with the units that are not allowed below all others."""
-  return lambda: jnp.where(allowed, keys(), selection.EXCLUDED)
+
+  def compute() -> jax.Array:
+    k = keys()
+    return jnp.where(allowed, k, selection.excluded(k.dtype))
+
+  return compute
 
 
 def _largest(

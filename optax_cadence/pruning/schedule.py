@@ -6,6 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from optax_cadence import _checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +25,16 @@ class Times:
   end: int | None = None
 
   def __post_init__(self) -> None:
-    if self.period < 1:
-      raise ValueError(f"every: expected a period of at least 1, found {self.period}")
-    if self.end is not None and self.end < self.begin:
-      raise ValueError(f"every: expected an end of at least {self.begin}, found {self.end}")
+    _checks.integer("every: the period", self.period, 1)
+    _checks.integer("every: begin", self.begin)
+    if self.end is None:
+      return
+    _checks.integer("every: end", self.end)
+    if self.end - self.end % self.period < max(self.begin, 1):
+      raise ValueError(
+        f"every: expected a multiple of the period {self.period} from begin {self.begin} to end"
+        f" {self.end}, found none: no micro-step is due"
+      )
 
   def due(self, t: Any) -> Any:
     """Whether new masks are due at micro-step t; a Python bool if that is always so."""
@@ -33,6 +42,10 @@ class Times:
       return True
     due = (t % self.period == 0) & (t >= self.begin)
     return due if self.end is None else due & (t <= self.end)
+
+  def last(self) -> int | None:
+    """The last micro-step at which new masks are due; None if there is none, or it is not known."""
+    return None if self.end is None else self.end - self.end % self.period
 
   def from_the_start(self) -> Any:
     """Whether masks that need no update are there before the first: where nothing delays them."""
@@ -46,6 +59,7 @@ def once(at: int) -> Times:
   >>> pruning.once(5).due(5), pruning.once(5).due(10)
   (True, False)
   """
+  at = _checks.integer("once: at", at, 1)
   return Times(at, at, at)
 
 
@@ -61,6 +75,13 @@ def every_epoch(examples: int, batch_size: int, *, drop_last: bool = False) -> T
   >>> pruning.every_epoch(50_000, 128).period
   391
   """
+  examples = _checks.integer("every_epoch: examples", examples, 1)
+  batch_size = _checks.integer("every_epoch: batch_size", batch_size, 1)
+  if drop_last and examples < batch_size:
+    raise ValueError(
+      f"every_epoch: expected at least one full micro-batch with drop_last, found {examples}"
+      f" examples and a batch_size of {batch_size}"
+    )
   return Times(examples // batch_size if drop_last else -(-examples // batch_size))
 
 
@@ -75,6 +96,19 @@ class _ByFunction(Times):
     """See `Times`."""
     return self.function(t)
 
+  def last(self) -> int | None:
+    """See `Times`; what is due after micro-step 2**15 is taken to go on."""
+    t = np.arange(1, 2**16 + 1, dtype=np.int32)
+    try:
+      with jax.ensure_compile_time_eval():
+        due = jax.vmap(self.function)(t)
+    except jax.errors.JAXTypeError:
+      return None  # It takes numbers alone.
+    if isinstance(due, jax.core.Tracer):
+      return None
+    steps = np.flatnonzero(np.asarray(due)) + 1
+    return int(steps[-1]) if len(steps) and steps[-1] <= 2**15 else None
+
   def from_the_start(self) -> Any:
     """See `Times`; the function is asked for micro-step 0."""
     return self.function(jnp.int32(0))
@@ -84,8 +118,8 @@ def as_times(every: Any) -> Times:
   """The times that the user gave: as such, as a period or as a function `micro_step -> bool`."""
   if isinstance(every, Times):
     return every
-  if isinstance(every, int) and not isinstance(every, bool):
-    return Times(every)
+  if isinstance(every, int | np.integer) and not isinstance(every, bool):
+    return Times(int(every))
   if callable(every):
     return _ByFunction(function=every)
   raise ValueError(f"every: expected an integer, pruning.Times or a function, found {every!r}")
@@ -110,6 +144,10 @@ def cubic(final: Any, begin: int, end: int, *, initial: float = 0.0) -> Callable
   >>> float(pruning.cubic(0.5, begin=0, end=10)(5))
   0.4375
   """
+  _checks.number("cubic: final", final, 0, 1)
+  _checks.number("cubic: initial", initial, 0, 1)
+  _checks.integer("cubic: begin", begin)
+  _checks.integer("cubic: end", end)
   if end <= begin:
     raise ValueError(f"cubic: expected an end after {begin}, found {end}")
 

@@ -1,11 +1,12 @@
 """Which entries are among the k largest: a search for the threshold, not a sort.
 
-Scores become keys: 32-bit integers that compare as the scores do. A pass over the data counts how
-many keys reach each of several thresholds, and so tells between which two of them the k-th largest
-key is; the next pass divides that range in the same way. No pass moves or copies the data. Entries
-of several arrays are searched together as one pool by adding up their counts: nothing is joined,
-and of sharded arrays only the counts travel. The counts are kept by rows: of the keys equal to the
-threshold the first ones stay, and where that ends is found within one row of each array.
+Scores become keys: integers that compare as the scores do, of 32 bits, or of 64 where scores have
+as many. A pass over the data counts how many keys reach each of several thresholds, and so tells
+between which two of them the k-th largest key is; the next pass divides that range in the same way.
+No pass moves or copies the data. Entries of several arrays are searched together as one pool by
+adding up their counts: nothing is joined, and of sharded arrays only the counts travel. The counts
+are kept by rows: of the keys equal to the threshold the first ones stay, and where that ends is
+found within one row of each array.
 
 What is scored is decided by `criterion` and `structure`, and how many are kept by `allocation`.
 """
@@ -21,14 +22,13 @@ import jax.numpy as jnp
 
 from optax_cadence import _control
 
-# A function that makes keys, int32 of any shape. It is called inside the passes, so that cheap keys
-# are computed from the data in the pass that counts them and are never stored.
+# A function that makes keys, int32 or int64 of any shape. It is called inside the passes, so that
+# cheap keys are computed from the data in the pass that counts them and are never stored.
 Keys = Callable[[], jax.Array]
 
+# Of 32 bits. Those of 64 stand at the same place in their range.
 _LOWEST = -(2**31)
 _HIGHEST = 2**31 - 1  # above every score
-EXCLUDED = _LOWEST  # ranks below every score
-_NAN = _LOWEST + 1  # ranks below every number
 
 _MAX_SIZE = 2**31 - 1
 _MIN_ROWS = 64  # enough for every core to have some
@@ -57,41 +57,52 @@ class Method:
   rows: Callable[[tuple[int, ...]], tuple[tuple[int, ...], int]]
 
 
-def order(scores: jax.Array) -> jax.Array:
+def excluded(dtype: Any) -> int:
+  """The key that ranks below every score."""
+  return int(jnp.iinfo(dtype).min)
+
+
+def order(scores: jax.Array, wide: bool = False) -> jax.Array:
   """Integers that compare as the scores do.
 
   Args:
-    scores: Floats or integers of at most 32 bits, of any shape.
+    scores: Floats or integers, of any shape.
+    wide: Whether keys of 64 bits are asked for, so that they compare with those of wider scores.
+      Scores of 64 bits have such keys anyway.
 
   Returns:
-    int32 of the same shape. -0.0 equals 0.0; NaNs equal one another and rank below -inf.
+    int32 or int64 of the same shape. -0.0 equals 0.0; NaNs equal one another and rank below -inf.
 
   Raises:
-    ValueError: If the scores are not real numbers, or too wide.
+    ValueError: If the scores are not real numbers.
   """
   dtype = scores.dtype
-  if dtype == jnp.uint32:
-    # The two lowest keys are `EXCLUDED` and `_NAN`, and the highest is a bound.
-    scores = jnp.clip(scores, jnp.uint32(2), jnp.uint32(2**32 - 2))
-    return jax.lax.bitcast_convert_type(scores ^ jnp.uint32(2**31), jnp.int32)
+  wide = wide or dtype.itemsize > 4
+  signed, unsigned = (jnp.int64, jnp.uint64) if wide else (jnp.int32, jnp.uint32)
+  bits = jnp.iinfo(signed).bits
+  lowest, highest = jnp.iinfo(signed).min, jnp.iinfo(signed).max
+  # The two lowest keys are that of what is excluded and that of NaNs, and the highest is a bound.
+  if dtype == unsigned:
+    scores = jnp.clip(scores, unsigned(2), unsigned(2**bits - 2))
+    return jax.lax.bitcast_convert_type(scores ^ unsigned(2 ** (bits - 1)), signed)
   if jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_:
-    if dtype.itemsize > 4:
-      raise ValueError(f"scores: expected at most 32 bits, found dtype {dtype}")
-    return jnp.clip(scores.astype(jnp.int32), _NAN + 1, _HIGHEST - 1)
+    return jnp.clip(scores.astype(signed), signed(lowest + 2), signed(highest - 1))
   if not jnp.issubdtype(dtype, jnp.floating):
     raise ValueError(f"scores: expected real numbers, found dtype {dtype}")
-  bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
-  magnitude = bits & 0x7FFFFFFF
-  keys = jnp.where(bits < 0, -magnitude, magnitude)
-  return jnp.where(magnitude > 0x7F800000, _NAN, keys)
+  scores = scores.astype(jnp.float64 if wide else jnp.float32)
+  infinity = 0x7FF0000000000000 if wide else 0x7F800000
+  pattern = jax.lax.bitcast_convert_type(scores, signed)
+  magnitude = pattern & signed(highest)
+  keys = jnp.where(pattern < 0, -magnitude, magnitude)
+  return jnp.where(magnitude > signed(infinity), signed(lowest + 1), keys)
 
 
 def largest(pools: Sequence[Sequence[Keys]], kept: Sequence[int | jax.Array]) -> list[list[Keys]]:
   """Masks of the largest keys of every pool; among equal ones those of the lower index.
 
   Args:
-    pools: For each array of each pool, a function that makes its keys. Indices run through the
-      arrays in order, and through each in row-major order.
+    pools: For each array of each pool, a function that makes its keys, all of the same dtype.
+      Indices run through the arrays in order, and through each in row-major order.
     kept: How many entries of each pool are kept, at most its size: int32 scalars.
 
   Returns:
@@ -166,7 +177,9 @@ def _cut(
   pools: Sequence[Sequence[Keys]], wanted: jax.Array, method: Method
 ) -> tuple[jax.Array, list[list[jax.Array]]]:
   """The threshold of each pool, and for each array the index before which keys equal to it stay."""
-  low, high = jnp.full_like(wanted, _LOWEST), jnp.full_like(wanted, _HIGHEST)
+  dtype = jax.eval_shape(pools[0][0]).dtype
+  low = jnp.full(wanted.shape, jnp.iinfo(dtype).min, dtype)
+  high = jnp.full(wanted.shape, jnp.iinfo(dtype).max, dtype)
   threshold, above, equal = _search(pools, low, high, wanted, method)
   ranks, sizes, starts, in_row = [], [], [], []
   for g, pool in enumerate(pools):
@@ -217,20 +230,19 @@ def _search(
 
   Args:
     pools: For each array of each pool, a function that makes its keys.
-    low: No key is below it: int32 [G].
-    high: No key reaches it: int32 [G].
+    low: No key is below it: [G], of the dtype of the keys.
+    high: No key reaches it: the same.
     kept: Which key is searched, the largest being 1: int32 [G].
     method: How passes count.
 
   Returns:
-    That key, int32 [G]; how many keys are larger, int32 [G]; and for each array how many are
+    That key, [G]; how many keys are larger, int32 [G]; and for each array how many are
     equal, int32 [rows]. Where a threshold splits off exactly `kept` keys, the largest integer
     below it stands for the kept-th largest key.
   """
 
   def width(low: jax.Array, high: jax.Array) -> jax.Array:
-    # Up to 2**32 - 1, which wraps in int32 and not in uint32.
-    return (high - low).astype(jnp.uint32)
+    return _distance(high, low)
 
   def unfinished(carry: Any) -> jax.Array:
     low, high, *_ = carry
@@ -308,8 +320,8 @@ def _narrowed(
   Returns:
     low, high, reached and above of that part.
   """
-  width = (high - low).astype(jnp.uint32)
-  at = jnp.arange(1, counts[0].shape[1] + 1, dtype=jnp.uint32) * step
+  width = _distance(high, low)
+  at = jnp.arange(1, counts[0].shape[1] + 1, dtype=step.dtype) * step
   inside = at < width
   bounds = [
     jnp.concatenate([r[:, None], jnp.where(inside, c, a[:, None]), a[:, None]], axis=1)
@@ -318,13 +330,13 @@ def _narrowed(
   totals = jnp.stack([b.sum(0, dtype=jnp.int32) for b in bounds]).sum(0, dtype=jnp.int32)[1:-1]
   exact = inside & (totals == kept)
   part = (inside & (totals >= kept)).sum(dtype=jnp.int32)
-  offset = part.astype(jnp.uint32) * step
-  new_low = low + offset.astype(jnp.int32)
-  new_high = new_low + jnp.minimum(step, width - offset).astype(jnp.int32)
+  offset = part.astype(step.dtype) * step
+  new_low = low + offset.astype(low.dtype)
+  new_high = new_low + jnp.minimum(step, width - offset).astype(low.dtype)
   # A threshold that splits off exactly as many as are kept ends the search.
   ended = exact.any()
   first = jnp.argmax(exact).astype(jnp.int32) + 1
-  split = low + (first.astype(jnp.uint32) * step).astype(jnp.int32)
+  split = low + (first.astype(step.dtype) * step).astype(low.dtype)
   upper = jnp.where(ended, first, part + 1)
   lower = jnp.where(ended, first, part)
   column = lambda b, i: jax.lax.dynamic_index_in_dim(b, i, 1, keepdims=False)  # noqa: E731
@@ -336,13 +348,18 @@ def _narrowed(
   )
 
 
+def _distance(high: jax.Array, low: jax.Array) -> jax.Array:
+  """The difference, which wraps in signed integers and not in unsigned ones."""
+  return (high - low).astype(jnp.uint64 if low.dtype == jnp.int64 else jnp.uint32)
+
+
 def _compare(keys: jax.Array, axes: int, low: jax.Array, step: jax.Array, ways: int) -> jax.Array:
   """Counts by comparing with every threshold.
 
   One reduction of many operands, which reads the data once; a reduction for each threshold
   would read it as often. Subtracting a comparison, which is -1 where it holds, vectorizes.
   """
-  thresholds = [low + (jnp.uint32(i) * step).astype(jnp.int32) for i in range(1, ways)]
+  thresholds = [low + (step.dtype.type(i) * step).astype(low.dtype) for i in range(1, ways)]
   reached = [-(keys >= t).astype(jnp.int32) for t in thresholds]
   zeros = [jnp.int32(0)] * len(reached)
   add = lambda x, y: [a + b for a, b in zip(x, y, strict=True)]  # noqa: E731
@@ -353,7 +370,7 @@ def _compare(keys: jax.Array, axes: int, low: jax.Array, step: jax.Array, ways: 
 def _histogram(keys: jax.Array, axes: int, low: jax.Array, step: jax.Array, ways: int) -> jax.Array:
   """Counts with a histogram of the keys between the thresholds; the array is one row."""
   del axes
-  distance = (keys - low).astype(jnp.uint32) // step
+  distance = _distance(keys, low) // step
   bins = jnp.where(keys < low, 0, jnp.minimum(distance, ways - 1).astype(jnp.int32))
   copy = _index(keys.shape) // max(1, -(-keys.size // _GPU_COPIES))
   counts = jnp.zeros((_GPU_COPIES, ways), jnp.int32).at[copy, bins].add(1)

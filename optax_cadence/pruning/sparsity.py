@@ -3,6 +3,7 @@
 How a sparsity becomes a number of units is in `allocation`.
 """
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_cadence import _checks
 from optax_cadence import _paths
+from optax_cadence.pruning import prefixes
 from optax_cadence.pruning.schedule import Times
 from optax_cadence.pruning.structure import Structure
 from optax_cadence.schedules.by_path import ByPath
@@ -32,31 +35,21 @@ def by_leaf(
     ValueError: If the structure implies another sparsity, or a tree does not fit the parameters.
   """
   fixed = structure.fixed_sparsity
-  if fixed is not None:
-    if sparsity is not None and sparsity != fixed:
-      name = _paths.join(next(iter(leaves)))
-      raise ValueError(f"sparsity of {name!r}: {structure} states {fixed}, found {sparsity!r}")
+  if sparsity is None:
     return dict.fromkeys(leaves, fixed)
   if not is_tree(sparsity):
-    return dict.fromkeys(leaves, sparsity)
-
-  tree = sparsity(params) if isinstance(sparsity, ByPath) else sparsity
-  by_prefix = dict(_paths.flatten_with_paths(tree))
-  paths = [path for path, _ in _paths.flatten_with_paths(params)]
-  for prefix in by_prefix:
-    if not any(_covers(prefix, path) for path in paths):
+    asked = dict.fromkeys(leaves, sparsity)
+  else:
+    asked = prefixes.by_leaf("sparsity", sparsity, params, leaves)
+  for path, value in asked.items():
+    if fixed is None or (structure.gradual and callable(value)):
+      continue
+    if not isinstance(value, numbers.Real) or value != fixed:
       raise ValueError(
-        f"sparsity of {_paths.join(prefix)!r}: no parameter is there; expected a prefix of"
-        f" {_paths.listed(paths)}"
+        f"sparsity of {_paths.join(path)!r}: {structure} states {fixed}, found"
+        f" {_checks.shown(value)}"
       )
-  sparsities = {}
-  for path in leaves:
-    covering = [prefix for prefix in by_prefix if _covers(prefix, path)]
-    if not covering:
-      name = _paths.join(path)
-      raise ValueError(f"sparsity of {name!r}: expected a number in the tree, found none")
-    sparsities[path] = by_prefix[covering[0]]
-  return sparsities
+  return asked
 
 
 def is_tree(sparsity: Any) -> bool:
@@ -66,12 +59,8 @@ def is_tree(sparsity: Any) -> bool:
   return not (sparsity is None or callable(sparsity) or jax.tree_util.all_leaves([sparsity]))
 
 
-def _covers(prefix: _paths.Path, path: _paths.Path) -> bool:
-  return path[: len(prefix)] == prefix
-
-
-def check(name: str, sparsity: Any, times: Times, may_fall: bool) -> None:
-  """Raises if a sparsity is outside [0, 1], or a schedule falls where it must not.
+def check(name: str, sparsity: Any, times: Times, may_fall: bool, implied: float | None) -> None:
+  """Raises if a sparsity is not in [0, 1], or a schedule falls or ends where it must not.
 
   A traced sparsity is not checked, and a schedule only at some of the micro-steps at which new
   masks are due: the first thousand, and another thousand up to the end, at most a million.
@@ -81,28 +70,57 @@ def check(name: str, sparsity: Any, times: Times, may_fall: bool) -> None:
     sparsity: A number, a traced scalar or a schedule.
     times: When new masks are due.
     may_fall: Whether weights come back when the sparsity falls.
+    implied: The sparsity at which a schedule has to end; None if any will do.
   """
-  if isinstance(sparsity, jax.core.Tracer):
+  if not callable(sparsity):
+    _checks.number(f"sparsity of {name!r}", sparsity, 0, 1)
     return
-  values = _sample(sparsity, times) if callable(sparsity) else sparsity
+  steps = _some_of(times)
+  values = _at(sparsity, steps)
   if isinstance(values, jax.core.Tracer):
     return
   values = np.asarray(values, np.float64)
   outside = values[~((values >= 0) & (values <= 1))]
   if outside.size:
     raise ValueError(f"sparsity of {name!r}: expected a number in [0, 1], found {outside.flat[0]}")
-  if not may_fall and values.ndim and (np.diff(values) < -1e-6).any():
+  if not may_fall and (np.diff(values) < -1e-6).any():
     raise ValueError(
       f"sparsity of {name!r}: expected a schedule that does not fall while the mask holds and"
       f" nothing regrows, found a fall from {values.max():g} to {values[-1]:g}"
     )
+  _check_end(name, sparsity, times, implied)
 
 
-def _sample(schedule: Any, times: Times) -> Any:
-  """The schedule at some of the times; 0 if there are none. Traced if it closes over tracers."""
-  last = 2**30 if times.end is None else times.end
+def _check_end(name: str, schedule: Any, times: Times, implied: float | None) -> None:
+  """Raises if a schedule ends elsewhere than implied, or goes on after the last masks are made."""
+  last = times.last()
+  end, reached = np.asarray(_at(schedule, [_LATE, _LATE if last is None else last]), np.float64)
+  if implied is not None and abs(end - implied) > 1e-6:
+    raise ValueError(
+      f"sparsity of {name!r}: expected a schedule that ends at the {implied:g} that the structure"
+      f" states, found {end:g}"
+    )
+  if end - reached > 1e-6:
+    raise ValueError(
+      f"sparsity of {name!r}: the last masks are due at micro-step {last}, when the schedule is at"
+      f" {reached:g}, and it goes on to {end:g}: expected it to end by then, or masks that are due"
+      " when it has ended"
+    )
+
+
+_LATE = 2**30
+
+
+def _some_of(times: Times) -> Any:
+  """Some of the micro-steps at which new masks are due."""
+  last = _LATE if times.end is None else times.end
   due = np.unique(np.concatenate([np.arange(1, 1025), np.geomspace(1024, 1e6, 1024)]))
-  steps = np.minimum(due * times.period, 2**30).astype(np.int32)
+  steps = np.minimum(due * times.period, _LATE).astype(np.int32)
   steps = steps[(steps >= times.begin) & (steps <= last)]
+  return steps if len(steps) else [last]
+
+
+def _at(schedule: Any, steps: Any) -> Any:
+  """The schedule at these micro-steps. Traced if it closes over tracers."""
   with jax.ensure_compile_time_eval():
-    return jax.vmap(schedule)(jnp.asarray(steps)) if len(steps) else 0.0
+    return jax.vmap(schedule)(jnp.asarray(steps, jnp.int32))

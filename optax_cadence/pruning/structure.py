@@ -31,13 +31,19 @@ Where a mask is more than the best units, a function of the scores and the spars
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from optax_cadence import _checks
+from optax_cadence import _paths
+from optax_cadence.pruning import allocation
+from optax_cadence.pruning import prefixes
 from optax_cadence.pruning import selection
+from optax_cadence.schedules.by_path import ByPath
 
 
 class Structure:
@@ -47,16 +53,33 @@ class Structure:
     single_weights: Whether every unit is one weight.
     makes_mask: Whether the structure makes the mask itself, in `mask`. Otherwise `prune` keeps
       the units with the highest scores, by `unit_scores` and `weight_mask`.
+    gradual: Whether a schedule may lead up to the sparsity that the structure implies.
     fixed_sparsity: The sparsity that the structure implies; None if the user chooses it.
   """
 
   single_weights: ClassVar[bool] = False
   makes_mask: ClassVar[bool] = False
+  gradual: ClassVar[bool] = False
 
   @property
   def fixed_sparsity(self) -> float | None:
     """The sparsity that the structure implies; None if the user chooses it."""
     return None
+
+  def by_leaf(self, params: Any, paths: Iterable[_paths.Path]) -> dict[_paths.Path, "Structure"]:
+    """The structure of each leaf, where it is not the same for all.
+
+    Args:
+      params: All parameters.
+      paths: The leaves that are pruned.
+    """
+    del params
+    return dict.fromkeys(paths, self)
+
+  def of_layer(self, ndim: int) -> "Structure":
+    """The structure of each of the layers that a leaf of `ndim` axes holds, stacked on axis 0."""
+    del ndim
+    return self
 
   def check(self, shape: tuple[int, ...]) -> None:
     """Raises `ValueError` if a leaf of this shape cannot be pruned like this."""
@@ -96,6 +119,14 @@ class Block(Structure):
 
   shape: tuple[int, ...]
 
+  def __post_init__(self) -> None:
+    if not isinstance(self.shape, tuple) or not self.shape:
+      raise ValueError(
+        f"Block: shape must be a tuple of integers, found {_checks.shown(self.shape)}"
+      )
+    for size in self.shape:
+      _checks.integer("Block: a size in shape", size, 1)
+
   def check(self, shape: tuple[int, ...]) -> None:
     """See `Structure`."""
     n = len(self.shape)
@@ -108,7 +139,7 @@ class Block(Structure):
     cut = [(d // b, b) for d, b in zip(scores.shape[first:], self.shape, strict=True)]
     blocks = scores.reshape(*scores.shape[:first], *(n for pair in cut for n in pair))
     within_block = tuple(first + 2 * i + 1 for i in range(len(cut)))
-    return blocks.astype(jnp.float32).mean(within_block)
+    return wide(blocks).mean(within_block)
 
   def weight_mask(self, unit_mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """See `Structure`."""
@@ -118,63 +149,129 @@ class Block(Structure):
     return unit_mask.reshape(shape)
 
 
+# One axis, several, or a tree of them.
+Axis = Any
+
+
+class _AlongAxes(Structure):
+  """Base class of what has an `axis` that may differ from leaf to leaf."""
+
+  axis: Axis
+
+  def __post_init__(self) -> None:
+    by_path = isinstance(self.axis, ByPath)
+    for value in [axis for _, axis in self.axis.cadences] if by_path else [self.axis]:
+      for leaf in jax.tree.leaves(value, is_leaf=_is_axes):
+        if not _is_axes(leaf):
+          raise ValueError(
+            f"{type(self).__name__}: axis must be an integer, a tuple of integers or a tree prefix"
+            f" of the parameters with these, found {_checks.shown(leaf)}"
+          )
+
+  def by_leaf(self, params: Any, paths: Iterable[_paths.Path]) -> dict[_paths.Path, Structure]:
+    """See `Structure`."""
+    if _is_axes(self.axis):
+      return dict.fromkeys(paths, self)
+    axes = prefixes.by_leaf("axis", self.axis, params, paths, is_leaf=_is_axes)
+    return {path: self._along(axis) for path, axis in axes.items()}
+
+  def of_layer(self, ndim: int) -> Structure:
+    """See `Structure`."""
+    # Counted from the last, an axis of the leaf is the same one of the layer.
+    axes = tuple(a if a < 0 else a - ndim for a in _listed(self.axis))
+    if -ndim in axes:
+      raise ValueError("expected axes within a layer, found axis 0, on which layers are stacked")
+    return self._along(axes)
+
+  def check(self, shape: tuple[int, ...]) -> None:
+    """See `Structure`."""
+    axes = _listed(self.axis)
+    known = all(-len(shape) <= a < len(shape) for a in axes)
+    if not axes or not known or len({a % len(shape) for a in axes}) < len(axes):
+      found = "none" if not axes else f"axis {', '.join(map(str, axes))}"
+      raise ValueError(f"expected different axes of shape {shape}, found {found}")
+
+  def _along(self: Any, axis: Axis) -> Structure:
+    return dataclasses.replace(self, axis=axis)
+
+
 @dataclasses.dataclass(frozen=True)
-class Channel(Structure):
+class Channel(_AlongAxes):
   """Whole channels: slices of one axis, scored by their mean.
+
+  Attributes:
+    axis: The axis, or a tree prefix of the parameters (or an `oc.by_path`) with an axis for each
+      leaf. Of several axes, a tuple, each combination is a channel.
 
   >>> from optax_cadence import pruning
   >>> pruning.Channel(axis=-1)
   Channel(axis=-1)
   """
 
-  axis: int = -1
-
-  def check(self, shape: tuple[int, ...]) -> None:
-    """See `Structure`."""
-    _check_axis(self.axis, shape)
+  axis: Axis = -1
 
   def unit_scores(self, scores: jax.Array) -> jax.Array:
     """See `Structure`."""
-    others = tuple(i for i in range(scores.ndim) if i != self.axis % scores.ndim)
-    return scores.astype(jnp.float32).mean(others, keepdims=True)
+    along = {axis % scores.ndim for axis in _listed(self.axis)}
+    others = tuple(i for i in range(scores.ndim) if i not in along)
+    return wide(scores).mean(others, keepdims=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class NM(Structure):
+class NM(_AlongAxes):
   """At most `n` of every `m` consecutive weights along an axis; a last group may be shorter.
 
+  Under a schedule for the sparsity, which has to end at the one that n of m imply, more are kept
+  at first: with `NM(2, 4)` and a sparsity of 0.25 it is three of four.
+
+  Attributes:
+    n: How many weights of a group are kept.
+    m: How many weights a group has.
+    axis: The axis along which the groups lie. Hardware wants them along what the product sums
+      over, which is axis -2 of the kernel of a dense layer or convolution, and which
+      `pruning.contraction_axes` reads from the program. Also several axes, a tuple, which are
+      taken as one (heads and their entries, before the output projection), or a tree prefix of
+      the parameters (or an `oc.by_path`) of these.
+
   Raises:
-    ValueError: If `n` is larger than `m`; `prune` names the leaf.
+    ValueError: If these are no integers, or `n` is larger than `m`.
 
   >>> from optax_cadence import pruning
   >>> pruning.NM(2, 4)
-  NM(n=2, m=4, axis=-1)
+  NM(n=2, m=4, axis=-2)
   """
 
   n: int
   m: int
-  axis: int = -1
+  axis: Axis = -2
   makes_mask: ClassVar[bool] = True
+  gradual: ClassVar[bool] = True
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    _checks.integer("NM: n", self.n, 0)
+    _checks.integer("NM: m", self.m, 1)
+    if self.n > self.m:
+      raise ValueError(f"NM: n must be at most m, found {self.n} of {self.m}")
 
   @property
   def fixed_sparsity(self) -> float:
     """See `Structure`."""
-    return 1 - self.n / max(self.m, 1)
-
-  def check(self, shape: tuple[int, ...]) -> None:
-    """See `Structure`."""
-    if not 0 <= self.n <= self.m or self.m < 1:
-      raise ValueError(f"expected N of M with 0 <= N <= M, found {self.n} of {self.m}")
-    _check_axis(self.axis, shape)
+    return 1 - self.n / self.m
 
   def mask(self, scores: jax.Array, sparsity: Any, allowed: jax.Array) -> jax.Array:
     """See `Structure`; ties go to the lower index."""
-    del sparsity
-    keys = jnp.where(allowed, selection.order(scores), selection.EXCLUDED)
-    keys = jnp.moveaxis(keys, self.axis, -1)
-    *others, length = keys.shape
+    kept = self.m - allocation.pruned(sparsity, self.m)
+    keys = selection.order(scores)
+    lowest = selection.excluded(keys.dtype)
+    axes = _listed(self.axis)
+    last = range(-len(axes), 0)
+    keys = jnp.moveaxis(jnp.where(allowed, keys, lowest), axes, last)
+    others, along = keys.shape[: -len(axes)], keys.shape[-len(axes) :]
+    length = math.prod(along)
+    keys = keys.reshape(*others, length)
     padding = [(0, 0)] * len(others) + [(0, -length % self.m)]
-    groups = jnp.pad(keys, padding, constant_values=selection.EXCLUDED)
+    groups = jnp.pad(keys, padding, constant_values=lowest)
     groups = groups.reshape(*others, -1, self.m)
     # The rank of a weight is the number of weights in its group that go before it.
     index = jnp.arange(self.m).reshape((1,) * (groups.ndim - 1) + (self.m,))
@@ -182,8 +279,8 @@ class NM(Structure):
     for j in range(self.m):
       other = groups[..., j : j + 1]
       rank += ((other > groups) | ((other == groups) & (j < index))).astype(jnp.int32)
-    kept = (rank < self.n).reshape(*others, math.prod(groups.shape[-2:]))[..., :length]
-    return jnp.moveaxis(kept, -1, self.axis)
+    mask = (rank < kept).reshape(*others, math.prod(groups.shape[-2:]))[..., :length]
+    return jnp.moveaxis(mask.reshape(*others, *along), last, axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,15 +293,33 @@ class ByFunction(Structure):
   def mask(self, scores: jax.Array, sparsity: Any, allowed: jax.Array) -> jax.Array:
     """See `Structure`."""
     del allowed
-    mask = jnp.asarray(self.fn(scores, sparsity), bool)
-    if mask.shape != scores.shape:
-      raise ValueError(f"structure: expected a mask of shape {scores.shape}, found {mask.shape}")
+    mask = jnp.asarray(self.fn(scores, sparsity))
+    if mask.shape != scores.shape or mask.dtype != jnp.bool_:
+      raise ValueError(
+        f"structure: expected a mask of bools and of shape {scores.shape}, found shape"
+        f" {mask.shape} and dtype {mask.dtype}"
+      )
     return mask
 
 
-def _check_axis(axis: int, shape: tuple[int, ...]) -> None:
-  if not -len(shape) <= axis < len(shape):
-    raise ValueError(f"expected an axis {axis}, found shape {shape}")
+def _is_axes(node: Any) -> bool:
+  """Whether it is an axis or several, and no tree of them."""
+  if isinstance(node, tuple):
+    return all(map(_is_axis, node))
+  return _is_axis(node)
+
+
+def _is_axis(node: Any) -> bool:
+  return isinstance(node, int | np.integer) and not isinstance(node, bool)
+
+
+def _listed(axis: Axis) -> tuple[int, ...]:
+  return axis if isinstance(axis, tuple) else (axis,)
+
+
+def wide(scores: jax.Array) -> jax.Array:
+  """Scores of which a mean is taken, in no fewer than 32 bits."""
+  return scores if scores.dtype == jnp.float64 else scores.astype(jnp.float32)
 
 
 def as_structure(structure: Any) -> Structure:

@@ -1,14 +1,13 @@
 """The transformation: masks when they are due, and updates that keep the pruned weights at zero."""
 
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from optax_cadence import _checks
 from optax_cadence import _control
 from optax_cadence import _paths
 from optax_cadence.pruning import allocation as allocations
@@ -19,6 +18,7 @@ from optax_cadence.pruning import optimizing
 from optax_cadence.pruning import schedule as schedules
 from optax_cadence.pruning import sparsity as sparsities
 from optax_cadence.pruning import structure as structures
+from optax_cadence.pruning.prunable import prunable
 from optax_cadence.pruning.regrowth import Regrowth
 
 
@@ -29,8 +29,8 @@ class PruneState(NamedTuple):
     step: Number of micro-steps done: int32 scalar.
     masks: The mask of each pruned leaf, in dicts of dicts by the names in its path: packed, uint8,
       or bool of the leaf's shape. Empty with `hold=False`.
-    memory: What a criterion that remembers has summed up of each pruned leaf, float32, in a tree
-      like the parameters, in which the other leaves are `MaskedNode`; else empty.
+    memory: What a criterion that remembers has summed up of each pruned leaf, in float32 or wider,
+      in a tree like the parameters, in which the other leaves are `MaskedNode`; else empty.
     inner_state: State of the inner optimizer.
     fill: What is needed to draw fresh weights for `fill`; empty where none are drawn.
 
@@ -44,12 +44,6 @@ class PruneState(NamedTuple):
   memory: Any
   inner_state: optax.OptState
   fill: Any = ()
-
-
-def prunable(path: str, param: Any) -> bool:
-  """The default of `where`: matrices and kernels, but no bias, norm or embedding."""
-  named = re.search(r"bias|norm|embed|(^|/)(bn|ln)\d*(/|$)", path, re.IGNORECASE)
-  return np.ndim(param) >= 2 and jnp.issubdtype(param.dtype, jnp.inexact) and not named
 
 
 def prune(
@@ -67,6 +61,7 @@ def prune(
   sparse_gradients: bool = False,
   restart: bool | None = None,
   where: Callable[[str, Any], bool] = prunable,
+  stacked: Callable[[str, Any], bool] | None = None,
   packed: bool = True,
   inner: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -105,7 +100,11 @@ def prune(
     restart: Whether the inner optimizer forgets what it knew of the weights that a shock hits or
       that grow: their moments and windows, and counters if all weights of all leaves are hit. By
       default it does if there is one.
-    where: Which leaves are pruned: `(path, param) -> bool`, of the `/`-joined path.
+    where: Which leaves are pruned: `(path, param) -> bool`, of the `/`-joined path. By default
+      those that are kernels by their name; `pruning.kernels` reads them from the program.
+    stacked: Which of these hold layers stacked on axis 0, as `nn.scan` stacks them, each of which
+      is to be pruned by itself: `(path, param) -> bool`. By default those that a `where` from
+      `pruning.kernels` knows of, or none.
     packed: Whether a mask is stored as one bit per weight; otherwise as a bool.
     inner: An optimizer; needed by what reads gradients (saliency, movement, RigL).
 
@@ -123,6 +122,11 @@ def prune(
   [[ 0. -3.]
    [ 2.  0.]]
   """
+  for name, function in (("where", where), ("stacked", stacked)):
+    if function is not None and not callable(function):
+      raise ValueError(
+        f"{name}: expected a function (path, param) -> bool, found {_checks.shown(function)}"
+      )
   # A function may read the gradient where there is one.
   may_read_grads = callable(criterion) and inner is not None
   criterion = criteria.as_criterion(criterion)
@@ -139,7 +143,13 @@ def prune(
     extended = optax.with_extra_args_support(inner)
     optimizer = optimizing.Optimizer(extended, sparse_gradients, restarts=restart is not False)
   permanent = hold and not straight_through and regrow is None
-  masker = masking.Masker(criterion, structure, allocation, regrow, permanent, packed, normalize)
+  settings = masking.Masker(criterion, structure, allocation, regrow, permanent, packed, normalize)
+  stacked = stacked or getattr(where, "stacked", None) or (lambda path, param: False)
+
+  def masker_of(params: Any, leaves: masking.Arrays) -> masking.Masker:
+    return settings.on(
+      params, leaves, [path for path, x in leaves.items() if stacked(_paths.join(path), x)]
+    )
 
   def init_fn(params: optax.Params) -> PruneState:
     inner_state = optax.EmptyState() if optimizer is None else optimizer.inner.init(params)
@@ -150,25 +160,29 @@ def prune(
       drawing = () if hold else filling.stand_in(filler)
       return PruneState(jnp.int32(0), jnp.int32(0) if hold else {}, memory, inner_state, drawing)
     leaves = _pruned_leaves(params, where)
+    masker = masker_of(params, leaves)
     asked = sparsities.by_leaf(sparsity, structure, params, leaves)
-    for path, leaf in leaves.items():
-      try:
-        structure.check(np.shape(leaf))
-      except ValueError as error:
-        raise ValueError(f"structure of {_paths.join(path)!r}: {error}") from None
-      sparsities.check(_paths.join(path), asked[path], times, may_fall=not permanent)
+    # Of leaves with the same sparsity the first stands for all.
+    for path in {id(asked[path]): path for path in reversed(leaves)}.values():
+      implied = structure.fixed_sparsity
+      sparsities.check(_paths.join(path), asked[path], times, not permanent, implied)
+    if inner is None:
+      for reader in [criterion, *([regrow.first, regrow.grow] if regrow else [])]:
+        criteria.check_needs_no_gradient(reader, next(iter(leaves.values())))
     memory = {}
     if criterion.remembers:
       slots = [
-        jnp.zeros(x.shape, jnp.float32) if path in leaves else optax.MaskedNode()
+        jnp.zeros(x.shape, _memory_dtype(x)) if path in leaves else optax.MaskedNode()
         for path, x in _by_path(params).items()
       ]
       memory = jax.tree.unflatten(jax.tree.structure(params), slots)
-    masks = masking.nested(first_masks(leaves, asked)) if hold else {}
+    masks = masking.nested(first_masks(masker, leaves, asked)) if hold else {}
     drawing = () if hold else filling.init(filler, leaves)
     return PruneState(jnp.int32(0), masks, memory, inner_state, drawing)
 
-  def first_masks(leaves: masking.Leaves, asked: dict[_paths.Path, Any]) -> masking.Leaves:
+  def first_masks(
+    masker: masking.Masker, leaves: masking.Leaves, asked: dict[_paths.Path, Any]
+  ) -> masking.Leaves:
     """The masks before any update; dense where they need one."""
     dense = masker.dense(leaves)
     if may_read_grads and regrow is None:
@@ -186,14 +200,14 @@ def prune(
     _paths.check_same("gradient", "as the parameters have", params, updates)
     step = optax.safe_increment(state.step)
     leaves = _pruned_leaves(params, where)
+    masker = masker_of(params, leaves)
 
     # The gradients are read before the inner optimizer turns them into updates.
     grads, memory = None, masking.by_path(state.memory)
     if optimizer is not None:
       grads = {path: g for path, g in _by_path(updates).items() if path in leaves}
       memory = {
-        path: total - grads[path].astype(jnp.float32) * leaves[path].astype(jnp.float32)
-        for path, total in memory.items()
+        path: _remembered(total, grads[path], leaves[path]) for path, total in memory.items()
       }
     asked, due = sparsities.by_leaf(sparsity, structure, params, leaves), times.due(step)
     micro_step = masking.MicroStep(step, leaves, grads, memory)
@@ -226,13 +240,13 @@ def prune(
     # The update makes pruned weights zero.
     by_path = _by_path(updates)
     for path, mask in masks.items():
-      weights = masker.load(path, mask, leaves[path].shape)
+      weights = masking.load(path, mask, leaves[path].shape)
       by_path[path] = _zeroed(by_path[path], leaves[path], weights)
     updates = jax.tree.unflatten(jax.tree.structure(updates), by_path.values())
     return updates, state._replace(masks=masking.nested(masks))
 
-  def loaded(masks: masking.Leaves, leaves: masking.Leaves) -> masking.Leaves:
-    return {path: masker.load(path, mask, leaves[path].shape) for path, mask in masks.items()}
+  def loaded(masks: masking.Leaves, leaves: masking.Arrays) -> masking.Leaves:
+    return {path: masking.load(path, mask, leaves[path].shape) for path, mask in masks.items()}
 
   def optimized(
     updates: optax.Updates,
@@ -267,6 +281,7 @@ def prune(
   ) -> tuple[optax.Updates, PruneState]:
     """The updates, where a shock is due such that it fills what new masks leave out."""
     leaves, by_path = micro_step.params, _by_path(updates)
+    masker = masker_of(params, leaves)
 
     def hit(carry: tuple[Any, Any], _: Any) -> tuple[Any, Any]:
       updates, inner_state = carry
@@ -310,8 +325,12 @@ def _check_choices(
       f"structure {structure}: expected no regrow and allocation='uniform', found {allocation!r}"
       f" and regrow={regrow}"
     )
-  if sparsity is None and structure.fixed_sparsity is None:
-    raise ValueError("sparsity: expected a number, a schedule or a tree, found None")
+  if isinstance(sparsity, str | bool) or (sparsity is None and structure.fixed_sparsity is None):
+    raise ValueError(f"sparsity: expected a number, a schedule or a tree, found {sparsity!r}")
+  if inner is not None and not (hasattr(inner, "init") and hasattr(inner, "update")):
+    raise ValueError(
+      f"inner: expected a gradient transformation, as optax.sgd(0.1), found {_checks.shown(inner)}"
+    )
   if not hold and (regrow is not None or straight_through):
     raise ValueError("hold=False: expected neither regrow nor straight_through")
   if allocation != "uniform" and sparsities.is_tree(sparsity):
@@ -371,6 +390,19 @@ def _by_path(tree: Any) -> dict[_paths.Path, Any]:
     path: x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
     for path, x in _paths.flatten_with_paths(tree)
   }
+
+
+def _memory_dtype(param: jax.Array) -> Any:
+  return jnp.float64 if param.dtype == jnp.float64 else jnp.float32
+
+
+def _remembered(total: jax.Array, grad: jax.Array, param: jax.Array) -> jax.Array:
+  """The sum of `-grad * param` with another term, but for what of that is not finite.
+
+  A sum would never be rid of it, and a cadence inside leaves such a micro-batch out as well.
+  """
+  term = grad.astype(total.dtype) * param.astype(total.dtype)
+  return total - jnp.where(jnp.isfinite(term), term, jnp.zeros_like(term))
 
 
 def _as_wide(update: jax.Array, param: jax.Array) -> jax.Array:

@@ -5,68 +5,115 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_cadence import _checks
 from optax_cadence import _paths
 from optax_cadence.pruning import masking
 from optax_cadence.pruning import packing
 from optax_cadence.pruning.transformation import PruneState
 
 
-def find(state: Any) -> PruneState:
-  """The one `PruneState` within the state of an optimizer.
+def find(state: Any) -> list[PruneState]:
+  """The states of all `prune`s within the state of an optimizer.
 
   Raises:
-    ValueError: If there is none, or more than one.
+    ValueError: If there is none.
   """
   found = [node for node in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(node)]
-  if len(found) != 1:
-    raise ValueError(f"state: expected one PruneState, found {len(found)}")
-  return _paths.without_variables(found[0])
+  if not found:
+    raise ValueError("state: expected the state of a prune in it, found none")
+  return [_paths.without_variables(node) for node in found]
 
 
 def _is_state(node: Any) -> bool:
   return isinstance(node, PruneState)
 
 
+def by_path(params: Any, state: Any) -> masking.Leaves:
+  """The masks of the leaves that have one, by path; what any of several `prune`s prunes is False.
+
+  Raises:
+    ValueError: If a mask is that of another shape.
+  """
+  shapes = {path: jnp.shape(x) for path, x in _paths.flatten_with_paths(params)}
+  found: masking.Leaves = {}
+  for node in find(state):
+    for path, stored in masking.by_path(node.masks).items():
+      if path not in shapes:
+        raise ValueError(
+          f"params: expected the parameters that the state has masks of, among them"
+          f" {_paths.join(path)!r}, found {_paths.listed(shapes)}"
+        )
+      mask = masking.load(path, stored, shapes[path])
+      found[path] = found[path] & mask if path in found else mask
+  return found
+
+
 def masks(params: Any, state: Any) -> Any:
   """The masks as a tree like the parameters: bool, True where a weight is kept.
 
-  A leaf that is not pruned has a mask that is all True.
+  A leaf that is not pruned has a mask that is all True. Several `prune`s in one chain are read as
+  one, as by everything here that takes the state.
   """
-  stored = masking.by_path(find(state).masks)
-
-  def mask_of(path: _paths.Path, shape: tuple[int, ...]) -> jax.Array:
-    mask = stored.get(path)
-    if mask is None:
-      return jnp.ones(shape, bool)
-    return packing.unpack(mask, shape) if mask.dtype == jnp.uint8 else mask
-
-  leaves = [mask_of(path, jnp.shape(x)) for path, x in _paths.flatten_with_paths(params)]
+  found = by_path(params, state)
+  leaves = [
+    found[path] if path in found else jnp.ones(jnp.shape(x), bool)
+    for path, x in _paths.flatten_with_paths(params)
+  ]
   return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
-def with_masks(state: Any, new: Any) -> Any:
+def with_masks(state: Any, new: Any, params: Any = None) -> Any:
   """The state with other masks.
 
   After growth: pad what `masks` returned with True as the parameters were padded.
 
   Args:
-    state: Optimizer state with a `PruneState` in it.
+    state: Optimizer state with that of a `prune` in it, or of several.
     new: Masks as a bool tree like the parameters, of their old shapes or of new ones.
+    params: The parameters; if given, the masks have to be of their shapes.
+
+  Raises:
+    ValueError: If there is no mask for a leaf that is pruned, one that prunes a leaf that is not,
+      or one that is no mask of the leaf.
   """
-  by_path = masking.by_path(new)
+  masks = masking.by_path(new)
+  pruned: set[_paths.Path] = set()
+  for node in find(state):
+    for path, old in masking.by_path(node.masks).items():
+      pruned.add(path)
+      if path not in masks:
+        raise ValueError(
+          f"masks: expected one for {_paths.join(path)!r}, found masks of {_paths.listed(masks)}"
+        )
+      # Of a flat packed mask the number of axes is not known.
+      axes = None if old.dtype == jnp.uint8 and old.ndim == 1 else old.ndim
+      if axes not in (None, jnp.ndim(masks[path])):
+        raise ValueError(
+          f"mask of {_paths.join(path)!r}: expected {axes} axes, found shape"
+          f" {jnp.shape(masks[path])}"
+        )
+  for path, mask in masks.items():
+    name = _paths.join(path)
+    if getattr(mask, "dtype", None) != jnp.bool_:
+      raise ValueError(f"mask of {name!r}: expected bools, found {_checks.shown(mask)}")
+    if path not in pruned and not isinstance(mask, jax.core.Tracer) and not mask.all():
+      raise ValueError(
+        f"mask of {name!r}: no prune in the state prunes this leaf, expected all True, found False"
+      )
+  if params is not None:
+    _paths.check_same("mask", "as the parameters have", params, new)
 
   def replace(node: Any) -> Any:
     if not _is_state(node):
       return node
     stored = {
-      path: by_path[path] if old.dtype == jnp.bool_ else packing.pack(by_path[path])
+      path: masks[path] if old.dtype == jnp.bool_ else packing.pack(masks[path])
       for path, old in masking.by_path(node.masks).items()
     }
     # In the containers they were in, which are variables in an `nnx.Optimizer`.
     arrays = jax.tree.leaves(masking.nested(stored))
     return node._replace(masks=jax.tree.unflatten(jax.tree.structure(node.masks), arrays))
 
-  find(state)  # an error if there is not exactly one
   return jax.tree.map(replace, state, is_leaf=_is_state)
 
 

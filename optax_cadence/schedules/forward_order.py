@@ -61,13 +61,8 @@ def forward_order(fn: Callable[..., Any], params: Any, *args: Any) -> Any:
   >>> oc.forward_order(fn, params, jnp.ones((4, 3)))
   {'a': 1, 'b': 0, 'z': 0}
   """
-  leaves, structure = jax.tree_util.tree_flatten(params)
-
-  def flat_fn(leaves: list[Any], args: tuple[Any, ...]) -> list[Any]:
-    outputs = jax.tree_util.tree_leaves(fn(jax.tree.unflatten(structure, leaves), *args))
-    return [output for output in outputs if hasattr(output, "aval")]
-
-  program = jax.make_jaxpr(flat_fn)(leaves, args)
+  leaves, structure = jax.tree.flatten(params)
+  program = reading.trace(fn, params, *args)
   pending = [_Value(None, frozenset([i])) for i in range(len(leaves))]
   data = [_Value(0, frozenset())] * (len(program.jaxpr.invars) - len(leaves))
   walk = _Walk()

@@ -1,0 +1,48 @@
+"""A value for each leaf, from a tree prefix of the parameters or an `oc.by_path`."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from optax_cadence import _paths
+from optax_cadence.schedules.by_path import ByPath
+
+
+def by_leaf(
+  what: str,
+  tree: Any,
+  params: Any,
+  paths: Iterable[_paths.Path],
+  is_leaf: Callable[[Any], bool] | None = None,
+) -> dict[_paths.Path, Any]:
+  """The value of each leaf.
+
+  Args:
+    what: What the values are, for errors.
+    tree: A tree prefix of the parameters, or an `oc.by_path`.
+    params: All parameters.
+    paths: The leaves that need a value.
+    is_leaf: Which nodes of the prefix are values and no trees.
+
+  Raises:
+    ValueError: If the prefix does not fit the parameters.
+  """
+  tree = tree(params) if isinstance(tree, ByPath) else tree
+  by_prefix = dict(_paths.flatten_with_paths(tree, is_leaf=is_leaf))
+  known = [path for path, _ in _paths.flatten_with_paths(params)]
+  for prefix in by_prefix:
+    if not any(_covers(prefix, path) for path in known):
+      raise ValueError(
+        f"{what} of {_paths.join(prefix)!r}: no parameter is there; expected a prefix of"
+        f" {_paths.listed(known)}"
+      )
+  values = {}
+  for path in paths:
+    covering = [prefix for prefix in by_prefix if _covers(prefix, path)]
+    if not covering:
+      raise ValueError(f"{what} of {_paths.join(path)!r}: expected one in the tree, found none")
+    values[path] = by_prefix[covering[0]]
+  return values
+
+
+def _covers(prefix: _paths.Path, path: _paths.Path) -> bool:
+  return path[: len(prefix)] == prefix
