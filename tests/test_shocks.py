@@ -385,3 +385,74 @@ def test_the_table_of_the_page_is_that_of_the_file_and_says_what_the_page_says()
   for name in ("init", "shrink"):
     change, half = changes[name]
     assert change - half < 0 < change + half
+
+
+PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "pruning.md").read_text(encoding="utf-8")
+ROWS = dict(re.findall(r"^\| (.+?) \| `((?:oc|pruning)\..+)` \|$", PAGE, re.MULTILINE))
+
+
+def row(name):
+  """The program in a row of "How to choose"."""
+  names = {"oc": oc, "pruning": pruning, "adam": ADAM, "head": HEAD}
+  return eval(ROWS[name], names | {"epoch": 3, "step": 3, "end": 100})
+
+
+def test_row_of_a_network_that_is_sparse_from_the_first_step_on():
+  tx = row("a sparse network from the first step on")
+  state, update, exchanged = tx.init(weights()), jax.jit(tx.update), 0
+  params = pruning.masked(weights(), state)
+  for t in range(1, 8):
+    masks = np.asarray(pruning.masks(params, state)["a"]["kernel"])
+    assert masks.sum() == 13 and not kernel(params)[~masks].any()
+    updates, state = update(gradients(t), state, params)
+    params = optax.apply_updates(params, updates)
+    exchanged += (masks != np.asarray(pruning.masks(params, state)["a"]["kernel"])).any()
+  assert exchanged == 2
+
+
+def test_row_of_weights_that_may_come_back_at_any_time():
+  tx = optax.chain(ADAM, row("weights that may come back at any time"))
+  ways = np.random.default_rng(1).choice([-1.0, 1.0], (16, 8))
+  grads = jax.tree.map(jnp.ones_like, weights())
+  grads["a"]["kernel"] = jnp.asarray(ways, jnp.float32)
+  params, state, update, masks = weights(), tx.init(weights()), jax.jit(tx.update), []
+  for _ in range(12):
+    masks.append(np.asarray(pruning.masks(params, state)["a"]["kernel"]))
+    updates, state = update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+  assert {int(mask.sum()) for mask in masks} == {13}
+  assert (masks[-1] & ~masks[0]).any() and (kernel(params) != 0).all()
+
+
+def test_row_of_a_shock_after_which_weights_come_back():
+  tx = optax.chain(ADAM, row("a shock, after which weights come back"))
+  _, (after, _) = run(tx, 3)
+  assert int((kernel(after) == 0).sum()) == round(0.9 * 128)
+  _, (after, _) = run(tx, 4)
+  assert (kernel(after) != 0).all()
+
+
+def test_row_of_a_shock_of_channels_which_recover():
+  tx = row("a shock of channels, which recover")
+  _, (after, _) = run(tx, 3)
+  _, (plain, _) = run(ADAM, 3)
+  hit = (kernel(after) != kernel(plain)).all(0)
+  assert hit.sum() == 4 and (kernel(after)[:, hit] != 0).all()
+  np.testing.assert_array_equal(kernel(after)[:, ~hit], kernel(plain)[:, ~hit])
+
+
+def test_row_of_a_last_layer_that_begins_anew():
+  _, (after, state) = run(row("a last layer that begins anew"), 3)
+  _, (plain, _) = run(ADAM, 3)
+  assert (kernel(after) != kernel(plain)).all() and not np.asarray(after["a"]["bias"]).any()
+  np.testing.assert_array_equal(after["b"]["kernel"], plain["b"]["kernel"])
+  assert not moments(state.inner_state[0])[0].any() and moments(state.inner_state[0])[1].all()
+
+
+def test_row_of_a_network_that_goes_on_learning_new_tasks():
+  (before, _), (after, state) = run(row("a network that goes on learning new tasks"), 3)
+  rest = kernel(after) - 0.4 * kernel(before)
+  first = kernel(weights())
+  # What is added is a tenth of weights as they are first drawn.
+  assert abs(rest.mean() - 0.1 * first.mean()) < 0.03 and 0.07 < rest.std() / first.std() < 0.13
+  assert int(state.inner_state[0].count) == 0
