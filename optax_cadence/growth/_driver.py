@@ -127,7 +127,12 @@ def enlarge(
 
 
 def deepen(
-  network: Network, deeper: Network, *, outgoing: Iterable[str] = (), alpha: float = 0.0
+  network: Network,
+  deeper: Network,
+  *,
+  outgoing: Iterable[str] = (),
+  moved: Mapping[str, str] | None = None,
+  alpha: float = 0.0,
 ) -> Grown:
   """More layers.
 
@@ -136,11 +141,17 @@ def deepen(
     deeper: The network with the new layers, whose variables have the fresh values.
     outgoing: Paths of the new layers, or leaves, that α multiplies: the last of a residual
       block, or the norm it ends in. None: they are the identity as they are (Net2Deeper).
+    moved: From old paths to new ones, as for `growth.deepening`.
     alpha: Value of the gate.
   """
   flops = (network.flops(), deeper.flops()) if network.inputs else None
   plan = _planners.deepening(
-    network.variables, deeper.variables, outgoing=outgoing, alpha=network.alpha, flops=flops
+    network.variables,
+    deeper.variables,
+    outgoing=outgoing,
+    moved=moved,
+    alpha=network.alpha,
+    flops=flops,
   )
   return grow(network, plan, deeper.variables, alpha)
 

@@ -138,13 +138,13 @@ class Evaluator:
     if any(x.axes != axes for x in results) or any(x.axes not in ((), axes) for x in operands):
       raise ValueError(f"{name}: its operands and results grow along other axes")
 
-    def slices(before: Any, after: Any, bits: tuple[int, ...]) -> tuple[slice, ...]:
-      """Where a part lies in the whole array."""
+    def place(before: Any, after: Any, bits: tuple[int, ...]) -> tuple[list[int], list[int]]:
+      """Where a part begins in the whole array, and where it ends."""
       n, m = reading.shape(before), reading.shape(after)
-      at = [slice(None)] * len(m)
+      start, end = [0] * len(m), list(m)
       for axis, bit in zip(axes, bits, strict=True):
-        at[axis] = slice(n[axis], m[axis]) if bit else slice(0, n[axis])
-      return tuple(at)
+        start[axis], end[axis] = (n[axis], m[axis]) if bit else (0, n[axis])
+      return start, end
 
     for bits in itertools.product((0, 1), repeat=len(axes)):
       blocks = [x.blocks[bits if x.axes else ()] for x in operands]
@@ -153,10 +153,11 @@ class Evaluator:
       else:
         for i, (x, a, b) in enumerate(zip(operands, old.invars, new.invars, strict=True)):
           if x.axes:
-            zeros = jnp.zeros(reading.shape(b), blocks[i].dtype)
-            blocks[i] = zeros.at[slices(a, b, bits)].set(blocks[i])
+            ends = zip(*place(a, b, bits), reading.shape(b), strict=True)
+            around = [(start, n - end, 0) for start, end, n in ends]
+            blocks[i] = jax.lax.pad(blocks[i], jnp.zeros((), blocks[i].dtype), around)
         pairs = zip(reading.bind(new, blocks), old.outvars, new.outvars, strict=True)
-        outputs = [y[slices(a, b, bits)] for y, a, b in pairs]
+        outputs = [jax.lax.slice(y, *place(a, b, bits)) for y, a, b in pairs]
       for result, output in zip(results, outputs, strict=True):
         result.blocks[bits] = output
     return results

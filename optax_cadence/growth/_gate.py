@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -96,8 +95,7 @@ def _run(fn: Any, old: Any, plan: Plan, alpha: Any, variables: Any, args: Any, k
   """Runs the forward passes at the old and the new size side by side."""
   leaves, changes = _trees.leaves(variables), plan.by_path
   small = {
-    path: jax.ShapeDtypeStruct(change.before or (), jnp.asarray(leaves[path]).dtype)
-    for path, change in changes.items()
+    path: _trees.smaller(leaves[path], change.before or ()) for path, change in changes.items()
   }
   before = _graph.trace(old, _trees.with_leaves(variables, small), *args, **kwargs)
   try:
