@@ -1,8 +1,8 @@
-"""A live NNX model as a tree of arrays and a function of it; its layers; the gate in its class."""
+"""A live NNX model as a tree of arrays and a function of it, and what its layers know of sizes."""
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,8 @@ import numpy as np
 from flax import nnx
 
 from optax_cadence import _paths
-from optax_cadence.growth import _gate
-from optax_cadence.growth import _plan
 from optax_cadence.growth import _trees
 from optax_cadence.growth._fresh import Fresh
-from optax_cadence.growth._plan import Plan
-
-ALPHA = "alpha"
 
 
 def get_array(variable: Any) -> Any:
@@ -39,115 +34,35 @@ def variables(model: nnx.Module) -> dict[str, Any]:
 
 def set_variables(model: nnx.Module, tree: Any) -> None:
   """Puts the arrays of such a tree into the model."""
-  nnx.update(model, _filled(nnx.state(model), tree))
+  nnx.update(model, filled(nnx.state(model), tree))
+
+
+def paths_of_variables(model: nnx.Module) -> list[tuple[Any, _paths.Path]]:
+  """The variables of a model, as the objects that they are, and where each stands."""
+  return [
+    (node, tuple(map(str, path)))
+    for path, node in nnx.iter_graph(model)
+    if isinstance(node, nnx.Variable)
+  ]
 
 
 def forward(model: nnx.Module) -> Callable[..., Any]:
   """The forward pass as a function of `variables(model)`; it returns what changes too."""
-  return _function(model, type(model).__call__)
-
-
-def _function(
-  model: nnx.Module, call: Callable[..., Any], adapt: Callable[[Any], None] = lambda model: None
-) -> Callable[..., Any]:
-  """`call(model, ...)` as a function of the model's variables, of which some may be left out.
-
-  Args:
-    model: The model.
-    call: Its `__call__`, or that of a class above its own.
-    adapt: Adapts the model to the sizes of the variables.
-  """
   graphdef, state = nnx.split(model)
 
   def run(tree: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    copy = nnx.merge(graphdef, _filled(state, tree))
-    adapt(copy)
-    return call(copy, *args, **kwargs), _changing(copy)
+    copy = nnx.merge(graphdef, filled(state, tree))
+    output = copy(*args, **kwargs)
+    return output, nnx.to_pure_dict(nnx.state(copy, nnx.Not(nnx.Param)))
 
   return run
 
 
-def _filled(state: Any, tree: Any) -> Any:
+def filled(state: Any, tree: Any) -> Any:
   """The state with the arrays of a nested dict; what is not there stays."""
   leaves = _trees.leaves(tree)
   values = [leaves.get(path, leaf) for path, leaf in _paths.flatten_with_paths(state)]
   return jax.tree.unflatten(jax.tree.structure(state), values)
-
-
-def _changing(model: nnx.Module) -> Any:
-  """What a forward pass may change: running statistics, random keys."""
-  return nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
-
-
-class Gate(NamedTuple):
-  """What the class of a model with a gate knows.
-
-  Attributes:
-    base: The model's own class.
-    plan: The plan by which it has grown.
-    keep_groups: Whether the groups of a `GroupNorm` have got wider, instead of more.
-  """
-
-  base: type
-  plan: Plan
-  keep_groups: bool
-
-
-def gate_of(model: nnx.Module) -> Gate | None:
-  """How a model has grown; None for one without a gate."""
-  return getattr(type(model), "_gate", None)
-
-
-def attach_gate(model: nnx.Module, plan: Plan, alpha: Any, keep_groups: bool = False) -> None:
-  """Attaches the gate to a model whose arrays have grown: a parameter, and another class."""
-  floats = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-  setattr(model, ALPHA, nnx.Param(jnp.asarray(alpha, _plan.float_dtype(floats))))
-  cls = _gated_class(Gate(type(model), plan, keep_groups))
-  object.__setattr__(model, "__class__", cls)
-
-
-def detach_gate(model: nnx.Module) -> None:
-  """Takes the gate away: the model has its own class again."""
-  gate = gate_of(model)
-  assert gate is not None
-  object.__setattr__(model, "__class__", gate.base)
-  delattr(model, ALPHA)
-
-
-def _gated_class(gate: Gate) -> Any:
-  """A subclass of a model's class whose calls go through the gate.
-
-  Python looks `__call__` up in the class, so a model with a gate needs one of its own.
-  """
-  base: Any = gate.base
-
-  def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    # The base's own `__call__`, as that of the copy's class would lead back here.
-    new = _function(self, base.__call__)
-    old = _function(self, base.__call__, lambda model: fit(model, gate.keep_groups))
-    output, changed = _gate.gated(new, gate.plan, old=old)(variables(self), *args, **kwargs)
-    if jax.tree.leaves(changed):
-      nnx.update(self, _filled(nnx.state(self, nnx.Not(nnx.Param)), changed))
-    return output
-
-  def reduce(self: Any, protocol: Any) -> Any:
-    del protocol  # pickle would look for the class by its name, and find `base`
-    return _without_attributes, (gate,), self.__getstate__()
-
-  body = {
-    "__call__": call,
-    "__module__": base.__module__,
-    "__qualname__": base.__qualname__,
-    "__reduce_ex__": reduce,
-    "_gate": gate,
-  }
-  return type(base)(base.__name__, (base,), body)
-
-
-def _without_attributes(gate: Gate) -> Any:
-  """A model with a gate as pickle makes it, before it puts the attributes in."""
-  cls = _gated_class(gate)
-  return cls.__new__(cls)
 
 
 def fit(model: nnx.Module, keep_groups: bool = False) -> None:
