@@ -21,6 +21,7 @@ from optax_cadence.growth._dimension import Dimension
 from optax_cadence.growth._dimension import dimension
 from optax_cadence.growth._dimension import Member
 from optax_cadence.growth._dimension import NO_UNIT
+from optax_cadence.growth._dimension import Output
 from optax_cadence.growth._graph import Graph
 from optax_cadence.growth._graph import Node
 from optax_cadence.growth._graph import Operation
@@ -95,7 +96,8 @@ def couple(
     )
   of_weights = all(any(node.origin for node, _ in ends) for _, ends in sums)
   folds = of_weights and all(m.role != "both" for m in members)
-  return Dimension(described.size, members, tuple(_contractions(graph)), folds)
+  outputs = tuple(_outputs(graph, members))
+  return Dimension(described.size, members, tuple(_contractions(graph)), folds, outputs)
 
 
 def _check_complete(described: Dimension, members: Sequence[Member], graph: Graph) -> None:
@@ -145,6 +147,16 @@ def _contractions(graph: Graph) -> Iterator[Contraction]:
     if flops := operation.flops:
       axes = [node.labels[a] for _, ends in operation.labelled() for node, a in ends[-1:]]
       yield Contraction(flops, tuple((len(labels), int((labels == 0).sum())) for labels in axes))
+
+
+def _outputs(graph: Graph, members: Sequence[Member]) -> Iterator[Output]:
+  """The outputs that have units, but for variables that the program returns anew."""
+  variables = {m.path for m in members}
+  for path, node in zip(graph.output_paths, graph.outputs, strict=True):
+    if any(path[i:] in variables for i in range(len(path))):
+      continue
+    for axis, labels in sorted(node.labels.items()):
+      yield Output(path, axis, len(labels), int((labels == 0).sum()))
 
 
 def spread(graph: Graph, units: Dimension, what: str) -> None:

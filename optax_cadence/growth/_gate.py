@@ -134,7 +134,7 @@ def _output_positions(traced: _graph.Traced, plan: Plan) -> list[dict[int, np.nd
   """For each output and grown axis, where the old entries lie."""
   positions: list[dict[int, np.ndarray]] = []
   for dimension, more in plan.dimensions:
-    graph = _graph.Graph(traced.program, traced.paths)
+    graph = _graph.Graph(traced)
     _couple.spread(graph, dimension, "the plan")
     positions = positions or [{} for _ in graph.outputs]
     for at, node in zip(positions, graph.outputs, strict=True):

@@ -121,6 +121,8 @@ class Plan:
     if self.flops:
       before, after = self.flops
       lines.append(f"FLOPs of a forward pass: {before} before, {after} after ({after - before:+d})")
+    for dimension, more in self.dimensions:
+      lines += [output.grown(more) for output in dimension.outputs]
     if self.grows:
       lines.append(f"gate: {_paths.join(self.alpha)}")
     return "\n".join(lines)

@@ -113,15 +113,17 @@ def _like(tree: Any, items: dict[Any, Any]) -> Any:
 def partition_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
   """The arrays of a tree, and a function that puts others in their place."""
   flat, structure = jax.tree.flatten(tree)
-  is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in flat]
 
   def rebuild(arrays: list[Any]) -> Any:
     remaining = iter(arrays)
-    return jax.tree.unflatten(
-      structure, [next(remaining) if a else x for a, x in zip(is_array, flat, strict=True)]
-    )
+    return jax.tree.unflatten(structure, [next(remaining) if is_array(x) else x for x in flat])
 
-  return [x for a, x in zip(is_array, flat, strict=True) if a], rebuild
+  return [x for x in flat if is_array(x)], rebuild
+
+
+def is_array(x: Any) -> bool:
+  """Whether a leaf is an array, or stands for one."""
+  return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 def placed(large: Any, index: Any, small: Any, what: str) -> Any:

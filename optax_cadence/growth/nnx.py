@@ -5,6 +5,7 @@ A grown model stays the object it was, of its own class, with the gate as one mo
 at its new size.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -309,7 +310,8 @@ def _network(
     raise ValueError(f"{name} has an attribute 'alpha', where the gate would be")
   tree = variables(model)
   _trees.check_concrete("growth", tree)
-  return Network(forward(model), tree, inputs, init=lambda: default_init(model, rngs))
+  init = functools.partial(default_init, model, rngs)
+  return Network(forward(model), tree, inputs, init=init, output=("0",))
 
 
 def _path(model: nnx.Module, module: Any) -> _paths.Path:
