@@ -194,7 +194,8 @@ def _spread_through(operation: Operation) -> bool:
   ties = primitives.ties(operation.eqn)
   if ties is None:
     raise ValueError(
-      f"the units cannot be followed through {where}; describe the dimension by hand"
+      f"the units cannot be followed through {where}: {primitives.WANTED}; or grow by hand what"
+      " lies before it"
     )
   changed = False
   for tie in ties:

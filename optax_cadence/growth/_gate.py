@@ -108,6 +108,12 @@ def _run(fn: Any, old: Any, plan: Plan, alpha: Any, variables: Any, args: Any, k
   ]
   inputs += map(_parts.whole, after.arrays)
   outputs = Evaluator(alpha).run(before.program, after.program, inputs)
+  for x in outputs:
+    if x.new is not None:
+      raise ValueError(
+        f"an output is the integer {x.blocks[()]} at the old size and {x.new} at the new one:"
+        " expected one for both, as there is none between them"
+      )
   if any(x.axes for x in outputs):
     positions = _output_positions(before, plan)
     return after.rebuild([_parts.joined(x, at) for x, at in zip(outputs, positions, strict=True)])

@@ -30,11 +30,19 @@ class Parts(NamedTuple):
     blocks: For each combination of old (0) and new (1) along them the array.
     offset: Of a kernel, for each spatial axis: where its old taps begin among the new. Of what it
       reads, for each axis: how much more it is padded at its start.
+    new: Of an integer that is not the same in the program at the new size, what it is there.
   """
 
   axes: tuple[int, ...]
   blocks: dict[tuple[int, ...], Any]
   offset: tuple[int, ...] = ()
+  new: Any = None
+
+  @property
+  def old_and_new(self) -> tuple[Any, Any]:
+    """A value that has not grown, as it is in the old program and in the new one."""
+    old = self.blocks.get(())
+    return old, old if self.new is None else self.new
 
 
 def whole(x: Any) -> Parts:
@@ -179,7 +187,7 @@ def _ties_in_parts(old: Any, new: Any, grown: set[tuple[int, int]]) -> Iterator[
   """
   name, ties = old.primitive.name, primitives.ties(old)
   if ties is None:
-    raise ValueError(f"{name} is not known here: its operands cannot be held in two parts")
+    raise ValueError(f"{name} cannot be run in two parts, old and new: {primitives.WANTED}")
   yield from ties
   if name == "reshape":
     ins = grown_axes(old.invars[0], new.invars[0])
@@ -248,9 +256,15 @@ def _changed_parameters(
   if name == "reshape":
     return {"new_sizes": result}
   if name in ("gather", "dynamic_slice"):
-    return {"slice_sizes": of_operand(p["slice_sizes"], q["slice_sizes"])}
+    pairs = zip(p["slice_sizes"], q["slice_sizes"], strict=True)
+    parts = of_operand(p["slice_sizes"], q["slice_sizes"])
+    # One that stays takes as much of an axis, be it of old entries or new ones.
+    return {
+      "slice_sizes": tuple(x if n != m else n for x, (n, m) in zip(parts, pairs, strict=True))
+    }
   if name == "slice":
-    if any(s != 1 for s in p["strides"] or ()) and any(at.values()):
+    cut = [(0, a) for a, step in enumerate(p["strides"] or ()) if step != 1]
+    if any(at[axes.of_operand[pair]] for pair in cut if pair in axes.of_operand):
       raise ValueError("an axis that grows is cut with strides: expected whole pieces of it")
     return {key: of_operand(p[key], q[key]) for key in ("start_indices", "limit_indices")}
   if name == "split":
