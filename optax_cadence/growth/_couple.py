@@ -199,7 +199,8 @@ def _spread_through(operation: Operation) -> bool:
     )
   changed = False
   for tie in ties:
-    changed |= _spread_among(operation.ends(tie), where)
+    ends = operation.ends(tie)
+    changed |= _spread_among(ends, where) if tie.groups == 1 else _spread_groups(tie, ends, where)
   if operation.name == "reshape" and len(nodes) == 2:
     source, target = nodes
     for ins, outs in primitives.reshape_groups(source.shape, target.shape):
@@ -220,6 +221,31 @@ def _spread_among(ends: list[tuple[Node, int]], where: str) -> bool:
   return changed
 
 
+def _spread_groups(tie: primitives.Tie, ends: list[tuple[Node, int]], where: str) -> bool:
+  """Spreads among axes whose pieces go together."""
+  changed = False
+  for (source, a), (target, b) in itertools.permutations(ends, 2):
+    if a not in source.labels:
+      continue
+    labels, size = source.labels[a], target.shape[b]
+    if tie.summed and (source, a) == ends[1]:
+      changed |= target.put(b, np.tile(labels, tie.groups), where)
+      continue
+    pieces = labels.reshape(tie.groups, -1)
+    alike = (pieces == pieces[:1]).all()  # the units lie in every piece
+    if tie.summed and alike:
+      changed |= target.put(b, pieces[0].copy(), where)
+    elif not tie.summed and (pieces == pieces[:, :1]).all():
+      changed |= target.put(b, np.repeat(pieces[:, 0], size // tie.groups), where)
+    elif not tie.summed and not alike:
+      raise ValueError(
+        f"{where} is in {tie.groups} groups of {pieces.shape[1]} positions: expected every unit to"
+        f" be a whole group, unit={pieces.shape[1]} (more groups), or to lie in all of them,"
+        f" blocks={tie.groups} (wider ones)"
+      )
+  return changed
+
+
 def _regroup(source: Node, ins: list[int], target: Node, outs: list[int], where: str) -> bool:
   """Spreads from axes of the source to those of the target that a reshape makes of them."""
   changed = False
@@ -230,7 +256,9 @@ def _regroup(source: Node, ins: list[int], target: Node, outs: list[int], where:
     after = [target.shape[o] for o in outs]
     along_a = source.labels[a].reshape([-1 if i == a else 1 for i in ins])
     labels = np.broadcast_to(along_a, before).reshape(after)  # of every entry
-    for k, o in enumerate(outs):
+    # Of axes of size 1 the last is that of the units, as what is broadcast gets its axes in front.
+    order = list(enumerate(outs))
+    for k, o in order if labels.size > 1 else order[::-1]:
       rows = np.moveaxis(labels, k, 0).reshape(after[k], -1)
       if (rows == rows[:, :1]).all() and (after[k] > 1 or labels.size == 1):
         changed |= target.put(o, rows[:, 0].copy(), where)

@@ -111,10 +111,25 @@ class Operation(NamedTuple):
 
   def labelled(self) -> Iterator[tuple[primitives.Tie, list[tuple[Node, int]]]]:
     """Its ties that have labels, and the axes that have them."""
-    for tie in primitives.ties(self.eqn) or []:
+    ties = primitives.ties(self.eqn) or []
+    groups = [tie for tie in ties if tie.groups > 1 and not tie.summed]
+    if groups:  # the units are groups, or they lie in every group
+      are_groups = all(self._in_pieces(groups[0].groups, *end) for end in self.ends(groups[0]))
+      others = [tie for tie in ties if not tie.summed and tie.results != groups[0].results]
+      within = [tie for tie in ties if tie not in groups]
+      ties = others + groups if are_groups else within
+    for tie in ties:
       ends = [(node, a) for node, a in self.ends(tie) if a in node.labels]
       if ends:
         yield tie, ends
+
+  @staticmethod
+  def _in_pieces(groups: int, node: Node, axis: int) -> bool:
+    """Whether the units along an axis are whole pieces of it."""
+    if axis not in node.labels:
+      return False
+    pieces = node.labels[axis].reshape(groups, -1)
+    return bool((pieces == pieces[:, :1]).all())
 
 
 class Graph:

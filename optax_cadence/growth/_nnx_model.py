@@ -70,7 +70,7 @@ def fit(model: nnx.Module, keep_groups: bool = False) -> None:
 
   Args:
     model: The model; it is changed in place.
-    keep_groups: Whether the groups of a `GroupNorm` get wider, instead of more.
+    keep_groups: Whether the groups of a `GroupNorm` or `Conv` get wider, instead of more.
   """
   for _, node in nnx.iter_graph(model):
     for kind, sizes in _SIZES.items():
@@ -78,6 +78,9 @@ def fit(model: nnx.Module, keep_groups: bool = False) -> None:
         for name, value in sizes(node).items():
           if hasattr(node, name):
             setattr(node, name, value)
+    if isinstance(node, nnx.Conv):
+      for name, value in _conv(node, keep_groups).items():
+        setattr(node, name, value)
     if isinstance(node, nnx.GroupNorm) and _features(node):
       if keep_groups:
         node.group_size = _features(node)["num_features"] // node.num_groups
@@ -95,31 +98,44 @@ def _features(m: Any) -> dict[str, Any]:
   return {"num_features": sizes[0]} if sizes else {}
 
 
+def _own(m: Any, variable: Any) -> tuple[int, ...]:
+  """The shape of a kernel in one layer, of those that `nnx.vmap` has stacked in front."""
+  return _shape(variable)[-rank(m, variable) :]
+
+
+def rank(m: Any, variable: Any) -> int:
+  """How many axes a kernel has in one layer, of those that `nnx.vmap` may have stacked."""
+  if isinstance(m, nnx.LinearGeneral):
+    return len(m.batch_axis) + len(m.in_features) + len(m.out_features)
+  if isinstance(m, nnx.Conv | nnx.ConvTranspose):
+    return 2 + (1 if isinstance(m.kernel_size, int) else len(m.kernel_size))
+  return 2 if isinstance(m, nnx.Linear | nnx.Embed) else len(_shape(variable))
+
+
 def _linear(m: Any) -> dict[str, Any]:
-  return dict(zip(("in_features", "out_features"), _shape(m.kernel), strict=True))
+  return dict(zip(("in_features", "out_features"), _own(m, m.kernel), strict=True))
 
 
 def _general(m: Any) -> dict[str, Any]:
-  n, shape = len(m.in_features), _shape(m.kernel)
+  n, shape = len(m.in_features), _own(m, m.kernel)
   return {} if m.batch_axis else {"in_features": shape[:n], "out_features": shape[n:]}
 
 
-def _conv(m: Any) -> dict[str, Any]:
-  shape = _shape(m.kernel)
-  sizes = {"kernel_shape": shape, "kernel_size": shape[:-2], "out_features": shape[-1]}
-  if m.feature_group_count == 1:
-    return {**sizes, "in_features": shape[-2]}
-  if shape[-2] == 1:  # one filter per channel
-    return {**sizes, "in_features": shape[-1], "feature_group_count": shape[-1]}
-  return sizes
+def _conv(m: Any, keep_groups: bool) -> dict[str, Any]:
+  shape, groups = _own(m, m.kernel), m.feature_group_count
+  inputs, outputs = shape[-2:]  # the inputs are those of one group
+  sizes = {"kernel_shape": shape, "kernel_size": shape[:-2], "out_features": outputs}
+  if groups > 1 and not keep_groups and inputs == m.in_features // groups:
+    groups = outputs // (m.out_features // groups)
+  return {**sizes, "in_features": inputs * groups, "feature_group_count": groups}
 
 
 def _embed(m: Any) -> dict[str, Any]:
-  return dict(zip(("num_embeddings", "features"), _shape(m.embedding), strict=True))
+  return dict(zip(("num_embeddings", "features"), _own(m, m.embedding), strict=True))
 
 
 def _attention(m: Any) -> dict[str, Any]:
-  query, key, out = _shape(m.query.kernel), _shape(m.key.kernel), _shape(m.out.kernel)
+  query, key, out = (_own(part, part.kernel) for part in (m.query, m.key, m.out))
   return {
     "num_heads": query[-2],
     "head_dim": query[-1],
@@ -134,7 +150,6 @@ def _attention(m: Any) -> dict[str, Any]:
 _SIZES: dict[Any, Callable[[Any], dict[str, Any]]] = {
   nnx.Linear: _linear,
   nnx.LinearGeneral: _general,
-  nnx.Conv: _conv,
   nnx.Embed: _embed,
   nnx.BatchNorm: _features,
   nnx.LayerNorm: _features,
@@ -168,10 +183,16 @@ def default_init(model: nnx.Module, rngs: nnx.Rngs | None = None) -> Fresh:
       raise ValueError(
         f"no initializer is known for {_paths.join(path)!r} of {type(node).__name__}: give fresh="
       )
-    flat = shape
-    if isinstance(node, nnx.LinearGeneral) and path[-1] == "kernel":
+    kernel = path[-1] in ("kernel", "embedding")
+    axes = rank(node, getattr(node, path[-1])) if kernel else len(shape)
+    own = flat = shape[len(shape) - axes :]
+    if isinstance(node, nnx.LinearGeneral) and kernel:
       n = len(node.in_features)
-      flat = (int(np.prod(shape[:n])), int(np.prod(shape[n:])))
-    return parameter.default(rngs.params(), flat, dtype).reshape(shape)
+      flat = (int(np.prod(own[:n])), int(np.prod(own[n:])))
+    if own == shape:
+      return parameter.default(rngs.params(), flat, dtype).reshape(shape)
+    # Layers that are stacked are initialized one by one.
+    keys = jax.random.split(rngs.params(), int(np.prod(shape[:-axes])))
+    return jnp.stack([parameter.default(key, flat, dtype) for key in keys]).reshape(shape)
 
   return read

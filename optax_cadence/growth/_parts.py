@@ -188,7 +188,11 @@ def _ties_in_parts(old: Any, new: Any, grown: set[tuple[int, int]]) -> Iterator[
   name, ties = old.primitive.name, primitives.ties(old)
   if ties is None:
     raise ValueError(f"{name} cannot be run in two parts, old and new: {primitives.WANTED}")
-  yield from ties
+  if name == "conv_general_dilated":
+    more_groups = old.params["feature_group_count"] != new.params["feature_group_count"]
+    yield from _ties_of_groups(ties, more_groups)
+  else:
+    yield from ties
   if name == "reshape":
     ins = grown_axes(old.invars[0], new.invars[0])
     outs = grown_axes(old.outvars[0], new.outvars[0])
@@ -211,6 +215,16 @@ def _ties_in_parts(old: Any, new: Any, grown: set[tuple[int, int]]) -> Iterator[
   taps = tuple(pair for pair in sorted(grown) if pair[1] == TAPS)
   if taps:
     yield primitives.Tie(taps, summed=True)
+
+
+def _ties_of_groups(ties: list[primitives.Tie], more_groups: bool) -> Iterator[primitives.Tie]:
+  """The ties of a convolution that gets more groups, or else wider ones, if it has any."""
+  groups = [tie for tie in ties if tie.groups > 1 and not tie.summed]
+  for tie in ties:
+    of_groups = tie in groups
+    within = bool(groups) and not of_groups and (tie.summed or tie.results == groups[0].results)
+    if not (within if more_groups else of_groups):
+      yield tie
 
 
 def bind(
@@ -276,11 +290,8 @@ def _changed_parameters(
       changed["padding"] = q["padding"]
     groups = p["feature_group_count"], q["feature_group_count"]
     number = axes.of_operand.get((0, p["dimension_numbers"].lhs_spec[1]))
-    if groups[0] > 1 and number is not None:
-      if groups[0] == groups[1]:
-        raise ValueError("a grouped convolution can only get more groups, not wider ones")
-      if at[number]:
-        changed["feature_group_count"] = groups[1] - groups[0]
+    if groups[0] != groups[1] and number is not None and at[number]:
+      changed["feature_group_count"] = groups[1] - groups[0]
     return changed
   return {}
 

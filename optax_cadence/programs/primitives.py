@@ -20,11 +20,15 @@ class Tie(NamedTuple):
     operands: Pairs (operand, axis).
     results: Pairs (result, axis).
     summed: Whether the operation adds up over the axis, which then is in no result.
+    groups: Above 1, of a convolution in so many groups. Each of the axes then falls into as many
+      pieces, and it is the pieces that go together. Of a sum, only the first axis does, and each
+      piece of it goes together with the second.
   """
 
   operands: tuple[tuple[int, int], ...]
   results: tuple[tuple[int, int], ...] = ()
   summed: bool = False
+  groups: int = 1
 
 
 ELEMENTWISE = frozenset(
@@ -123,24 +127,20 @@ def _conv(eqn: Any) -> list[Tie]:
   tied = [Tie(((0, lhs[0]),), ((0, out[0]),))]
   if eqn.params["batch_group_count"] != 1:
     return tied
-  if eqn.params["feature_group_count"] == 1:
-    return [
-      *tied,
-      Tie(((0, lhs[1]), (1, rhs[1])), summed=True),
-      Tie(((1, rhs[0]),), ((0, out[1]),)),
-    ]
-  if (
-    shape(eqn.invars[1])[rhs[1]] == 1
-    and shape(eqn.invars[0])[lhs[1]] == shape(eqn.outvars[0])[out[1]]
-  ):
-    tied.append(Tie(((0, lhs[1]), (1, rhs[0])), ((0, out[1]),)))  # one filter per channel
+  groups = eqn.params["feature_group_count"]
+  tied += [
+    Tie(((0, lhs[1]), (1, rhs[1])), summed=True, groups=groups),
+    Tie(((1, rhs[0]),), ((0, out[1]),)),
+  ]
+  if groups > 1:
+    tied.append(Tie(((0, lhs[1]), (1, rhs[0])), ((0, out[1]),), groups=groups))
   return tied
 
 
 def _broadcast_in_dim(eqn: Any) -> list[Tie]:
   source, target = shape(eqn.invars[0]), shape(eqn.outvars[0])
   pairs = enumerate(eqn.params["broadcast_dimensions"])
-  return [Tie(((0, i),), ((0, o),)) for i, o in pairs if source[i] == target[o] != 1]
+  return [Tie(((0, i),), ((0, o),)) for i, o in pairs if source[i] == target[o]]
 
 
 def _transpose(eqn: Any) -> list[Tie]:
@@ -310,6 +310,8 @@ def reshape_groups(
   >>> from optax_cadence.programs import primitives
   >>> primitives.reshape_groups((2, 3, 4, 5), (2, 12, 5))
   [([0], [0]), ([1, 2], [1]), ([3], [2])]
+  >>> primitives.reshape_groups((2, 3, 1), (6,))
+  [([0, 1, 2], [0])]
   """
   groups: list[tuple[list[int], list[int]]] = []
   i = j = 0
@@ -328,5 +330,9 @@ def reshape_groups(
         j += 1
       else:
         break
-    groups.append((ins, outs))
+    if groups and not (ins and outs):  # axes of size 1, with no other side of their own
+      groups[-1][0].extend(ins)
+      groups[-1][1].extend(outs)
+    else:
+      groups.append((ins, outs))
   return groups
