@@ -342,7 +342,7 @@ def _described(
       members[_paths.join(bias)] = axis._replace(axis=from_end)
   for module in consumers:
     path = _trees.kernel(tree, _path(model, module))
-    number = 0 if isinstance(module, nnx.Linear | nnx.LinearGeneral) else -2
+    number = 0 if isinstance(module, nnx.LinearGeneral) else -2
     if shapes[path][number] % size:
       raise ValueError(
         f"consumer {_paths.join(path)!r} of shape {shapes[path]} has {shapes[path][number]} inputs"
