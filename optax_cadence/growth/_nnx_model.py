@@ -12,6 +12,7 @@ from flax import nnx
 from optax_cadence import _paths
 from optax_cadence.growth import _trees
 from optax_cadence.growth._fresh import Fresh
+from optax_cadence.growth._plan import Plan
 
 
 def get_array(variable: Any) -> Any:
@@ -81,11 +82,49 @@ def fit(model: nnx.Module, keep_groups: bool = False) -> None:
     if isinstance(node, nnx.Conv):
       for name, value in _conv(node, keep_groups).items():
         setattr(node, name, value)
+    if isinstance(node, nnx.ConvTranspose):
+      for name, value in _conv_transpose(node).items():
+        setattr(node, name, value)
     if isinstance(node, nnx.GroupNorm) and _features(node):
       if keep_groups:
         node.group_size = _features(node)["num_features"] // node.num_groups
       else:
         node.num_groups = _features(node)["num_features"] // node.group_size
+
+
+def pad_for_taps(model: nnx.Module, plan: Plan) -> None:
+  """Makes convolutions whose padding is written out pad for kernels of another size.
+
+  So the outputs stay where they were. What is padded by a rule ("SAME", "CAUSAL") follows it.
+
+  Args:
+    model: The model, whose kernels the plan changes; it is changed in place.
+    plan: The plan.
+  """
+  modules = {tuple(map(str, path)): node for path, node in nnx.iter_graph(model)}
+  for change in plan.changes:
+    conv: Any = modules.get(change.path[:-1])
+    padding = getattr(conv, "padding", None)
+    by_rule = isinstance(padding, str) and (
+      padding != "VALID" or isinstance(conv, nnx.ConvTranspose)
+    )
+    if not change.taps or by_rule:
+      continue
+    spatial = len(change.spatial)
+    each = 0 if padding == "VALID" else padding
+    pairs: list[Any] = [each] * spatial if isinstance(each, int) else list(each or ())
+    dilation = conv.kernel_dilation or 1
+    dilations = [dilation] * spatial if isinstance(dilation, int) else list(dilation)
+    sign = 1 if plan.grows else -1
+    for i, axis in enumerate(change.spatial):
+      low, high = (pairs[i], pairs[i]) if isinstance(pairs[i], int) else pairs[i]
+      if axis in change.positions:
+        at = change.positions[axis]
+        size = max((change.before or ())[axis], (change.after or ())[axis])
+        low += sign * int(at[0]) * dilations[i]
+        high += sign * int(size - 1 - at[-1]) * dilations[i]
+      pairs[i] = (low, high)
+    conv.padding = tuple(pairs)
 
 
 def _shape(variable: Any) -> tuple[int, ...]:
@@ -108,7 +147,7 @@ def rank(m: Any, variable: Any) -> int:
   if isinstance(m, nnx.LinearGeneral):
     return len(m.batch_axis) + len(m.in_features) + len(m.out_features)
   if isinstance(m, nnx.Conv | nnx.ConvTranspose):
-    return 2 + (1 if isinstance(m.kernel_size, int) else len(m.kernel_size))
+    return 2 + len(m.kernel_size)
   return 2 if isinstance(m, nnx.Linear | nnx.Embed) else len(_shape(variable))
 
 
@@ -128,6 +167,13 @@ def _conv(m: Any, keep_groups: bool) -> dict[str, Any]:
   if groups > 1 and not keep_groups and inputs == m.in_features // groups:
     groups = outputs // (m.out_features // groups)
   return {**sizes, "in_features": inputs * groups, "feature_group_count": groups}
+
+
+def _conv_transpose(m: Any) -> dict[str, Any]:
+  shape = _own(m, m.kernel)
+  inputs, outputs = shape[:-3:-1] if m.transpose_kernel else shape[-2:]
+  sizes = {"kernel_shape": shape, "kernel_size": shape[:-2]}
+  return {**sizes, "in_features": inputs, "out_features": outputs}
 
 
 def _embed(m: Any) -> dict[str, Any]:

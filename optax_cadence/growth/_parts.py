@@ -319,12 +319,24 @@ def padded(old: Any, new: Any, x: Parts, fill: Parts) -> Parts:
 
 def passed(old: Any, operands: list[Parts]) -> Parts:
   """A kernel, or what it reads, after an operation that changes each entry alone."""
-  if old.primitive.name not in ("convert_element_type", "copy", "neg"):
+  name = old.primitive.name
+  spatial = len(operands[0].offset)
+  swaps = name == "transpose" and operands[0].axes == (TAPS,)  # inputs and outputs, in place
+  in_place = swaps and old.params["permutation"][:spatial] == tuple(range(spatial))
+  if name not in ("convert_element_type", "copy", "neg", "rev") and not in_place:
     raise ValueError(
-      f"a kernel whose taps grow, or what it reads, goes through {old.primitive.name} before its"
+      f"a kernel whose taps grow, or what it reads, goes through {name} before its"
       " convolution: expected it to be used as it is"
     )
   (x,) = operands
+  if name == "rev":  # what was at the start is at the end: the new taps that are there count now
+    smaller, larger = (next(y for bits, y in x.blocks.items() if bits[0] == b) for b in (0, 1))
+    more = [larger.shape[a] - smaller.shape[a] for a in range(spatial)]
+    ends = old.params["dimensions"]
+    flipped = [
+      n - at if a in ends else at for a, (n, at) in enumerate(zip(more, x.offset, strict=True))
+    ]
+    x = x._replace(offset=tuple(flipped))
   return x._replace(blocks={bits: reading.bind(old, [y])[0] for bits, y in x.blocks.items()})
 
 

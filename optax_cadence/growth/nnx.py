@@ -247,6 +247,7 @@ def shrink(
       )
     _nnx_model.set_variables(model, tree)
     _nnx_model.fit(model, keep_groups)
+    _nnx_model.pad_for_taps(model, plan)
 
   _change(model, plan, change, inputs, optimizer)
 
@@ -388,6 +389,7 @@ def _put(
     _nnx_model.set_variables(model, tree)
     sizes = _nnx_gate.attributes(model)
     _nnx_model.fit(model, keep_groups)
+    _nnx_model.pad_for_taps(model, plan)
     before = _nnx_gate.changed(sizes, _nnx_gate.attributes(model))
     _nnx_gate.attach(model, plan, alpha, before)
 
