@@ -85,6 +85,10 @@ def put(variable, value):
   variable.set_value(value) if hasattr(variable, "set_value") else setattr(variable, "value", value)
 
 
+def array(variable):
+  return variable.get_value() if hasattr(variable, "get_value") else variable.value
+
+
 class Mlp(nnx.Module):
   def __init__(self, rngs, hidden=8):
     self.one = nnx.Linear(16, hidden, rngs=rngs)

@@ -21,6 +21,7 @@ from optax_cadence.growth._dimension import Dimension
 from optax_cadence.growth._dimension import dimension
 from optax_cadence.growth._dimension import Member
 from optax_cadence.growth._dimension import NO_UNIT
+from optax_cadence.growth._dimension import Output
 from optax_cadence.growth._graph import Graph
 from optax_cadence.growth._graph import Node
 from optax_cadence.growth._graph import Operation
@@ -95,7 +96,8 @@ def couple(
     )
   of_weights = all(any(node.origin for node, _ in ends) for _, ends in sums)
   folds = of_weights and all(m.role != "both" for m in members)
-  return Dimension(described.size, members, tuple(_contractions(graph)), folds)
+  outputs = tuple(_outputs(graph, members))
+  return Dimension(described.size, members, tuple(_contractions(graph)), folds, outputs)
 
 
 def _check_complete(described: Dimension, members: Sequence[Member], graph: Graph) -> None:
@@ -147,6 +149,16 @@ def _contractions(graph: Graph) -> Iterator[Contraction]:
       yield Contraction(flops, tuple((len(labels), int((labels == 0).sum())) for labels in axes))
 
 
+def _outputs(graph: Graph, members: Sequence[Member]) -> Iterator[Output]:
+  """The outputs that have units, but for variables that the program returns anew."""
+  variables = {m.path for m in members}
+  for path, node in zip(graph.output_paths, graph.outputs, strict=True):
+    if any(path[i:] in variables for i in range(len(path))):
+      continue
+    for axis, labels in sorted(node.labels.items()):
+      yield Output(path, axis, len(labels), int((labels == 0).sum()))
+
+
 def spread(graph: Graph, units: Dimension, what: str) -> None:
   """Labels the members of a dimension, and all axes of the program that run over its units.
 
@@ -182,11 +194,13 @@ def _spread_through(operation: Operation) -> bool:
   ties = primitives.ties(operation.eqn)
   if ties is None:
     raise ValueError(
-      f"the units cannot be followed through {where}; describe the dimension by hand"
+      f"the units cannot be followed through {where}: {primitives.WANTED}; or grow by hand what"
+      " lies before it"
     )
   changed = False
   for tie in ties:
-    changed |= _spread_among(operation.ends(tie), where)
+    ends = operation.ends(tie)
+    changed |= _spread_among(ends, where) if tie.groups == 1 else _spread_groups(tie, ends, where)
   if operation.name == "reshape" and len(nodes) == 2:
     source, target = nodes
     for ins, outs in primitives.reshape_groups(source.shape, target.shape):
@@ -207,6 +221,31 @@ def _spread_among(ends: list[tuple[Node, int]], where: str) -> bool:
   return changed
 
 
+def _spread_groups(tie: primitives.Tie, ends: list[tuple[Node, int]], where: str) -> bool:
+  """Spreads among axes whose pieces go together."""
+  changed = False
+  for (source, a), (target, b) in itertools.permutations(ends, 2):
+    if a not in source.labels:
+      continue
+    labels, size = source.labels[a], target.shape[b]
+    if tie.summed and (source, a) == ends[1]:
+      changed |= target.put(b, np.tile(labels, tie.groups), where)
+      continue
+    pieces = labels.reshape(tie.groups, -1)
+    alike = (pieces == pieces[:1]).all()  # the units lie in every piece
+    if tie.summed and alike:
+      changed |= target.put(b, pieces[0].copy(), where)
+    elif not tie.summed and (pieces == pieces[:, :1]).all():
+      changed |= target.put(b, np.repeat(pieces[:, 0], size // tie.groups), where)
+    elif not tie.summed and not alike:
+      raise ValueError(
+        f"{where} is in {tie.groups} groups of {pieces.shape[1]} positions: expected every unit to"
+        f" be a whole group, unit={pieces.shape[1]} (more groups), or to lie in all of them,"
+        f" blocks={tie.groups} (wider ones)"
+      )
+  return changed
+
+
 def _regroup(source: Node, ins: list[int], target: Node, outs: list[int], where: str) -> bool:
   """Spreads from axes of the source to those of the target that a reshape makes of them."""
   changed = False
@@ -217,7 +256,9 @@ def _regroup(source: Node, ins: list[int], target: Node, outs: list[int], where:
     after = [target.shape[o] for o in outs]
     along_a = source.labels[a].reshape([-1 if i == a else 1 for i in ins])
     labels = np.broadcast_to(along_a, before).reshape(after)  # of every entry
-    for k, o in enumerate(outs):
+    # Of axes of size 1 the last is that of the units, as what is broadcast gets its axes in front.
+    order = list(enumerate(outs))
+    for k, o in order if labels.size > 1 else order[::-1]:
       rows = np.moveaxis(labels, k, 0).reshape(after[k], -1)
       if (rows == rows[:, :1]).all() and (after[k] > 1 or labels.size == 1):
         changed |= target.put(o, rows[:, 0].copy(), where)

@@ -60,6 +60,30 @@ class Contraction(NamedTuple):
   shares: tuple[tuple[int, int], ...]
 
 
+class Output(NamedTuple):
+  """An output of a program that has an entry, or several, for every unit: it grows with them.
+
+  Attributes:
+    path: Where it stands in what the program returns.
+    axis: The axis, counted from the first.
+    size: Its positions in all.
+    unit: Its positions per unit.
+  """
+
+  path: _paths.Path
+  axis: int
+  size: int
+  unit: int
+
+  def __str__(self) -> str:
+    name = f"output {_paths.join(self.path)!r}" if self.path else "the output"
+    return f"{name} axis {self.axis}"
+
+  def grown(self, more: int) -> str:
+    """What becomes of it with some more units, in words."""
+    return f"{self} grows from {self.size} to {self.size + more * self.unit}"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dimension:
   """Units that several leaves share.
@@ -70,16 +94,19 @@ class Dimension:
     contractions: The products of the program; None where no program was read.
     folds: Whether nothing but products with weights, each used in this way alone, sums over
       the units, so that a gate can be folded into those weights.
+    outputs: The outputs of the program that carry the units themselves.
   """
 
   size: int
   members: tuple[Member, ...]
   contractions: tuple[Contraction, ...] | None = None
   folds: bool = False
+  outputs: tuple[Output, ...] = ()
 
   def __str__(self) -> str:
     lines = [f"{self.size} units"]
     lines += [f"  {_paths.join(m.path)} axis {m.axis}: {m.role}" for m in self.members]
+    lines += [f"  {output}" for output in self.outputs]
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ live model, or beside a forward pass that goes through the gate. The arguments o
 have a name from here mean what is said here.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ class Network(NamedTuple):
     settings: Further arguments of the forward pass.
     alpha: Path of the gate.
     init: A function that gives fresh values for new entries, as for `Plan.apply`.
+    output: Where the network's output stands in what `forward` returns.
   """
 
   forward: Callable[..., Any]
@@ -37,6 +39,7 @@ class Network(NamedTuple):
   settings: Mapping[str, Any] = {}
   alpha: str = "alpha"
   init: Callable[[], Any] = dict
+  output: _paths.Path = ()
 
   def kernel(self, layer: _paths.Path) -> str:
     """The path of a layer's kernel, or embedding."""
@@ -57,9 +60,12 @@ class Grown(NamedTuple):
 def couple(network: Network, producer: str | Dimension, **kwargs: Any) -> Dimension:
   """As `growth.couple`, whose further arguments `kwargs` are."""
   settings = {**network.settings, **kwargs}
-  return _couple.couple(
+  units = _couple.couple(
     network.forward, network.variables, *network.inputs, producer=producer, **settings
   )
+  n = len(network.output)
+  outputs = (o._replace(path=o.path[n:]) for o in units.outputs if o.path[:n] == network.output)
+  return dataclasses.replace(units, outputs=tuple(outputs))
 
 
 def widen(
@@ -127,7 +133,12 @@ def enlarge(
 
 
 def deepen(
-  network: Network, deeper: Network, *, outgoing: Iterable[str] = (), alpha: float = 0.0
+  network: Network,
+  deeper: Network,
+  *,
+  outgoing: Iterable[str] = (),
+  moved: Mapping[str, str] | None = None,
+  alpha: float = 0.0,
 ) -> Grown:
   """More layers.
 
@@ -136,11 +147,17 @@ def deepen(
     deeper: The network with the new layers, whose variables have the fresh values.
     outgoing: Paths of the new layers, or leaves, that α multiplies: the last of a residual
       block, or the norm it ends in. None: they are the identity as they are (Net2Deeper).
+    moved: From old paths to new ones, as for `growth.deepening`.
     alpha: Value of the gate.
   """
   flops = (network.flops(), deeper.flops()) if network.inputs else None
   plan = _planners.deepening(
-    network.variables, deeper.variables, outgoing=outgoing, alpha=network.alpha, flops=flops
+    network.variables,
+    deeper.variables,
+    outgoing=outgoing,
+    moved=moved,
+    alpha=network.alpha,
+    flops=flops,
   )
   return grow(network, plan, deeper.variables, alpha)
 

@@ -12,6 +12,7 @@ Nothing here knows about parameters; see `_gate` for how they are cut into parts
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -60,25 +61,52 @@ class Evaluator:
       )
     if _equal(old, new):
       return whole(old)
+    return self._between(old, new)
+
+  def _between(self, old: Any, new: Any) -> Parts:
+    """What is one number in the old program and another in the new one."""
     dtype = jnp.result_type(old)
     if not jnp.issubdtype(dtype, jnp.floating):
-      raise ValueError(
-        f"expected one constant in the programs before and after, found {old}, {new}"
-      )
+      return Parts((), {(): old}, new=new)
     self.mixes += 1
     old, new = jnp.asarray(old, dtype), jnp.asarray(new, dtype)
     return whole(old + self.alpha.astype(dtype) * (new - old))
 
+  def _of_two(self, old: Any, new: Any, operands: list[Parts]) -> list[Parts]:
+    """An operation on integers that are not the same in both programs, such as sizes.
+
+    There is nothing between two integers. But what is computed of them may be the same again, as
+    an index counted from either end is, or a number of another kind.
+    """
+    pairs = [x.old_and_new for x in operands]
+    if any(x.axes for x in operands) or not _same(old, new):
+      (found,) = [pair for x, pair in zip(operands, pairs, strict=True) if x.new is not None][:1]
+      raise ValueError(
+        f"{old.primitive.name} goes by an integer that is {found[0]} in the program before and"
+        f" {found[1]} in the one after: expected one for both, as there is none between them"
+      )
+    results = zip(
+      *(_folded(eqn, xs) for eqn, xs in zip((old, new), zip(*pairs, strict=True), strict=True)),
+      strict=True,
+    )
+    return [whole(a) if _equal(a, b) else self._between(a, b) for a, b in results]
+
   def _operation(self, eqns: reading.Eqns, operands: list[Parts]) -> list[Parts]:
     old, new = eqns
     name = old.primitive.name
-    if not any(x.axes for x in operands) and _same(old, new):
-      return [whole(y) for y in reading.bind(old, [x.blocks[()] for x in operands])]
+    inner = reading.called(old), reading.called(new)
+    opens = inner[0] is not None and not name.startswith(("custom_", "remat", "checkpoint"))
+    if any(x.new is not None for x in operands):
+      if not opens:
+        return self._of_two(old, new, operands)
+    elif not any(x.axes for x in operands) and _same(old, new):
+      return [whole(y) for y in _folded(old, [x.blocks[()] for x in operands])]
     if name == "scan":
       return self._scan(old, new, operands)
+    if name == "while":
+      return self._while(old, new, operands)
     if name == "cond":
       return self._cond(old, new, operands)
-    inner = reading.called(old), reading.called(new)
     if inner[0] is None or inner[1] is None:
       return self._single(old, new, operands)
     if name.startswith("custom_"):
@@ -138,13 +166,13 @@ class Evaluator:
     if any(x.axes != axes for x in results) or any(x.axes not in ((), axes) for x in operands):
       raise ValueError(f"{name}: its operands and results grow along other axes")
 
-    def slices(before: Any, after: Any, bits: tuple[int, ...]) -> tuple[slice, ...]:
-      """Where a part lies in the whole array."""
+    def place(before: Any, after: Any, bits: tuple[int, ...]) -> tuple[list[int], list[int]]:
+      """Where a part begins in the whole array, and where it ends."""
       n, m = reading.shape(before), reading.shape(after)
-      at = [slice(None)] * len(m)
+      start, end = [0] * len(m), list(m)
       for axis, bit in zip(axes, bits, strict=True):
-        at[axis] = slice(n[axis], m[axis]) if bit else slice(0, n[axis])
-      return tuple(at)
+        start[axis], end[axis] = (n[axis], m[axis]) if bit else (0, n[axis])
+      return start, end
 
     for bits in itertools.product((0, 1), repeat=len(axes)):
       blocks = [x.blocks[bits if x.axes else ()] for x in operands]
@@ -153,10 +181,11 @@ class Evaluator:
       else:
         for i, (x, a, b) in enumerate(zip(operands, old.invars, new.invars, strict=True)):
           if x.axes:
-            zeros = jnp.zeros(reading.shape(b), blocks[i].dtype)
-            blocks[i] = zeros.at[slices(a, b, bits)].set(blocks[i])
+            ends = zip(*place(a, b, bits), reading.shape(b), strict=True)
+            around = [(start, n - end, 0) for start, end, n in ends]
+            blocks[i] = jax.lax.pad(blocks[i], jnp.zeros((), blocks[i].dtype), around)
         pairs = zip(reading.bind(new, blocks), old.outvars, new.outvars, strict=True)
-        outputs = [y[slices(a, b, bits)] for y, a, b in pairs]
+        outputs = [jax.lax.slice(y, *place(a, b, bits)) for y, a, b in pairs]
       for result, output in zip(results, outputs, strict=True):
         result.blocks[bits] = output
     return results
@@ -166,6 +195,22 @@ class Evaluator:
     pairs = zip(old.params["branches"], new.params["branches"], strict=True)
     branches = [_Body(self, pair, rest) for pair in pairs]
     return branches[-1].results(jax.lax.switch(index, branches, _arrays(rest)))
+
+  def _while(self, old: Any, new: Any, operands: list[Parts]) -> list[Parts]:
+    head, body = reading.while_counts(old)
+    of_head, of_body, carry = operands[:head], operands[head : head + body], operands[head + body :]
+    condition, step = (
+      _Body(self, (old.params[which], new.params[which]), carry)
+      for which in ("cond_jaxpr", "body_jaxpr")
+    )
+
+    def goes_on(arrays: Any) -> Any:
+      return condition(arrays, of_head)[0][0]
+
+    def once(arrays: Any) -> Any:
+      return step(arrays, of_body)
+
+    return step.results(jax.lax.while_loop(goes_on, once, _arrays(carry)))
 
   def _scan(self, old: Any, new: Any, operands: list[Parts]) -> list[Parts]:
     p = old.params
@@ -241,6 +286,17 @@ def _equal(a: Any, b: Any) -> bool:
       a, b = jax.random.key_data(a), jax.random.key_data(b)
   a, b = np.asarray(a), np.asarray(b)
   return bool(np.array_equal(a, b, equal_nan=a.dtype.kind == "f"))
+
+
+def _folded(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+  """The results of an operation: integers that are known while tracing stay known."""
+  integers = all(
+    not v.aval.shape and not jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars
+  )
+  if integers and operands and not any(isinstance(x, jax.core.Tracer) for x in operands):
+    with jax.ensure_compile_time_eval():
+      return reading.bind(eqn, operands)
+  return reading.bind(eqn, operands)
 
 
 def _same(old: Any, new: Any) -> bool:

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -96,8 +95,7 @@ def _run(fn: Any, old: Any, plan: Plan, alpha: Any, variables: Any, args: Any, k
   """Runs the forward passes at the old and the new size side by side."""
   leaves, changes = _trees.leaves(variables), plan.by_path
   small = {
-    path: jax.ShapeDtypeStruct(change.before or (), jnp.asarray(leaves[path]).dtype)
-    for path, change in changes.items()
+    path: _trees.smaller(leaves[path], change.before or ()) for path, change in changes.items()
   }
   before = _graph.trace(old, _trees.with_leaves(variables, small), *args, **kwargs)
   try:
@@ -110,6 +108,12 @@ def _run(fn: Any, old: Any, plan: Plan, alpha: Any, variables: Any, args: Any, k
   ]
   inputs += map(_parts.whole, after.arrays)
   outputs = Evaluator(alpha).run(before.program, after.program, inputs)
+  for x in outputs:
+    if x.new is not None:
+      raise ValueError(
+        f"an output is the integer {x.blocks[()]} at the old size and {x.new} at the new one:"
+        " expected one for both, as there is none between them"
+      )
   if any(x.axes for x in outputs):
     positions = _output_positions(before, plan)
     return after.rebuild([_parts.joined(x, at) for x, at in zip(outputs, positions, strict=True)])
@@ -136,7 +140,7 @@ def _output_positions(traced: _graph.Traced, plan: Plan) -> list[dict[int, np.nd
   """For each output and grown axis, where the old entries lie."""
   positions: list[dict[int, np.ndarray]] = []
   for dimension, more in plan.dimensions:
-    graph = _graph.Graph(traced.program, traced.paths)
+    graph = _graph.Graph(traced)
     _couple.spread(graph, dimension, "the plan")
     positions = positions or [{} for _ in graph.outputs]
     for at, node in zip(positions, graph.outputs, strict=True):

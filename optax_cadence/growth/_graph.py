@@ -111,10 +111,25 @@ class Operation(NamedTuple):
 
   def labelled(self) -> Iterator[tuple[primitives.Tie, list[tuple[Node, int]]]]:
     """Its ties that have labels, and the axes that have them."""
-    for tie in primitives.ties(self.eqn) or []:
+    ties = primitives.ties(self.eqn) or []
+    groups = [tie for tie in ties if tie.groups > 1 and not tie.summed]
+    if groups:  # the units are groups, or they lie in every group
+      are_groups = all(self._in_pieces(groups[0].groups, *end) for end in self.ends(groups[0]))
+      others = [tie for tie in ties if not tie.summed and tie.results != groups[0].results]
+      within = [tie for tie in ties if tie not in groups]
+      ties = others + groups if are_groups else within
+    for tie in ties:
       ends = [(node, a) for node, a in self.ends(tie) if a in node.labels]
       if ends:
         yield tie, ends
+
+  @staticmethod
+  def _in_pieces(groups: int, node: Node, axis: int) -> bool:
+    """Whether the units along an axis are whole pieces of it."""
+    if axis not in node.labels:
+      return False
+    pieces = node.labels[axis].reshape(groups, -1)
+    return bool((pieces == pieces[:, :1]).all())
 
 
 class Graph:
@@ -123,13 +138,15 @@ class Graph:
   Attributes:
     leaves: The node of each leaf of the variables.
     outputs: The nodes of what the program returns.
+    output_paths: Where each of them stands in it.
     operations: In the order in which they run.
     slices: Pairs (outside, inside) of what a scan reads or writes one slice of at a time.
     same: Pairs that stand for one value.
   """
 
-  def __init__(self, program: Any, paths: list[_paths.Path]):
-    """Flattens a program whose first arguments are the leaves at `paths`."""
+  def __init__(self, traced: "Traced"):
+    """Flattens a program."""
+    program, paths, self.output_paths = traced.program, traced.paths, traced.outputs
     self.operations: list[Operation] = []
     self.slices: list[tuple[Node, Node]] = []
     self.same: list[tuple[Node, Node]] = []
@@ -222,8 +239,7 @@ def flops(fn: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) -> 
 
 def read(fn: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) -> Graph:
   """Traces `fn` and flattens its program."""
-  traced = trace(fn, variables, *args, **kwargs)
-  return Graph(traced.program, traced.paths)
+  return Graph(trace(fn, variables, *args, **kwargs))
 
 
 class Traced(NamedTuple):
@@ -234,12 +250,14 @@ class Traced(NamedTuple):
     paths: Paths of the program's first arguments, the leaves of the variables.
     arrays: The arrays among its further arguments, which are the rest of the program's.
     rebuild: A function that turns the program's outputs into what the function returns.
+    outputs: Where each of those outputs stands in it.
   """
 
   program: Any
   paths: list[_paths.Path]
   arrays: list[Any]
   rebuild: Callable[[list[Any]], Any]
+  outputs: list[_paths.Path]
 
 
 def trace(fn: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) -> Traced:
@@ -250,13 +268,14 @@ def trace(fn: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) -> 
   """
   leaves, structure = jax.tree.flatten(variables)
   arrays, rebuild = _trees.partition_arrays((args, kwargs))
-  rebuilds: list[Callable[[list[Any]], Any]] = []
+  rebuilds: list[tuple[Callable[[list[Any]], Any], list[_paths.Path]]] = []
 
   def flat(leaves: list[Any], arrays: list[Any]) -> list[Any]:
     args, kwargs = rebuild(arrays)
     result = fn(jax.tree.unflatten(structure, leaves), *args, **kwargs)
     outputs, rebuild_result = _trees.partition_arrays(result)
-    rebuilds.append(rebuild_result)
+    at = [path for path, x in _paths.flatten_with_paths(result) if _trees.is_array(x)]
+    rebuilds.append((rebuild_result, at))
     return outputs
 
   try:
@@ -268,7 +287,7 @@ def trace(fn: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) -> 
       f" {given or 'none'}: {type(error).__name__}: {error}"
     ) from error
   paths = [path for path, _ in _paths.flatten_with_paths(variables)]
-  return Traced(program, paths, arrays, rebuilds[-1])
+  return Traced(program, paths, arrays, *rebuilds[-1])
 
 
 def _forward_errors() -> tuple[type[Exception], ...]:

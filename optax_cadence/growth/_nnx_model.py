@@ -1,8 +1,8 @@
-"""A live NNX model as a tree of arrays and a function of it; its layers; the gate in its class."""
+"""A live NNX model as a tree of arrays and a function of it, and what its layers know of sizes."""
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,9 @@ import numpy as np
 from flax import nnx
 
 from optax_cadence import _paths
-from optax_cadence.growth import _gate
-from optax_cadence.growth import _plan
 from optax_cadence.growth import _trees
 from optax_cadence.growth._fresh import Fresh
 from optax_cadence.growth._plan import Plan
-
-ALPHA = "alpha"
 
 
 def get_array(variable: Any) -> Any:
@@ -39,115 +35,35 @@ def variables(model: nnx.Module) -> dict[str, Any]:
 
 def set_variables(model: nnx.Module, tree: Any) -> None:
   """Puts the arrays of such a tree into the model."""
-  nnx.update(model, _filled(nnx.state(model), tree))
+  nnx.update(model, filled(nnx.state(model), tree))
+
+
+def paths_of_variables(model: nnx.Module) -> list[tuple[Any, _paths.Path]]:
+  """The variables of a model, as the objects that they are, and where each stands."""
+  return [
+    (node, tuple(map(str, path)))
+    for path, node in nnx.iter_graph(model)
+    if isinstance(node, nnx.Variable)
+  ]
 
 
 def forward(model: nnx.Module) -> Callable[..., Any]:
   """The forward pass as a function of `variables(model)`; it returns what changes too."""
-  return _function(model, type(model).__call__)
-
-
-def _function(
-  model: nnx.Module, call: Callable[..., Any], adapt: Callable[[Any], None] = lambda model: None
-) -> Callable[..., Any]:
-  """`call(model, ...)` as a function of the model's variables, of which some may be left out.
-
-  Args:
-    model: The model.
-    call: Its `__call__`, or that of a class above its own.
-    adapt: Adapts the model to the sizes of the variables.
-  """
   graphdef, state = nnx.split(model)
 
   def run(tree: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    copy = nnx.merge(graphdef, _filled(state, tree))
-    adapt(copy)
-    return call(copy, *args, **kwargs), _changing(copy)
+    copy = nnx.merge(graphdef, filled(state, tree))
+    output = copy(*args, **kwargs)
+    return output, nnx.to_pure_dict(nnx.state(copy, nnx.Not(nnx.Param)))
 
   return run
 
 
-def _filled(state: Any, tree: Any) -> Any:
+def filled(state: Any, tree: Any) -> Any:
   """The state with the arrays of a nested dict; what is not there stays."""
   leaves = _trees.leaves(tree)
   values = [leaves.get(path, leaf) for path, leaf in _paths.flatten_with_paths(state)]
   return jax.tree.unflatten(jax.tree.structure(state), values)
-
-
-def _changing(model: nnx.Module) -> Any:
-  """What a forward pass may change: running statistics, random keys."""
-  return nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
-
-
-class Gate(NamedTuple):
-  """What the class of a model with a gate knows.
-
-  Attributes:
-    base: The model's own class.
-    plan: The plan by which it has grown.
-    keep_groups: Whether the groups of a `GroupNorm` have got wider, instead of more.
-  """
-
-  base: type
-  plan: Plan
-  keep_groups: bool
-
-
-def gate_of(model: nnx.Module) -> Gate | None:
-  """How a model has grown; None for one without a gate."""
-  return getattr(type(model), "_gate", None)
-
-
-def attach_gate(model: nnx.Module, plan: Plan, alpha: Any, keep_groups: bool = False) -> None:
-  """Attaches the gate to a model whose arrays have grown: a parameter, and another class."""
-  floats = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-  setattr(model, ALPHA, nnx.Param(jnp.asarray(alpha, _plan.float_dtype(floats))))
-  cls = _gated_class(Gate(type(model), plan, keep_groups))
-  object.__setattr__(model, "__class__", cls)
-
-
-def detach_gate(model: nnx.Module) -> None:
-  """Takes the gate away: the model has its own class again."""
-  gate = gate_of(model)
-  assert gate is not None
-  object.__setattr__(model, "__class__", gate.base)
-  delattr(model, ALPHA)
-
-
-def _gated_class(gate: Gate) -> Any:
-  """A subclass of a model's class whose calls go through the gate.
-
-  Python looks `__call__` up in the class, so a model with a gate needs one of its own.
-  """
-  base: Any = gate.base
-
-  def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    # The base's own `__call__`, as that of the copy's class would lead back here.
-    new = _function(self, base.__call__)
-    old = _function(self, base.__call__, lambda model: fit(model, gate.keep_groups))
-    output, changed = _gate.gated(new, gate.plan, old=old)(variables(self), *args, **kwargs)
-    if jax.tree.leaves(changed):
-      nnx.update(self, _filled(nnx.state(self, nnx.Not(nnx.Param)), changed))
-    return output
-
-  def reduce(self: Any, protocol: Any) -> Any:
-    del protocol  # pickle would look for the class by its name, and find `base`
-    return _without_attributes, (gate,), self.__getstate__()
-
-  body = {
-    "__call__": call,
-    "__module__": base.__module__,
-    "__qualname__": base.__qualname__,
-    "__reduce_ex__": reduce,
-    "_gate": gate,
-  }
-  return type(base)(base.__name__, (base,), body)
-
-
-def _without_attributes(gate: Gate) -> Any:
-  """A model with a gate as pickle makes it, before it puts the attributes in."""
-  cls = _gated_class(gate)
-  return cls.__new__(cls)
 
 
 def fit(model: nnx.Module, keep_groups: bool = False) -> None:
@@ -155,7 +71,7 @@ def fit(model: nnx.Module, keep_groups: bool = False) -> None:
 
   Args:
     model: The model; it is changed in place.
-    keep_groups: Whether the groups of a `GroupNorm` get wider, instead of more.
+    keep_groups: Whether the groups of a `GroupNorm` or `Conv` get wider, instead of more.
   """
   for _, node in nnx.iter_graph(model):
     for kind, sizes in _SIZES.items():
@@ -163,11 +79,52 @@ def fit(model: nnx.Module, keep_groups: bool = False) -> None:
         for name, value in sizes(node).items():
           if hasattr(node, name):
             setattr(node, name, value)
+    if isinstance(node, nnx.Conv):
+      for name, value in _conv(node, keep_groups).items():
+        setattr(node, name, value)
+    if isinstance(node, nnx.ConvTranspose):
+      for name, value in _conv_transpose(node).items():
+        setattr(node, name, value)
     if isinstance(node, nnx.GroupNorm) and _features(node):
       if keep_groups:
         node.group_size = _features(node)["num_features"] // node.num_groups
       else:
         node.num_groups = _features(node)["num_features"] // node.group_size
+
+
+def pad_for_taps(model: nnx.Module, plan: Plan) -> None:
+  """Makes convolutions whose padding is written out pad for kernels of another size.
+
+  So the outputs stay where they were. What is padded by a rule ("SAME", "CAUSAL") follows it.
+
+  Args:
+    model: The model, whose kernels the plan changes; it is changed in place.
+    plan: The plan.
+  """
+  modules = {tuple(map(str, path)): node for path, node in nnx.iter_graph(model)}
+  for change in plan.changes:
+    conv: Any = modules.get(change.path[:-1])
+    padding = getattr(conv, "padding", None)
+    by_rule = isinstance(padding, str) and (
+      padding != "VALID" or isinstance(conv, nnx.ConvTranspose)
+    )
+    if not change.taps or by_rule:
+      continue
+    spatial = len(change.spatial)
+    each = 0 if padding == "VALID" else padding
+    pairs: list[Any] = [each] * spatial if isinstance(each, int) else list(each or ())
+    dilation = conv.kernel_dilation or 1
+    dilations = [dilation] * spatial if isinstance(dilation, int) else list(dilation)
+    sign = 1 if plan.grows else -1
+    for i, axis in enumerate(change.spatial):
+      low, high = (pairs[i], pairs[i]) if isinstance(pairs[i], int) else pairs[i]
+      if axis in change.positions:
+        at = change.positions[axis]
+        size = max((change.before or ())[axis], (change.after or ())[axis])
+        low += sign * int(at[0]) * dilations[i]
+        high += sign * int(size - 1 - at[-1]) * dilations[i]
+      pairs[i] = (low, high)
+    conv.padding = tuple(pairs)
 
 
 def _shape(variable: Any) -> tuple[int, ...]:
@@ -180,31 +137,51 @@ def _features(m: Any) -> dict[str, Any]:
   return {"num_features": sizes[0]} if sizes else {}
 
 
+def _own(m: Any, variable: Any) -> tuple[int, ...]:
+  """The shape of a kernel in one layer, of those that `nnx.vmap` has stacked in front."""
+  return _shape(variable)[-rank(m, variable) :]
+
+
+def rank(m: Any, variable: Any) -> int:
+  """How many axes a kernel has in one layer, of those that `nnx.vmap` may have stacked."""
+  if isinstance(m, nnx.LinearGeneral):
+    return len(m.batch_axis) + len(m.in_features) + len(m.out_features)
+  if isinstance(m, nnx.Conv | nnx.ConvTranspose):
+    return 2 + len(m.kernel_size)
+  return 2 if isinstance(m, nnx.Linear | nnx.Embed) else len(_shape(variable))
+
+
 def _linear(m: Any) -> dict[str, Any]:
-  return dict(zip(("in_features", "out_features"), _shape(m.kernel), strict=True))
+  return dict(zip(("in_features", "out_features"), _own(m, m.kernel), strict=True))
 
 
 def _general(m: Any) -> dict[str, Any]:
-  n, shape = len(m.in_features), _shape(m.kernel)
+  n, shape = len(m.in_features), _own(m, m.kernel)
   return {} if m.batch_axis else {"in_features": shape[:n], "out_features": shape[n:]}
 
 
-def _conv(m: Any) -> dict[str, Any]:
-  shape = _shape(m.kernel)
-  sizes = {"kernel_shape": shape, "kernel_size": shape[:-2], "out_features": shape[-1]}
-  if m.feature_group_count == 1:
-    return {**sizes, "in_features": shape[-2]}
-  if shape[-2] == 1:  # one filter per channel
-    return {**sizes, "in_features": shape[-1], "feature_group_count": shape[-1]}
-  return sizes
+def _conv(m: Any, keep_groups: bool) -> dict[str, Any]:
+  shape, groups = _own(m, m.kernel), m.feature_group_count
+  inputs, outputs = shape[-2:]  # the inputs are those of one group
+  sizes = {"kernel_shape": shape, "kernel_size": shape[:-2], "out_features": outputs}
+  if groups > 1 and not keep_groups and inputs == m.in_features // groups:
+    groups = outputs // (m.out_features // groups)
+  return {**sizes, "in_features": inputs * groups, "feature_group_count": groups}
+
+
+def _conv_transpose(m: Any) -> dict[str, Any]:
+  shape = _own(m, m.kernel)
+  inputs, outputs = shape[:-3:-1] if m.transpose_kernel else shape[-2:]
+  sizes = {"kernel_shape": shape, "kernel_size": shape[:-2]}
+  return {**sizes, "in_features": inputs, "out_features": outputs}
 
 
 def _embed(m: Any) -> dict[str, Any]:
-  return dict(zip(("num_embeddings", "features"), _shape(m.embedding), strict=True))
+  return dict(zip(("num_embeddings", "features"), _own(m, m.embedding), strict=True))
 
 
 def _attention(m: Any) -> dict[str, Any]:
-  query, key, out = _shape(m.query.kernel), _shape(m.key.kernel), _shape(m.out.kernel)
+  query, key, out = (_own(part, part.kernel) for part in (m.query, m.key, m.out))
   return {
     "num_heads": query[-2],
     "head_dim": query[-1],
@@ -219,7 +196,6 @@ def _attention(m: Any) -> dict[str, Any]:
 _SIZES: dict[Any, Callable[[Any], dict[str, Any]]] = {
   nnx.Linear: _linear,
   nnx.LinearGeneral: _general,
-  nnx.Conv: _conv,
   nnx.Embed: _embed,
   nnx.BatchNorm: _features,
   nnx.LayerNorm: _features,
@@ -253,10 +229,16 @@ def default_init(model: nnx.Module, rngs: nnx.Rngs | None = None) -> Fresh:
       raise ValueError(
         f"no initializer is known for {_paths.join(path)!r} of {type(node).__name__}: give fresh="
       )
-    flat = shape
-    if isinstance(node, nnx.LinearGeneral) and path[-1] == "kernel":
+    kernel = path[-1] in ("kernel", "embedding")
+    axes = rank(node, getattr(node, path[-1])) if kernel else len(shape)
+    own = flat = shape[len(shape) - axes :]
+    if isinstance(node, nnx.LinearGeneral) and kernel:
       n = len(node.in_features)
-      flat = (int(np.prod(shape[:n])), int(np.prod(shape[n:])))
-    return parameter.default(rngs.params(), flat, dtype).reshape(shape)
+      flat = (int(np.prod(own[:n])), int(np.prod(own[n:])))
+    if own == shape:
+      return parameter.default(rngs.params(), flat, dtype).reshape(shape)
+    # Layers that are stacked are initialized one by one.
+    keys = jax.random.split(rngs.params(), int(np.prod(shape[:-axes])))
+    return jnp.stack([parameter.default(key, flat, dtype) for key in keys]).reshape(shape)
 
   return read

@@ -30,11 +30,19 @@ class Parts(NamedTuple):
     blocks: For each combination of old (0) and new (1) along them the array.
     offset: Of a kernel, for each spatial axis: where its old taps begin among the new. Of what it
       reads, for each axis: how much more it is padded at its start.
+    new: Of an integer that is not the same in the program at the new size, what it is there.
   """
 
   axes: tuple[int, ...]
   blocks: dict[tuple[int, ...], Any]
   offset: tuple[int, ...] = ()
+  new: Any = None
+
+  @property
+  def old_and_new(self) -> tuple[Any, Any]:
+    """A value that has not grown, as it is in the old program and in the new one."""
+    old = self.blocks.get(())
+    return old, old if self.new is None else self.new
 
 
 def whole(x: Any) -> Parts:
@@ -179,8 +187,12 @@ def _ties_in_parts(old: Any, new: Any, grown: set[tuple[int, int]]) -> Iterator[
   """
   name, ties = old.primitive.name, primitives.ties(old)
   if ties is None:
-    raise ValueError(f"{name} is not known here: its operands cannot be held in two parts")
-  yield from ties
+    raise ValueError(f"{name} cannot be run in two parts, old and new: {primitives.WANTED}")
+  if name == "conv_general_dilated":
+    more_groups = old.params["feature_group_count"] != new.params["feature_group_count"]
+    yield from _ties_of_groups(ties, more_groups)
+  else:
+    yield from ties
   if name == "reshape":
     ins = grown_axes(old.invars[0], new.invars[0])
     outs = grown_axes(old.outvars[0], new.outvars[0])
@@ -203,6 +215,16 @@ def _ties_in_parts(old: Any, new: Any, grown: set[tuple[int, int]]) -> Iterator[
   taps = tuple(pair for pair in sorted(grown) if pair[1] == TAPS)
   if taps:
     yield primitives.Tie(taps, summed=True)
+
+
+def _ties_of_groups(ties: list[primitives.Tie], more_groups: bool) -> Iterator[primitives.Tie]:
+  """The ties of a convolution that gets more groups, or else wider ones, if it has any."""
+  groups = [tie for tie in ties if tie.groups > 1 and not tie.summed]
+  for tie in ties:
+    of_groups = tie in groups
+    within = bool(groups) and not of_groups and (tie.summed or tie.results == groups[0].results)
+    if not (within if more_groups else of_groups):
+      yield tie
 
 
 def bind(
@@ -248,9 +270,15 @@ def _changed_parameters(
   if name == "reshape":
     return {"new_sizes": result}
   if name in ("gather", "dynamic_slice"):
-    return {"slice_sizes": of_operand(p["slice_sizes"], q["slice_sizes"])}
+    pairs = zip(p["slice_sizes"], q["slice_sizes"], strict=True)
+    parts = of_operand(p["slice_sizes"], q["slice_sizes"])
+    # One that stays takes as much of an axis, be it of old entries or new ones.
+    return {
+      "slice_sizes": tuple(x if n != m else n for x, (n, m) in zip(parts, pairs, strict=True))
+    }
   if name == "slice":
-    if any(s != 1 for s in p["strides"] or ()) and any(at.values()):
+    cut = [(0, a) for a, step in enumerate(p["strides"] or ()) if step != 1]
+    if any(at[axes.of_operand[pair]] for pair in cut if pair in axes.of_operand):
       raise ValueError("an axis that grows is cut with strides: expected whole pieces of it")
     return {key: of_operand(p[key], q[key]) for key in ("start_indices", "limit_indices")}
   if name == "split":
@@ -262,11 +290,8 @@ def _changed_parameters(
       changed["padding"] = q["padding"]
     groups = p["feature_group_count"], q["feature_group_count"]
     number = axes.of_operand.get((0, p["dimension_numbers"].lhs_spec[1]))
-    if groups[0] > 1 and number is not None:
-      if groups[0] == groups[1]:
-        raise ValueError("a grouped convolution can only get more groups, not wider ones")
-      if at[number]:
-        changed["feature_group_count"] = groups[1] - groups[0]
+    if groups[0] != groups[1] and number is not None and at[number]:
+      changed["feature_group_count"] = groups[1] - groups[0]
     return changed
   return {}
 
@@ -294,12 +319,24 @@ def padded(old: Any, new: Any, x: Parts, fill: Parts) -> Parts:
 
 def passed(old: Any, operands: list[Parts]) -> Parts:
   """A kernel, or what it reads, after an operation that changes each entry alone."""
-  if old.primitive.name not in ("convert_element_type", "copy", "neg"):
+  name = old.primitive.name
+  spatial = len(operands[0].offset)
+  swaps = name == "transpose" and operands[0].axes == (TAPS,)  # inputs and outputs, in place
+  in_place = swaps and old.params["permutation"][:spatial] == tuple(range(spatial))
+  if name not in ("convert_element_type", "copy", "neg", "rev") and not in_place:
     raise ValueError(
-      f"a kernel whose taps grow, or what it reads, goes through {old.primitive.name} before its"
+      f"a kernel whose taps grow, or what it reads, goes through {name} before its"
       " convolution: expected it to be used as it is"
     )
   (x,) = operands
+  if name == "rev":  # what was at the start is at the end: the new taps that are there count now
+    smaller, larger = (next(y for bits, y in x.blocks.items() if bits[0] == b) for b in (0, 1))
+    more = [larger.shape[a] - smaller.shape[a] for a in range(spatial)]
+    ends = old.params["dimensions"]
+    flipped = [
+      n - at if a in ends else at for a, (n, at) in enumerate(zip(more, x.offset, strict=True))
+    ]
+    x = x._replace(offset=tuple(flipped))
   return x._replace(blocks={bits: reading.bind(old, [y])[0] for bits, y in x.blocks.items()})
 
 

@@ -10,20 +10,27 @@ import optax
 
 from optax_cadence import _paths
 from optax_cadence.growth import _trees
-from optax_cadence.growth._plan import changes_for
 from optax_cadence.growth._plan import Plan
+from optax_cadence.growth._plan import plan_for
 
 
 class PhaseInState(NamedTuple):
   """State of `phase_in`.
 
   Attributes:
-    micro_step: Micro-steps since the gate came in: int32 scalar.
+    clock: At the gate's path the micro-steps since it came in, an int32 scalar; empty while there
+      is no gate. So the count follows the gate as its moments do: it goes at the merge, and the
+      next gate starts with one of its own (see `grow_state`).
     inner_state: State of the inner transformation.
   """
 
-  micro_step: jax.Array
+  clock: dict[str, Any]
   inner_state: optax.OptState
+
+  @property
+  def micro_step(self) -> Any:
+    """Micro-steps since the gate came in; 0 while there is none."""
+    return next(iter(jax.tree.leaves(self.clock)), jnp.int32(0))
 
 
 def phase_in(
@@ -73,8 +80,13 @@ def phase_in(
   inside = optax.with_extra_args_support(optax.identity() if inner is None else inner)
   path = tuple(alpha.split("/"))
 
+  def clock(count: Any) -> dict[str, Any]:
+    empty: dict[str, Any] = {}
+    return _trees.insert(empty, path, count)
+
   def init(params: optax.Params) -> PhaseInState:
-    return PhaseInState(jnp.int32(0), inside.init(params))
+    has_gate = path in _trees.leaves(params)
+    return PhaseInState(clock(jnp.int32(0)) if has_gate else {}, inside.init(params))
 
   def update(
     updates: Any, state: PhaseInState, params: Any = None, **extra_args: Any
@@ -84,7 +96,7 @@ def phase_in(
     gate = _trees.leaves(params).get(path)
     if gate is None:
       updates, inner_state = inside.update(updates, state.inner_state, params, **extra_args)
-      return updates, PhaseInState(jnp.zeros_like(state.micro_step), inner_state)
+      return updates, PhaseInState({}, inner_state)
     step = optax.safe_increment(state.micro_step)
     scheduled = jnp.bool_(True) if learn_from is None else step < learn_from
     if inner is not None:
@@ -92,7 +104,7 @@ def phase_in(
     updates, inner_state = inside.update(updates, state.inner_state, params, **extra_args)
     to_target = jnp.asarray(schedule(step)).astype(gate.dtype) - gate
     updates = _at(updates, path, lambda u: jnp.where(scheduled, to_target.astype(u.dtype), u))
-    return updates, PhaseInState(step, inner_state)
+    return updates, PhaseInState(clock(step), inner_state)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -123,13 +135,12 @@ def periods(plan: Plan, params: Any, *, old: Any, new: Any = 1) -> dict[str, Any
   >>> print(growth.periods(plan, params, old=4)["a"])
   [[4 4 1]]
   """
-  changes = changes_for(plan, params)
+  plan = plan_for(plan, params)
+  changes = plan.by_path
   result: dict[str, Any] = {}
   for path, leaf in _paths.flatten_with_paths(params):
     change, value = changes.get(path), old
-    if path[-1:] == plan.alpha[-1:] and path not in changes:
-      value = new if len(path) == 1 else old
-    elif change is not None and change.before is None:
+    if path == plan.alpha or (change is not None and change.before is None):
       value = new
     elif change is not None:
       value = np.full(np.shape(leaf), new)

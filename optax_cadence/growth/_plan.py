@@ -72,6 +72,9 @@ class Plan:
     flops: Multiplications and additions of one forward pass of the traced program before and
       after; None where no program was read.
     dimensions: The dimensions that are widened, each with its number of new units.
+    moved: For each leaf that stands elsewhere in the larger tree, as when a block is put before
+      others: from its path in the smaller tree to that in the larger. All other paths of a plan
+      are those of the larger tree.
   """
 
   changes: tuple[LeafChange, ...]
@@ -79,6 +82,7 @@ class Plan:
   alpha: _paths.Path = ("alpha",)
   flops: tuple[int, int] | None = None
   dimensions: tuple[tuple[Dimension, int], ...] = ()
+  moved: Mapping[_paths.Path, _paths.Path] = dataclasses.field(default_factory=dict)
 
   @property
   def by_path(self) -> dict[_paths.Path, LeafChange]:
@@ -99,7 +103,8 @@ class Plan:
     if self.flops and other.flops and self.flops[0] == other.flops[0]:
       flops = (self.flops[0], self.flops[1] + other.flops[1] - self.flops[0])
     dimensions = self.dimensions + other.dimensions
-    return Plan(changes, self.grows, self.alpha, flops, dimensions)
+    moved = {**self.moved, **other.moved}
+    return Plan(changes, self.grows, self.alpha, flops, dimensions, moved)
 
   def __str__(self) -> str:
     header = ("leaf", "role", "before", "after", "parameters")
@@ -107,11 +112,17 @@ class Plan:
       (_paths.join(c.path), c.role, _shown(c.before), _shown(c.after), f"{_added(c):+d}")
       for c in self.changes
     ]
+    rows += [
+      (f"{_paths.join(old)} -> {_paths.join(new)}", "moved", "", "", "+0")
+      for old, new in self.moved.items()
+    ]
     total = ("total", "", "", "", f"{sum(map(_added, self.changes)):+d}")
     lines = _tables.lines([header, *rows, total], left=len(header) - 1)
     if self.flops:
       before, after = self.flops
       lines.append(f"FLOPs of a forward pass: {before} before, {after} after ({after - before:+d})")
+    for dimension, more in self.dimensions:
+      lines += [output.grown(more) for output in dimension.outputs]
     if self.grows:
       lines.append(f"gate: {_paths.join(self.alpha)}")
     return "\n".join(lines)
@@ -135,21 +146,22 @@ class Plan:
     """
     self.check(variables, "before")
     _trees.check_concrete("apply", variables)
-    old = _trees.leaves(variables)
+    leaves = _trees.leaves(variables)
     if not self.grows:
-      kept = [c for c in self.changes if c.after is not None]
-      result = _trees.with_leaves(
-        variables, {c.path: _trees.taken(old[c.path], c.index) for c in kept}
-      )
-      for change in self.changes:
-        result = result if change.after is not None else _trees.remove(result, change.path)
-      return result
+      back = {new: path for path, new in self.moved.items()}
+      smaller = {c.path: _smaller(c, leaves[c.path]) for c in self.changes if c.after is not None}
+      gone = {c.path for c in self.changes if c.after is None}
+      kept = {p: smaller.get(p, x) for p, x in leaves.items() if p not in gone}
+      return _trees.rearranged(variables, {back.get(p, p): x for p, x in kept.items()})
+    old = {self.moved.get(path, path): leaf for path, leaf in leaves.items()}
     source = fresh if callable(fresh) else _reader(fresh, old)
     grown = {c.path: _grown(c, old.get(c.path), source) for c in self.changes}
-    result = _trees.with_leaves(variables, {p: x for p, x in grown.items() if p in old})
-    for path in (p for p in grown if p not in old):
-      result = _trees.insert(result, path, grown[path])
-    return _trees.insert(result, self.alpha, jnp.asarray(alpha, float_dtype(old.values())))
+    gate = {self.alpha: jnp.asarray(alpha, float_dtype(old.values()))}
+    if self.alpha in old:
+      raise ValueError(
+        f"{_paths.join(self.alpha)!r}: expected nothing at this path, found something"
+      )
+    return _trees.rearranged(variables, {**old, **grown, **gate})
 
   def inverse(self) -> "Plan":
     """The plan that shrinks what this one has grown: it gives back the old tree.
@@ -166,11 +178,13 @@ class Plan:
       for c in self.changes
     )
     flops = self.flops and self.flops[::-1]
-    return Plan(tuple(changes), False, self.alpha, flops)
+    return Plan(tuple(changes), False, self.alpha, flops, moved=self.moved)
 
   def check(self, variables: Any, when: str) -> None:
     """Raises `ValueError` unless the leaves have their shapes "before" or "after"."""
     shapes = _trees.shapes(variables)
+    if (when == "before") == self.grows:  # the smaller tree
+      shapes = {self.moved.get(path, path): shape for path, shape in shapes.items()}
     for change in self.changes:
       want, have = getattr(change, when), shapes.get(change.path)
       if have != want:
@@ -209,17 +223,18 @@ def joined(changes: Iterable[LeafChange]) -> tuple[LeafChange, ...]:
   return tuple(by_path.values())
 
 
-def changes_for(plan: Plan, params: Any) -> Mapping[_paths.Path, LeafChange]:
-  """The changes of a plan by the paths of `params`, be they all variables or a part of them.
+def plan_for(plan: Plan, params: Any) -> Plan:
+  """The plan with the paths that `params` has, be they all variables or a part of them.
 
   A plan for Linen's variables says "params/…", where an optimizer sees what is below.
   """
   prefix = plan.alpha[:-1]
-  known = _trees.shapes(params)
-  if any(path in known for path in plan.by_path) or not prefix:
-    return plan.by_path
   n = len(prefix)
-  return {path[n:]: c for path, c in plan.by_path.items() if path[:n] == prefix}
+  if not prefix or any(path[:n] == prefix for path in _trees.shapes(params)):
+    return plan
+  changes = (dataclasses.replace(c, path=c.path[n:]) for c in plan.changes if c.path[:n] == prefix)
+  moved = {a[n:]: b[n:] for a, b in plan.moved.items() if a[:n] == prefix}
+  return dataclasses.replace(plan, changes=tuple(changes), alpha=plan.alpha[n:], moved=moved)
 
 
 def _shown(shape: Shape | None) -> str:
@@ -260,8 +275,18 @@ def _grown(change: LeafChange, old: Any, fresh: Callable[..., Any]) -> Any:
       f"fresh values of {_paths.join(change.path)!r}: expected shape {change.after}, found"
       f" {np.shape(new)}"
     )
-  new = jnp.asarray(new)
-  return new if old is None else _trees.placed(new, change.index, jnp.asarray(old, new.dtype))
+  if old is None:
+    return jnp.asarray(new)
+  old = jnp.asarray(old)
+  # What is fresh may lie where it likes; it is cast on the host.
+  new = np.asarray(new).astype(old.dtype)
+  return _trees.placed(new, change.index, old, repr(_paths.join(change.path)))
+
+
+def _smaller(change: LeafChange, leaf: Any) -> Any:
+  """A leaf at its new shape, which is smaller."""
+  what = repr(_paths.join(change.path))
+  return _trees.taken(leaf, change.index, what) if change.positions else leaf
 
 
 def float_dtype(arrays: Iterable[Any]) -> Any:

@@ -223,6 +223,7 @@ def deepening(
   deeper: Any,
   *,
   outgoing: Iterable[str] = (),
+  moved: Mapping[str, str] | None = None,
   alpha: str = "alpha",
   flops: tuple[int, int] | None = None,
 ) -> Plan:
@@ -234,6 +235,9 @@ def deepening(
     outgoing: Paths of the new leaves, or of modules that hold them, through which the block
       adds to its residual stream: kernel and bias of its last layer, or scale and bias of
       its last norm. None: the block is the identity as it is (Net2Deeper).
+    moved: From paths of leaves, or of modules that hold them, to those in the deeper tree, where
+      they are others, as when a block is put before others. With `{"block1": "block2"}` block 1
+      of the deeper tree is the new one. All other paths here are the deeper tree's.
     alpha: Path at which the gate will be.
     flops: Of a forward pass before and after, see `growth.flops`; shown with the plan.
 
@@ -241,8 +245,8 @@ def deepening(
     A `Plan`; apply it with `deeper` as the fresh values.
 
   Raises:
-    ValueError: If nothing is new, an old leaf is missing or has another shape, or a path of
-      `outgoing` is not new.
+    ValueError: If nothing is new, an old leaf is missing or has another shape, two are moved to
+      one place, or a path of `outgoing` is not new.
 
   >>> import jax.numpy as jnp
   >>> from optax_cadence import growth
@@ -253,25 +257,56 @@ def deepening(
   total                                       +4
   gate: alpha
   """
-  old, new = _trees.shapes(variables), _trees.shapes(deeper)
-  for path, shape in old.items():
-    if new.get(path) != shape:
+  before, new = _trees.shapes(variables), _trees.shapes(deeper)
+  moves = _moves(before, moved or {})
+  old: dict[_paths.Path, Shape] = {}
+  for path, shape in before.items():
+    target = moves.get(path, path)
+    if target in old:
       raise ValueError(
-        f"{_paths.join(path)!r}: expected shape {shape} in the deeper tree, found"
-        f" {new.get(path, 'nothing there')}"
+        f"moved puts {_paths.join(path)!r} to {_paths.join(target)!r}, where another leaf stands"
+        " already: say where that one goes, or choose a path that is free"
       )
+    if new.get(target) != shape:
+      raise ValueError(
+        f"{_paths.join(target)!r}: expected shape {shape} in the deeper tree, found"
+        f" {new.get(target, 'nothing there')}"
+      )
+    old[target] = shape
   added = [path for path in new if path not in old]
   scaled: set[_paths.Path] = set()
   for name in outgoing:
     prefix = tuple(name.split("/"))
     under = [p for p in added if p[: len(prefix)] == prefix]
     if not under:
-      raise ValueError(f"outgoing {name!r}: expected it to be new, one of {_paths.listed(added)}")
+      raise ValueError(
+        f"outgoing {name!r}: expected it to be new, one of {_paths.listed(added)}; if another"
+        " leaf has moved away from there, say where it stands with moved="
+      )
     scaled.update(under)
   if not added:
     raise ValueError("expected new leaves in the deeper tree, found none")
   changes = [LeafChange(p, None, new[p], "added", scaled=p in scaled) for p in added]
-  return Plan(tuple(changes), True, tuple(alpha.split("/")), flops)
+  return Plan(tuple(changes), True, tuple(alpha.split("/")), flops, moved=moves)
+
+
+def _moves(old: Iterable[_paths.Path], moved: Mapping[str, str]) -> dict[_paths.Path, _paths.Path]:
+  """Old and new path of every leaf that moves, of those of leaves or modules.
+
+  Raises:
+    ValueError: If nothing is where something is said to move from.
+  """
+  moves = {}
+  for source, target in moved.items():
+    prefix = tuple(source.split("/"))
+    under = [path for path in old if path[: len(prefix)] == prefix]
+    if not under:
+      raise ValueError(
+        f"moved {source!r}: expected one of {_paths.listed(old)}, found no such leaf"
+      )
+    for path in under:
+      moves[path] = (*target.split("/"), *path[len(prefix) :])
+  return {path: target for path, target in moves.items() if path != target}
 
 
 def identity_kernel(shape: Sequence[int], dtype: Any = jnp.float32) -> Any:

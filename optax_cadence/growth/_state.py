@@ -1,7 +1,7 @@
 """The state of an optimizer follows its parameters when they grow, shrink, or lose their gate."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -11,9 +11,9 @@ import optax
 
 from optax_cadence import _paths
 from optax_cadence.growth import _trees
-from optax_cadence.growth._plan import changes_for
 from optax_cadence.growth._plan import LeafChange
 from optax_cadence.growth._plan import Plan
+from optax_cadence.growth._plan import plan_for
 from optax_cadence.pruning import packing
 
 Keys = tuple[Any, ...]  # where a leaf stands, as `jax.tree_util` has it
@@ -36,9 +36,11 @@ def grow_state(
   not. Where the parameters are a single array, every leaf of its shape follows it.
 
   What follows a parameter keeps its old entries bit for bit and gets new ones as `init` makes
-  them. Everything else (counters, hyperparameters, random keys) is kept. Two things are as `init`
-  makes them: what was not in the old state, such as a new group of a cadence, and what a policy
-  keeps under `confidence.sample`, entries of the old parameters to compare the next ones with.
+  them. What follows a parameter that has moved (see `deepening`) moves with it. Everything else
+  (counters, hyperparameters, random keys) is kept. Three things are as `init` makes them: what
+  follows a parameter that is new, the gate among them, whose schedule so begins anew; what was not
+  in the old state, such as a new group of a cadence; and what a policy keeps under
+  `confidence.sample`, entries of the old parameters to compare the next ones with.
 
   Args:
     tx: The transformation that `state` is of.
@@ -72,16 +74,25 @@ def grow_state(
   _trees.check_concrete("grow_state", [state, params, new_params])
   fresh = (tx if new_tx is None else new_tx).init(new_params)
   old = dict(jax.tree_util.tree_flatten_with_path(state)[0])
+  by_name = {_named(keys): value for keys, value in old.items()}
   before, after = _trees.shapes(params), _trees.shapes(new_params)
-  changes = changes_for(plan, params)
+  plan = plan_for(plan, params)
+  changes, sources = plan.by_path, _sources(plan, before, after)
   key_paths = [keys for keys, _ in jax.tree_util.tree_flatten_with_path(new_params)[0]]
   parameters: dict[Keys, _paths.Path] = dict(zip(key_paths, after, strict=True))
+  old_key_paths = [keys for keys, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+  old_keys: dict[_paths.Path, Keys] = dict(zip(before, old_key_paths, strict=True))
 
   def carried(keys: Keys, new: Any) -> Any:
     """The value of a leaf that `init` makes as `new`."""
     old_value: Any = old.get(keys)
-    path, in_regions = _followed(keys, np.shape(new), parameters, after)
-    if _is_sample(keys) or (old_value is None and path not in before):
+    path, at, in_regions = _followed(keys, np.shape(new), parameters, after)
+    source = None if path is None else sources[path]
+    if source is not None and source != path:
+      exact = keys[: at.start] + old_keys[source] + keys[at.stop :]
+      names = _named(keys[: at.start]) + source + _named(keys[at.stop :])
+      old_value = old.get(exact, by_name.get(names))
+    if _is_sample(keys) or (source is None and (path is not None or old_value is None)):
       return new
     where = f"state{jax.tree_util.keystr(keys)}"
     if path is None:
@@ -91,14 +102,19 @@ def grow_state(
           f" {np.shape(new)} after: it cannot be carried over; start it anew with tx.init"
         )
       return old_value
-    change = changes.get(path)
+    assert source is not None
+    # The change of a parameter that shrinks is told by its path before, as that is the larger one.
+    change = changes.get(path if plan.grows else source)
     if old_value is not None and not (in_regions and change):
-      packed = path in before and _is_packed(keys, new, path, after[path])
-      value = packing.unpack(old_value, before[path]) if packed else old_value
+      packed = _is_packed(keys, new, path, after[path])
+      value = packing.unpack(old_value, before[source]) if packed else old_value
       new = packing.unpack(new, after[path]) if packed else new
-      at = _index(change, np.shape(value), np.shape(new), plan.grows)
-      if at is not None:
-        value = _trees.placed(new, at, value) if plan.grows else _trees.taken(value, at)
+      index = _index(change, np.shape(value), np.shape(new), plan.grows)
+      if index is not None:
+        if plan.grows:
+          value = _trees.placed(new, index, value, where)
+        else:
+          value = _trees.taken(value, index, where)
       if np.shape(value) == np.shape(new):
         return packing.pack(jnp.asarray(value)) if packed else value
     shapes = ["nothing there" if x is None else f"shape {np.shape(x)}" for x in (old_value, new)]
@@ -113,29 +129,57 @@ def grow_state(
   return jax.tree_util.tree_map_with_path(carried, fresh)
 
 
+def _sources(
+  plan: Plan, before: Collection[_paths.Path], after: Iterable[_paths.Path]
+) -> dict[_paths.Path, _paths.Path | None]:
+  """For the path of each parameter the one that it had before; None for one that is new."""
+  growing = plan.grows and plan.alpha not in before  # otherwise it is the merge of that plan
+  moved: Mapping[_paths.Path, _paths.Path] = {}
+  if growing:
+    moved = {new: path for path, new in plan.moved.items()}
+  elif not plan.grows:
+    moved = plan.moved
+  added = {change.path for change in plan.changes if change.before is None} if growing else set()
+
+  def source(path: _paths.Path) -> _paths.Path | None:
+    origin = moved.get(path, path)
+    return origin if origin in before and path not in added else None
+
+  return {path: source(path) for path in after}
+
+
+def _named(keys: Keys) -> tuple[str, ...]:
+  """The names of keys, the same for every kind of container."""
+  return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
+
+
 def _followed(
   keys: Keys,
   shape: tuple[int, ...],
   parameters: Mapping[Keys, _paths.Path],
   shapes: Mapping[_paths.Path, tuple[int, ...]],
-) -> tuple[_paths.Path | None, bool]:
-  """The path of the parameter that a leaf of the state follows, and whether as one of regions.
+) -> tuple[_paths.Path | None, slice, bool]:
+  """Which parameter a leaf of the state follows.
 
-  A cadence that cuts a parameter into regions has a tuple of them in its place.
+  Returns:
+    The path of the parameter, None if it follows none; which of the leaf's keys are those of the
+    parameter; and whether the leaf is one of regions: a cadence that cuts a parameter into
+    regions has a tuple of them in its place.
   """
   if () in parameters:
-    return (() if shape == shapes[()] else None), False
+    return (() if shape == shapes[()] else None), slice(0, 0), False
   end = len(keys)
   while end > 0:
     for start in range(end):
       if keys[start:end] in parameters:
-        return parameters[keys[start:end]], end < len(keys)
+        return parameters[keys[start:end]], slice(start, end), end < len(keys)
     if not isinstance(keys[end - 1], jax.tree_util.SequenceKey):
       break
     end -= 1
   names = tuple(str(getattr(key, "key", None)) for key in keys)
-  tails = (names[start:] for start in range(len(names)))
-  return next((tail for tail in tails if tail in shapes), None), False
+  tails = (names[i:] for i in range(len(names)) if names[i:] in shapes)
+  path = next(tails, None)
+  return path, slice(len(keys) - len(path or ()), len(keys)), False
 
 
 def _is_sample(keys: Keys) -> bool:

@@ -73,6 +73,17 @@ def insert(tree: Any, path: _paths.Path, value: Any) -> Any:
   return _like(tree, {**tree, key: new})
 
 
+def rearranged(tree: Any, leaves: Mapping[_paths.Path, Any]) -> Any:
+  """The nested mapping with these leaves and no others, in mappings of the same kinds."""
+  result = with_leaves(tree, leaves)
+  known = shapes(tree)
+  for path in leaves:
+    result = result if path in known else insert(result, path, leaves[path])
+  for path in known:
+    result = result if path in leaves else remove(result, path)
+  return result
+
+
 def remove(tree: Any, path: _paths.Path) -> Any:
   """The nested mapping without what is at a path, and without mappings that this empties."""
   key, rest = _key(tree, path[0]), path[1:]
@@ -102,27 +113,65 @@ def _like(tree: Any, items: dict[Any, Any]) -> Any:
 def partition_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
   """The arrays of a tree, and a function that puts others in their place."""
   flat, structure = jax.tree.flatten(tree)
-  is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in flat]
 
   def rebuild(arrays: list[Any]) -> Any:
     remaining = iter(arrays)
-    return jax.tree.unflatten(
-      structure, [next(remaining) if a else x for a, x in zip(is_array, flat, strict=True)]
-    )
+    return jax.tree.unflatten(structure, [next(remaining) if is_array(x) else x for x in flat])
 
-  return [x for a, x in zip(is_array, flat, strict=True) if a], rebuild
+  return [x for x in flat if is_array(x)], rebuild
 
 
-def placed(large: Any, index: Any, small: Any) -> Any:
-  """`large` with `small` at an index. On the host: nothing is compiled for a shape used once."""
+def is_array(x: Any) -> bool:
+  """Whether a leaf is an array, or stands for one."""
+  return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def placed(large: Any, index: Any, small: Any, what: str) -> Any:
+  """`large` with `small` at an index, laid out over devices as `small` is.
+
+  On the host: nothing is compiled for a shape that is used once.
+  """
   result = np.array(large)
   result[index] = np.asarray(small)
-  return jnp.asarray(result)
+  return like(result, small, what)
 
 
-def taken(large: Any, index: Any) -> Any:
-  """What lies at an index of `large`, by way of the host too."""
-  return jnp.asarray(np.asarray(large)[index])
+def taken(large: Any, index: Any, what: str) -> Any:
+  """What lies at an index of `large`, by way of the host too, laid out over devices as it is."""
+  return like(np.asarray(large)[index], large, what)
+
+
+def like(value: Any, other: Any, what: str) -> Any:
+  """The value as an array that lies on devices as another does, whose shape may differ.
+
+  Args:
+    value: The value.
+    other: The other array.
+    what: What the value is called in errors.
+
+  Raises:
+    ValueError: If its size cannot be divided among the devices as that of the other is.
+  """
+  if not isinstance(other, jax.Array) or not other.committed:
+    return jnp.asarray(value)
+  try:
+    return jax.device_put(value, other.sharding)
+  except ValueError as error:
+    raise ValueError(
+      f"{what} is laid out over devices by {other.sharding}: expected a shape that divides among"
+      f" them, found {np.shape(value)} in place of {np.shape(other)}; grow by a multiple of the"
+      " number of devices along that axis, or lay the array out in another way first"
+    ) from error
+
+
+def smaller(leaf: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+  """What stands for a leaf at another shape where a program is traced.
+
+  On a mesh with explicit axes the layout of an array is a part of its type.
+  """
+  aval: Any = jax.typeof(leaf)
+  explicit = jax.sharding.AxisType.Explicit in aval.sharding.mesh.axis_types
+  return jax.ShapeDtypeStruct(shape, aval.dtype, sharding=aval.sharding if explicit else None)
 
 
 def check_concrete(what: str, tree: Any) -> None:

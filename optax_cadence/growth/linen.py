@@ -125,6 +125,7 @@ def deepen(
   variables: Any,
   *inputs: Any,
   outgoing: Iterable[str] = (),
+  moved: Mapping[str, str] | None = None,
   rngs: Any = None,
   fresh: Any = None,
   alpha: float = 0.0,
@@ -133,15 +134,17 @@ def deepen(
   """Adds layers, what they add to the residual stream behind a gate.
 
   `outgoing` are the paths of those new layers, or leaves, that α multiplies: the last of a
-  residual block. None: the new layers are the identity as they are (Net2Deeper). All other
-  arguments, and what is returned, are as for `widen`.
+  residual block. None: the new layers are the identity as they are (Net2Deeper). `moved` says which
+  old layers have another name in `new`: with `{"params/block_1": "params/block_2"}` the block put
+  before them is the new one, and weights, moments and windows go with the old. Without it a layer
+  is the one that has its name. All other arguments, and what is returned, are as for `widen`.
 
   Raises:
     ValueError: As `growth.deepening` does.
   """
   network = _network(old, variables, inputs, kwargs, new, rngs)
   deeper = _network(new, network.init() if fresh is None else fresh, inputs, kwargs)
-  grown = _driver.deepen(network, deeper, outgoing=outgoing, alpha=alpha)
+  grown = _driver.deepen(network, deeper, outgoing=outgoing, moved=moved, alpha=alpha)
   return _with_forward(old, new, grown)
 
 

@@ -1,10 +1,11 @@
 """Growth of live NNX models, their optimizer included.
 
-A grown model stays the object it was, of a subclass of its own class whose forward pass goes
-through the gate, with the gate as one more parameter, `alpha`. After `merge` it is a plain
-model of its own class again, at its new size.
+A grown model stays the object it was, of its own class, with the gate as one more parameter,
+`alpha`. Its methods go through the gate (see `_nnx_gate`). After `merge` it is a plain model again,
+at its new size.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from optax_cadence import _paths
 from optax_cadence.growth import _dimension
 from optax_cadence.growth import _driver
 from optax_cadence.growth import _gate
+from optax_cadence.growth import _nnx_gate
 from optax_cadence.growth import _nnx_model
 from optax_cadence.growth import _state
 from optax_cadence.growth import _trees
@@ -29,6 +31,7 @@ from optax_cadence.growth._nnx_model import variables
 from optax_cadence.growth._plan import Plan
 
 __all__ = [
+  "call",
   "couple",
   "deepen",
   "default_init",
@@ -156,9 +159,13 @@ def deepen(
 ) -> Plan:
   """Adds modules to a live model, what they add to its residual stream behind a gate.
 
+  What is new is told by the modules themselves and not by their paths: a block put before others
+  is the new one, and theirs go with their weights, moments and windows.
+
   Args:
     model: The model; it is changed in place, or, on an error, not at all.
-    add: Puts the new modules where the forward pass finds them: `lambda m: m.blocks.append(...)`.
+    add: Puts the new modules where the forward pass finds them: `lambda m: m.blocks.append(...)`,
+      or `m.blocks.insert(1, ...)`. It must keep those that are there.
     *inputs: Inputs of its forward pass; with them FLOPs are counted and the result checked.
     outgoing: The modules, of those that are new, whose parameters α multiplies: the last
       layer of a residual block, or the norm it ends in. None of them: the new modules are
@@ -170,13 +177,23 @@ def deepen(
     The `Plan` that was applied.
 
   Raises:
-    ValueError: If nothing is new or the model does not run with it.
+    ValueError: If nothing is new, something is gone, or the model does not run with it.
   """
   network = _network(model, inputs)
   copy = nnx.clone(model)
+  old = _nnx_model.paths_of_variables(copy)
   add(copy)
+  new = {id(variable): path for variable, path in _nnx_model.paths_of_variables(copy)}
+  gone = [path for variable, path in old if id(variable) not in new]
+  if gone:
+    raise ValueError(
+      f"add took {_paths.listed(gone)} out of {type(model).__name__}: expected it to keep all"
+      " modules that were there, itself and not a copy, and to put new ones beside them"
+    )
+  moved = {_paths.join(path): _paths.join(new[id(variable)]) for variable, path in old}
   names = [_paths.join(_path(copy, module)) for module in outgoing(copy)]
-  grown = _driver.deepen(network, _network(copy, inputs), outgoing=names, alpha=alpha)
+  deeper = _network(copy, inputs)
+  grown = _driver.deepen(network, deeper, outgoing=names, moved=moved, alpha=alpha)
   return _put(model, grown, inputs, optimizer, add=add)
 
 
@@ -230,6 +247,7 @@ def shrink(
       )
     _nnx_model.set_variables(model, tree)
     _nnx_model.fit(model, keep_groups)
+    _nnx_model.pad_for_taps(model, plan)
 
   _change(model, plan, change, inputs, optimizer)
 
@@ -248,7 +266,7 @@ def merge(model: nnx.Module, *, optimizer: nnx.Optimizer | None = None) -> None:
   tree = _gate.merge(variables(model), plan)
 
   def change(model: nnx.Module) -> None:
-    _nnx_model.detach_gate(model)
+    _nnx_gate.detach(model)
     _nnx_model.set_variables(model, tree)
 
   _change(model, plan, change, (), optimizer)
@@ -257,17 +275,29 @@ def merge(model: nnx.Module, *, optimizer: nnx.Optimizer | None = None) -> None:
 def set_alpha(model: nnx.Module, alpha: float) -> None:
   """Sets the gate of a grown model by hand."""
   plan_of(model)
-  variable = getattr(model, _nnx_model.ALPHA)
+  variable = getattr(model, _nnx_gate.ALPHA)
   dtype = _nnx_model.get_array(variable).dtype
   _nnx_model.set_array(variable, jnp.asarray(alpha, dtype))
 
 
 def plan_of(model: nnx.Module) -> Plan:
   """The plan by which a model with a gate has grown."""
-  gate = _nnx_model.gate_of(model)
-  if gate is None:
+  gate = _nnx_gate.mark_of(model)
+  if not isinstance(gate, _nnx_gate.Gate):
     raise ValueError(f"{type(model).__name__} has no gate: it has not grown, or is merged already")
   return gate.plan
+
+
+def call(fn: Callable[..., Any], model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+  """`fn(model, *args, **kwargs)`, through the gate if the model has one.
+
+  For what is no method of the model: `growth.nnx.call(lambda m, x: m.head(m.body(x)), model, x)`.
+  It may change variables, as running statistics are, but no other attributes.
+  """
+  mark = _nnx_gate.mark_of(model)
+  if mark is None:
+    return fn(model, *args, **kwargs)
+  return mark.call(model, getattr(fn, "__name__", "the function"), fn, args, kwargs)
 
 
 def _network(
@@ -275,13 +305,14 @@ def _network(
 ) -> Network:
   """A model without a gate, as the driver sees it."""
   name = type(model).__name__
-  if _nnx_model.gate_of(model) is not None:
+  if _nnx_gate.mark_of(model) is not None:
     raise ValueError(f"{name} has a gate already: merge it before the next growth")
-  if hasattr(model, _nnx_model.ALPHA):
+  if hasattr(model, _nnx_gate.ALPHA):
     raise ValueError(f"{name} has an attribute 'alpha', where the gate would be")
   tree = variables(model)
   _trees.check_concrete("growth", tree)
-  return Network(forward(model), tree, inputs, init=lambda: default_init(model, rngs))
+  init = functools.partial(default_init, model, rngs)
+  return Network(forward(model), tree, inputs, init=init, output=("0",))
 
 
 def _path(model: nnx.Module, module: Any) -> _paths.Path:
@@ -312,7 +343,7 @@ def _described(
       members[_paths.join(bias)] = axis._replace(axis=from_end)
   for module in consumers:
     path = _trees.kernel(tree, _path(model, module))
-    number = 0 if isinstance(module, nnx.Linear | nnx.LinearGeneral) else -2
+    number = 0 if isinstance(module, nnx.LinearGeneral) else -2
     if shapes[path][number] % size:
       raise ValueError(
         f"consumer {_paths.join(path)!r} of shape {shapes[path]} has {shapes[path][number]} inputs"
@@ -356,8 +387,11 @@ def _put(
   def change(model: nnx.Module) -> None:
     add(model)
     _nnx_model.set_variables(model, tree)
+    sizes = _nnx_gate.attributes(model)
     _nnx_model.fit(model, keep_groups)
-    _nnx_model.attach_gate(model, plan, alpha, keep_groups)
+    _nnx_model.pad_for_taps(model, plan)
+    before = _nnx_gate.changed(sizes, _nnx_gate.attributes(model))
+    _nnx_gate.attach(model, plan, alpha, before)
 
   _change(model, plan, change, inputs, optimizer)
   return plan
@@ -378,6 +412,13 @@ def _change(
     change(model)
     return
   before, after = (nnx.state(m, optimizer.wrt) for m in (model, changed))
+  has_gate = _nnx_gate.mark_of(changed) is not None
+  if has_gate and plan.alpha not in _trees.leaves(after):
+    raise ValueError(
+      f"optimizer: its wrt, {optimizer.wrt}, leaves out the gate {_paths.join(plan.alpha)!r}, which"
+      " so would never open: expected one that takes it in, such as nnx.Any(..., nnx.PathContains"
+      f"({_paths.join(plan.alpha)!r})), for the gradients too"
+    )
   old_arrays = [_nnx_model.get_array(x) for x in _opt_variables(optimizer)]
   structure: Any = jax.tree.structure(jax.eval_shape(optimizer.tx.init, before))
   if structure.num_leaves != len(old_arrays):

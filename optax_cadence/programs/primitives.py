@@ -20,11 +20,15 @@ class Tie(NamedTuple):
     operands: Pairs (operand, axis).
     results: Pairs (result, axis).
     summed: Whether the operation adds up over the axis, which then is in no result.
+    groups: Above 1, of a convolution in so many groups. Each of the axes then falls into as many
+      pieces, and it is the pieces that go together. Of a sum, only the first axis does, and each
+      piece of it goes together with the second.
   """
 
   operands: tuple[tuple[int, int], ...]
   results: tuple[tuple[int, int], ...] = ()
   summed: bool = False
+  groups: int = 1
 
 
 class Product(NamedTuple):
@@ -78,6 +82,13 @@ _ALONG = {
   "rev": "dimensions",
   "sort": "dimension",
 }
+
+
+# What a reader says of an operation that has no row here.
+WANTED = (
+  "the table of primitives has no row for it: one that names the axes of its operands and results"
+  " which run over the same entries, in optax_cadence/programs/primitives.py"
+)
 
 
 def ties(eqn: Any) -> list[Tie] | None:
@@ -158,24 +169,20 @@ def _conv(eqn: Any) -> list[Tie]:
   tied = [Tie(((0, lhs[0]),), ((0, out[0]),))]
   if eqn.params["batch_group_count"] != 1:
     return tied
-  if eqn.params["feature_group_count"] == 1:
-    return [
-      *tied,
-      Tie(((0, lhs[1]), (1, rhs[1])), summed=True),
-      Tie(((1, rhs[0]),), ((0, out[1]),)),
-    ]
-  if (
-    shape(eqn.invars[1])[rhs[1]] == 1
-    and shape(eqn.invars[0])[lhs[1]] == shape(eqn.outvars[0])[out[1]]
-  ):
-    tied.append(Tie(((0, lhs[1]), (1, rhs[0])), ((0, out[1]),)))  # one filter per channel
+  groups = eqn.params["feature_group_count"]
+  tied += [
+    Tie(((0, lhs[1]), (1, rhs[1])), summed=True, groups=groups),
+    Tie(((1, rhs[0]),), ((0, out[1]),)),
+  ]
+  if groups > 1:
+    tied.append(Tie(((0, lhs[1]), (1, rhs[0])), ((0, out[1]),), groups=groups))
   return tied
 
 
 def _broadcast_in_dim(eqn: Any) -> list[Tie]:
   source, target = shape(eqn.invars[0]), shape(eqn.outvars[0])
   pairs = enumerate(eqn.params["broadcast_dimensions"])
-  return [Tie(((0, i),), ((0, o),)) for i, o in pairs if source[i] == target[o] != 1]
+  return [Tie(((0, i),), ((0, o),)) for i, o in pairs if source[i] == target[o]]
 
 
 def _transpose(eqn: Any) -> list[Tie]:
@@ -207,15 +214,70 @@ def _split(eqn: Any) -> list[Tie]:
 def _gather(eqn: Any) -> list[Tie]:
   numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
   operand, indices, out = shape(eqn.invars[0]), shape(eqn.invars[1]), shape(eqn.outvars[0])
-  if getattr(numbers, "operand_batching_dims", ()):
-    return []
-  window = [a for a in range(len(operand)) if a not in numbers.collapsed_slice_dims]
+  paired = dict(_batching(numbers, "start_indices_batching_dims"))
+  gone = {*numbers.collapsed_slice_dims, *paired.values()}
+  window = [a for a in range(len(operand)) if a not in gone]
   pairs = zip(window, numbers.offset_dims, strict=True)
   tied = [Tie(((0, a),), ((0, o),)) for a, o in pairs if sizes[a] == operand[a]]
   batch = [o for o in range(len(out)) if o not in numbers.offset_dims]
-  return tied + [
-    Tie(((1, a),), ((0, o),)) for a, o in zip(range(len(indices) - 1), batch, strict=True)
+  for a, o in zip(range(len(indices) - 1), batch, strict=True):
+    tied.append(Tie(((0, paired[a]), (1, a)) if a in paired else ((1, a),), ((0, o),)))
+  return tied
+
+
+def _batching(numbers: Any, of_indices: str) -> list[tuple[int, int]]:
+  """Pairs (axis of the indices, axis of the operand) over which a gather or scatter is mapped."""
+  of_operand = getattr(numbers, "operand_batching_dims", ())
+  return list(zip(getattr(numbers, of_indices, ()), of_operand, strict=True))
+
+
+def _scatter(eqn: Any) -> list[Tie]:
+  """Along axes that lie whole in the updates they go where they came from."""
+  numbers = eqn.params["dimension_numbers"]
+  operand, indices, updates = (shape(v) for v in eqn.invars)
+  paired = dict(_batching(numbers, "scatter_indices_batching_dims"))
+  gone = {*numbers.inserted_window_dims, *paired.values()}
+  window = [a for a in range(len(operand)) if a not in gone]
+  pairs = zip(window, numbers.update_window_dims, strict=True)
+  tied = [Tie(((0, a), (2, u)), ((0, a),)) for a, u in pairs if operand[a] == updates[u]]
+  batch = [u for u in range(len(updates)) if u not in numbers.update_window_dims]
+  for i, u in zip(range(len(indices) - 1), batch, strict=True):
+    if i in paired:
+      tied.append(Tie(((0, paired[i]), (1, i), (2, u)), ((0, paired[i]),)))
+  return tied
+
+
+def _dynamic_update_slice(eqn: Any) -> list[Tie]:
+  operand, update = shape(eqn.invars[0]), shape(eqn.invars[1])
+  whole = [a for a in range(len(operand)) if operand[a] == update[a]]
+  return [Tie(((0, a), (1, a)), ((0, a),)) for a in whole]
+
+
+def _leading(eqn: Any, matrix: int) -> list[Tie]:
+  """An operation on the last axes, mapped over all before them."""
+  batch = len(shape(eqn.invars[0])) - matrix
+  operands, results = range(len(eqn.invars)), range(len(eqn.outvars))
+  return [
+    Tie(tuple((i, a) for i in operands), tuple((i, a) for i in results)) for a in range(batch)
   ]
+
+
+def _fft(eqn: Any) -> list[Tie]:
+  return _leading(eqn, len(eqn.params["fft_lengths"]))
+
+
+def _matrix(eqn: Any) -> list[Tie]:
+  return _leading(eqn, 2)
+
+
+def _triangular_solve(eqn: Any) -> list[Tie]:
+  free = len(shape(eqn.invars[1])) - (1 if eqn.params["left_side"] else 2)
+  return [*_leading(eqn, 2), Tie(((1, free),), ((0, free),))]
+
+
+def _top_k(eqn: Any) -> list[Tie]:
+  along = eqn.params.get("axis", -1) % len(shape(eqn.invars[0]))
+  return [tie for tie in _same_shape(eqn) if tie.results[0][1] != along]
 
 
 def _reduce_window(eqn: Any) -> list[Tie]:
@@ -237,13 +299,22 @@ _RULES: dict[str, Callable[[Any], list[Tie]]] = {
   "argmax": _reduce,
   "argmin": _reduce,
   "broadcast_in_dim": _broadcast_in_dim,
+  "cholesky": _matrix,
   "concatenate": _concatenate,
   "conv_general_dilated": _conv,
   "dot_general": _dot_general,
   "dynamic_slice": _whole_axes,
+  "dynamic_update_slice": _dynamic_update_slice,
+  "eig": _matrix,
+  "eigh": _matrix,
+  "fft": _fft,
   "gather": _gather,
+  "householder_product": _matrix,
   "iota": _none,
+  "lu": _matrix,
+  "mesh_cast": _same_shape,
   "pad": _whole_axes,
+  "qr": _matrix,
   "random_bits": _none,
   "random_fold_in": _none,
   "random_seed": _none,
@@ -253,11 +324,23 @@ _RULES: dict[str, Callable[[Any], list[Tie]]] = {
   "reduce_window_max": _reduce_window,
   "reduce_window_min": _reduce_window,
   "reduce_window_sum": _reduce_window,
+  "reshard": _same_shape,
   "reshape": _none,  # its axes merge and split: see `reshape_groups`
+  "scatter": _scatter,
+  "scatter-add": _scatter,
+  "scatter-max": _scatter,
+  "scatter-min": _scatter,
+  "scatter-mul": _scatter,
+  "scatter-sub": _scatter,
+  "sharding_constraint": _same_shape,
   "slice": _whole_axes,
   "split": _split,
   "squeeze": _squeeze,
+  "svd": _matrix,
+  "tile": _whole_axes,
+  "top_k": _top_k,
   "transpose": _transpose,
+  "triangular_solve": _triangular_solve,
 }
 
 
@@ -269,6 +352,8 @@ def reshape_groups(
   >>> from optax_cadence.programs import primitives
   >>> primitives.reshape_groups((2, 3, 4, 5), (2, 12, 5))
   [([0], [0]), ([1, 2], [1]), ([3], [2])]
+  >>> primitives.reshape_groups((2, 3, 1), (6,))
+  [([0, 1, 2], [0])]
   """
   groups: list[tuple[list[int], list[int]]] = []
   i = j = 0
@@ -287,5 +372,9 @@ def reshape_groups(
         j += 1
       else:
         break
-    groups.append((ins, outs))
+    if groups and not (ins and outs):  # axes of size 1, with no other side of their own
+      groups[-1][0].extend(ins)
+      groups[-1][1].extend(outs)
+    else:
+      groups.append((ins, outs))
   return groups

@@ -86,9 +86,9 @@ def called(eqn: Any) -> Any | None:
   if not programs:
     return None
   body, _ = opened(programs[0])
-  if len(body.invars) == len(eqn.invars) and len(body.outvars) == len(eqn.outvars):
-    return programs[0]
-  return None
+  # Not what combines two entries of an operand, as in a `reduce`: it takes numbers.
+  axes, outside = ([len(shape(v)) for v in variables] for variables in (body.invars, eqn.invars))
+  return programs[0] if axes == outside and len(body.outvars) == len(eqn.outvars) else None
 
 
 def scan_counts(eqn: Any) -> tuple[int, int]:

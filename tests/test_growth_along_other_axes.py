@@ -1,0 +1,134 @@
+"""What a program does along axes that do not grow is no reason to refuse it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from growth_nets import close
+from jax import lax
+
+from optax_cadence import growth
+
+ROWS, UNITS = 6, 4
+PARAMS = {
+  "a": jax.random.normal(jax.random.key(1), (3, UNITS)),
+  "b": jax.random.normal(jax.random.key(2), (UNITS, 2)),
+}
+X = jax.random.normal(jax.random.key(0), (ROWS, 3))
+SEGMENTS = jnp.array([0, 1, 1, 2, 0, 1])
+SOME = jnp.arange(2)
+
+
+def by_unit(fn):
+  return lambda h: jax.vmap(fn, 1, 1)(h)
+
+
+def scanned(h):
+  def put(buffer, i):
+    return lax.dynamic_update_slice(buffer, h[i][None], (i, jnp.int32(0))), None
+
+  return lax.scan(put, jnp.zeros_like(h), jnp.arange(ROWS))[0]
+
+
+def looped(h):
+  return lax.while_loop(
+    lambda carry: carry[0] < 3,
+    lambda carry: (carry[0] + 1, jnp.tanh(carry[1]) + h * carry[0].astype(h.dtype)),
+    (jnp.int32(0), jnp.zeros_like(h)),
+  )[1]
+
+
+def recurrence(h):
+  """A state space: h_t = a_t h_(t-1) + b_t."""
+
+  def joined(left, right):
+    return left[0] * right[0], right[0] * left[1] + right[1]
+
+  return lax.associative_scan(joined, (jnp.tanh(h), h))[1]
+
+
+# From [rows, units] to as many units.
+FORWARD = {
+  "strides": lambda h: h[::2],
+  "tiles": lambda h: jnp.tile(h[None], (2, 1, 1)),
+  "a class token": lambda h: jnp.concatenate([jnp.tile(h[:1], (2, 1)), h]),
+  "segment sums": lambda h: jax.ops.segment_sum(h, SEGMENTS, 3),
+  "segment maxima": lambda h: jax.ops.segment_max(h, SEGMENTS, 3),
+  "segment minima": lambda h: jax.ops.segment_min(h, SEGMENTS, 3),
+  "segment products": lambda h: jax.ops.segment_prod(h, SEGMENTS, 3),
+  "segment sums, mapped": by_unit(lambda c: jax.ops.segment_sum(c, SEGMENTS, 3)),
+  "set rows": lambda h: jnp.zeros((8, h.shape[1])).at[2:].set(h),
+  "set a row": lambda h: h.at[1].set(h[0]),
+  "applied to a row": lambda h: h.at[0].apply(jnp.sin),
+  "multiplied rows": lambda h: h.at[SOME].mul(h[2:4]),
+  "a buffer": lambda h: lax.dynamic_update_slice(jnp.zeros((8, h.shape[1])), h, (1, 0)),
+  "a buffer, mapped": by_unit(lambda c: lax.dynamic_update_slice(c, c[:2], (1,))),
+  "a buffer in a loop": scanned,
+  "a row of it by a traced index": lambda h: lax.fori_loop(
+    0, 3, lambda i, total: total * 0.5 + h[i][None], jnp.zeros_like(h)
+  ),
+  "while": looped,
+  "associative scan": recurrence,
+  "associative scan, backwards": lambda h: lax.associative_scan(jnp.add, h, reverse=True),
+  "fft": lambda h: jnp.abs(jnp.fft.fft(h, axis=0)),
+  "rfft and back": lambda h: jnp.fft.irfft(jnp.fft.rfft(h, axis=0), axis=0, n=ROWS),
+  "sorted": lambda h: jnp.sort(h, 0),
+  "sorted by another": lambda h: jnp.take_along_axis(h, jnp.argsort(h, 0), 0),
+  "looked up, mapped": by_unit(lambda c: c[SEGMENTS]),
+  "the best rows": lambda h: lax.top_k(h.T, 2)[0].T,
+  "triangular solve": lambda h: lax.linalg.triangular_solve(
+    jnp.eye(ROWS) + 0.1, h, left_side=True, lower=True
+  ),
+  "constrained": lambda h: lax.with_sharding_constraint(
+    h, jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  ),
+}
+
+
+@pytest.mark.parametrize("kind", list(FORWARD))
+def test_it_grows_beside_them(kind):
+  def fn(p, x):
+    return FORWARD[kind](jnp.tanh(x @ p["a"])) @ p["b"]
+
+  units = growth.couple(fn, PARAMS, X, producer="a")
+  assert [(m.path, m.axis) for m in units.members] == [(("a",), 1), (("b",), 0)]
+  plan = growth.widening(PARAMS, units, 2)
+  grown = plan.apply(PARAMS, lambda path, shape, dtype: np.full(shape, 0.7, dtype))
+  forward = jax.jit(growth.gated(fn, plan))
+  close(forward(grown, X), fn(PARAMS, X))
+  at_one = fn({name: grown[name] for name in "ab"}, X)
+  close(forward({**grown, "alpha": jnp.float32(1)}, X), at_one)
+  assert jnp.abs(at_one - fn(PARAMS, X)).max() > 1e-3
+
+
+def test_a_primitive_that_is_not_known_says_what_it_needs():
+  def fn(p, x):
+    return (
+      lax.reduce_window(x @ p["a"], 0.0, lambda a, b: a + b + 1, (2, 1), (2, 1), "SAME") @ p["b"]
+    )
+
+  match = r"through reduce_window of shapes.* no row for it: one that names the axes"
+  with pytest.raises(ValueError, match=match):
+    growth.couple(fn, PARAMS, X, producer="a")
+
+
+def test_integers_that_are_sizes():
+  def fn(what):
+    def run(p, x):
+      h = x @ p["a"]
+      return what(h, jnp.int32(h.shape[1])) @ p["b"]
+
+    return run
+
+  def grown(fn):
+    plan = growth.widening(PARAMS, growth.couple(fn, PARAMS, X, producer="a"), 2)
+    tree = plan.apply(PARAMS, lambda path, shape, dtype: np.full(shape, 0.7, dtype))
+    return growth.gated(fn, plan), tree
+
+  scaled = fn(lambda h, n: h / lax.convert_element_type(n + 1, h.dtype))
+  forward, tree = grown(scaled)
+  close(forward(tree, X), scaled(PARAMS, X))
+  close(forward({**tree, "alpha": jnp.float32(1)}, X), scaled({n: tree[n] for n in "ab"}, X))
+  forward, tree = grown(fn(lambda h, n: lax.dynamic_slice_in_dim(h, n - 2, 2)))
+  with pytest.raises(ValueError, match="integer that is 2 in the program before and 4 in the one"):
+    forward(tree, X)
