@@ -144,6 +144,15 @@ def test_prune_and_shock(tmp_path):
   assert zeros["dense"] == 0 and zeros["pruned every epoch"] == zeros["RigL"] == 90
   # All but the weights of pixels that are blank in every image have come back.
   assert zeros["shock, magnitude"] < 10 and zeros["shock, random"] < 10
+  # By fill: the first task, the last one, the change, no interval of one seed, and dead units.
+  tasks = {name: [] for name in ("no shock", "zero", "init", "shrink")}
+  for name in tasks:
+    row = re.search(rf"^{name}  .*$", printed, re.MULTILINE).group().removeprefix(name)
+    tasks[name] = list(map(float, row.split()))
+    assert len(tasks[name]) == 6 and min(tasks[name][:2]) > 85
+  # The first task comes before any shock, and zeros leave the most dead units.
+  assert len({tuple(x[::4]) for x in tasks.values()}) == 1
+  assert max(tasks, key=lambda name: tasks[name][5]) == "zero"
 
 
 @pytest.mark.ci
