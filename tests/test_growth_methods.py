@@ -157,7 +157,7 @@ EARLIER = Early.__call__
 def test_a_call_that_would_pass_the_gate_by_says_so(kind):
   model = Early(nnx.Rngs(0))
   growth.widen(model, X, producer=model.encoder, by=3, fresh=nets.fresh)
-  with pytest.raises(ValueError, match=r"of '(en|de)coder' was called from outside a Early"):
+  with pytest.raises(ValueError, match=r"of '(en|de)coder' was called from outside its Early"):
     PAST[kind](model)
   growth.nnx.set_alpha(model, 1.0)
   growth.merge(model)

@@ -92,8 +92,8 @@ class Inside:
     """Refuses a call."""
     del model, fn, args, kwargs
     raise ValueError(
-      f"{what} of {self.path!r} was called from outside a {self.model} with a gate, which it would"
-      f" pass by: expected a call of a method of the {self.model}, or"
+      f"{what} of {self.path!r} was called from outside its {self.model}, whose gate it would pass"
+      f" by: expected a call of a method of the {self.model}, or"
       " growth.nnx.call(function, model, ...), which calls any function of it through the gate"
     )
 
@@ -289,7 +289,7 @@ def _look_for_marks(cls: type) -> None:
       continue
     for name, method in list(vars(base).items()):
       if _may_compute(name, method):
-        setattr(base, name, _looking(f"{cls.__name__}.{name}", method))
+        setattr(base, name, _looking(name, method))
 
 
 def _may_compute(name: str, method: Any) -> bool:
@@ -301,7 +301,7 @@ def _may_compute(name: str, method: Any) -> bool:
   return is_method and not of_module and not isinstance(method, (type, staticmethod, classmethod))
 
 
-def _looking(what: str, method: Any) -> Any:
+def _looking(name: str, method: Any) -> Any:
   """A method that looks for a mark before it runs."""
 
   @functools.wraps(method)
@@ -312,7 +312,7 @@ def _looking(what: str, method: Any) -> Any:
     mark = mark_of(self)
     if mark is None:
       return call(self, *args, **kwargs)
-    return mark.call(self, what, call, args, kwargs)
+    return mark.call(self, f"{type(self).__name__}.{name}", call, args, kwargs)
 
   look.looks_for_marks = True  # type: ignore[attr-defined]
   return look
