@@ -371,7 +371,8 @@ def vmap(n: int, configurations: int) -> Case:
     f"vmap over {configurations} configurations of {human(n).upper()} parameters",
     [
       Variant("vmap", "ours", batched, jax.vmap(init), (jax.vmap(step),) * 8, floor, single),
-      Variant(single, "baseline", alone, init, (step,) * 8, floor),
+      # Compiled, so that the period is traced as it is in a step, and not a number.
+      Variant(single, "baseline", alone, jax.jit(init), (step,) * 8, floor),
     ],
     [Target("vmap", single, 1.0)],
     "vmap",

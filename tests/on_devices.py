@@ -95,7 +95,7 @@ def optimizers():
   import optax_exports  # computes arguments
 
   sharding = NamedSharding(explicit(), P(None, "x"))
-  kinds = {"1": 1, "2": 2, "bands": oc.channels([1, 2], axis=2), "mask": MASK}
+  kinds = {"2": 2, "bands": oc.channels([1, 2], axis=2), "mask": MASK}
   exported = sorted(set(optax_exports.exported()) - set(optax_exports.EXCLUDED))
   for name in CHOSEN or exported:
     for kind, every in kinds.items():

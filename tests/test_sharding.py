@@ -13,8 +13,8 @@ pytestmark = pytest.mark.skipif(
   jax.__version_info__ < (0, 8, 1), reason="shardings are no part of types yet"
 )
 
-FEW = ["2", "2 skip", "bands", "rectangles", "mask", "mask skip", "mask coupled", "certain"]
-OPTIMIZERS = ["adafactor", "adamw", "lamb", "lion", "radam", "sgd", "sm3"]
+FEW = ["2 skip", "bands", "mask", "mask coupled", "certain"]
+OPTIMIZERS = ["adamw", "lamb"]
 
 
 def on_devices(program, names=()):
@@ -38,10 +38,10 @@ def on_devices(program, names=()):
     ("eager", [], 30),
     ("scans", FEW, len(FEW)),
     ("shard_maps", FEW, len(FEW)),
-    ("optimizers", OPTIMIZERS, 4 * len(OPTIMIZERS)),
+    ("optimizers", OPTIMIZERS, 3 * len(OPTIMIZERS)),
     pytest.param("scans", [], 30, marks=pytest.mark.ci),
     pytest.param("shard_maps", [], 30, marks=pytest.mark.ci),
-    pytest.param("optimizers", [], 300, marks=pytest.mark.ci),
+    pytest.param("optimizers", [], 150, marks=pytest.mark.ci),
   ],
 )
 def test_on_several_devices(program, names, at_least):
