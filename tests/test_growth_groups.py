@@ -11,6 +11,8 @@ from growth_nets import close
 
 from optax_cadence import growth
 
+pytestmark = pytest.mark.ci
+
 IMAGES = jax.random.normal(jax.random.key(3), (2, 4, 4, 3))
 ROWS = jax.random.normal(jax.random.key(4), (5, 4))
 

@@ -9,6 +9,8 @@ from growth_nets import close
 
 from optax_cadence import growth
 
+pytestmark = pytest.mark.ci
+
 IMAGES = jax.random.normal(jax.random.key(3), (2, 6, 6, 3))
 UP = {"kind": nnx.ConvTranspose, "strides": (2, 2)}
 

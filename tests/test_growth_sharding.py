@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.ci
+
 PROGRAM = r"""
 import sys
 import jax, jax.numpy as jnp, numpy as np, optax

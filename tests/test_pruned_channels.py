@@ -16,6 +16,8 @@ import optax_cadence as oc
 from optax_cadence import growth
 from optax_cadence import pruning
 
+pytestmark = pytest.mark.ci
+
 X = jax.random.normal(jax.random.key(9), (12, 6))
 
 

@@ -12,6 +12,8 @@ import pytest
 import optax_cadence as oc
 from optax_cadence import pruning
 
+pytestmark = pytest.mark.ci
+
 DOCS = (pathlib.Path(__file__).parents[1] / "docs" / "pruning.md").read_text()
 ROWS = dict(re.findall(r"^\| (.+?) \| `(oc\.prune.+|optax\.chain.+)` \|$", DOCS, re.MULTILINE))
 

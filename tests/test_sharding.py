@@ -13,8 +13,7 @@ pytestmark = pytest.mark.skipif(
   jax.__version_info__ < (0, 8, 1), reason="shardings are no part of types yet"
 )
 
-FEW = ["2 skip", "bands", "mask", "mask coupled", "certain"]
-OPTIMIZERS = ["adamw", "lamb"]
+FEW = ["2 skip", "bands", "mask"]
 
 
 def on_devices(program, names=()):
@@ -37,8 +36,6 @@ def on_devices(program, names=()):
   [
     ("eager", [], 30),
     ("scans", FEW, len(FEW)),
-    ("shard_maps", FEW, len(FEW)),
-    ("optimizers", OPTIMIZERS, 3 * len(OPTIMIZERS)),
     pytest.param("scans", [], 30, marks=pytest.mark.ci),
     pytest.param("shard_maps", [], 30, marks=pytest.mark.ci),
     pytest.param("optimizers", [], 150, marks=pytest.mark.ci),
