@@ -80,14 +80,12 @@ def keep(when: Any, fn: Callable[[Any, Any], Any], carry: Any, consts: Any) -> A
   Returns:
     A tree like `carry`.
   """
+  each = jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), when, carry)
   if not is_traced((when, carry, consts)):
-    flags = jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), when, carry)
-    return jax.tree.map(choose, flags, cast_like(fn(carry, consts), carry), carry)
+    return jax.tree.map(choose, each, cast_like(fn(carry, consts), carry), carry)
   carry, consts = _sharding.varying((carry, consts), _sharding.axes_of(when))
   old, treedef = jax.tree.flatten(jax.tree.map(_strong, carry))
-  flags = jax.tree.leaves(
-    jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), when, carry)
-  )
+  flags = jax.tree.leaves(each)
   closed = jax.make_jaxpr(lambda *args: cast_like(fn(*args), carry))(carry, consts)
   outputs = [(i, v) for i, v in enumerate(closed.jaxpr.outvars) if not reading.is_literal(v)]
   # A value that goes into the result several times is selected at the end, for each by itself.

@@ -110,6 +110,27 @@ def while_counts(eqn: Any) -> tuple[int, int]:
   return eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
 
 
+def branch_results(
+  eqn: Any, inputs: Sequence[Any], run: Callable[[Any, list[Any]], Sequence[Any]]
+) -> list[tuple[Any, ...]]:
+  """For each result of a `cond` what every branch gives for it; `run(program, inputs)` runs one."""
+  return list(zip(*(run(b, list(inputs[1:])) for b in eqn.params["branches"]), strict=True))
+
+
+def while_step(
+  eqn: Any, inputs: Sequence[Any], run: Callable[[Any, list[Any]], list[Any]]
+) -> tuple[Callable[[list[Any]], list[Any]], list[Any]]:
+  """One turn of a while loop, condition and body, as a function of what it carries; and that."""
+  of_condition, of_body = while_counts(eqn)
+  end, values = of_condition + of_body, list(inputs)
+
+  def step(carry: list[Any]) -> list[Any]:
+    run(eqn.params["cond_jaxpr"], values[:of_condition] + carry)
+    return run(eqn.params["body_jaxpr"], values[of_condition:end] + carry)
+
+  return step, values[end:]
+
+
 def bind(eqn: Any, operands: Sequence[Any], **changed: Any) -> list[Any]:
   """Runs an operation on other operands, some of its parameters changed.
 
@@ -204,9 +225,8 @@ def evaluate(program: Any, inputs: Sequence[Any], all_branches: bool = False) ->
   def operation(eqns: Eqns, operands: list[Any]) -> list[Any]:
     (eqn,) = eqns
     if all_branches and eqn.primitive.name == "cond":
-      index, *operands = operands
-      results = [evaluate(branch, operands, True) for branch in eqn.params["branches"]]
-      return [jax.lax.select_n(index, *values) for values in zip(*results, strict=True)]
+      results = branch_results(eqn, operands, lambda branch, inputs: evaluate(branch, inputs, True))
+      return [jax.lax.select_n(operands[0], *values) for values in results]
     inner = None if eqn.primitive.name.startswith("custom_") else called(eqn)
     return bind(eqn, operands) if inner is None else evaluate(inner, operands, all_branches)
 

@@ -217,8 +217,7 @@ class _Walk:
         found.setdefault(leaf, kernel)
 
   def _cond(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
-    results = [self.run(branch, inputs[1:]) for branch in eqn.params["branches"]]
-    return [_joined(values) for values in zip(*results, strict=True)]
+    return list(map(_joined, reading.branch_results(eqn, inputs, self.run)))
 
   def _scan(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
     consts, carried = reading.scan_counts(eqn)
@@ -235,14 +234,7 @@ class _Walk:
     return outputs[:carried] + stacked
 
   def _while(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
-    of_condition, of_body = reading.while_counts(eqn)
-    end = of_condition + of_body
-
-    def step(carry: list[_Value]) -> list[_Value]:
-      self.run(eqn.params["cond_jaxpr"], inputs[:of_condition] + carry)
-      return self.run(eqn.params["body_jaxpr"], inputs[of_condition:end] + carry)
-
-    return self._loop(step, inputs[end:])
+    return self._loop(*reading.while_step(eqn, inputs, self.run))
 
   def _loop(
     self, step: Callable[[list[_Value]], list[_Value]], carry: list[_Value]

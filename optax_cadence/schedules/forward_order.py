@@ -124,8 +124,7 @@ class _Walk:
     return _Value(level, frozenset()) if level else joined
 
   def _cond(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
-    results = [self.run(branch, inputs[1:]) for branch in eqn.params["branches"]]
-    return [_join(values) for values in zip(*results, strict=True)]
+    return list(map(_join, reading.branch_results(eqn, inputs, self.run)))
 
   def _scan(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
     consts, carried = reading.scan_counts(eqn)
@@ -136,14 +135,7 @@ class _Walk:
     )
 
   def _while(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
-    of_condition, of_body = reading.while_counts(eqn)
-    end = of_condition + of_body
-
-    def step(carry: list[_Value]) -> list[_Value]:
-      self.run(eqn.params["cond_jaxpr"], inputs[:of_condition] + carry)
-      return self.run(eqn.params["body_jaxpr"], inputs[of_condition:end] + carry)
-
-    return self._loop(step, inputs[end:])
+    return self._loop(*reading.while_step(eqn, inputs, self.run))
 
   def _loop(self, step: Callable, carry: list[_Value]) -> list[_Value]:
     # A parameter may meet data only in a later iteration, through the carry. A pass that
