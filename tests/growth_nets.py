@@ -286,3 +286,12 @@ def init(module, seed):
     return jnp.asarray(1 + np.abs(x) if positive else x)
 
   return jax.tree_util.tree_map_with_path(value, shapes)
+
+
+def opens_and_merges(model, twin, x):
+  """Opens the gate of a grown NNX model, which its twin is not, and merges: the outputs stay."""
+  growth.nnx.set_alpha(model, 1.0)
+  expected = model(x)
+  growth.merge(model)
+  close(model(x), expected)
+  assert jnp.abs(expected - twin(x)).max() > 1e-3
