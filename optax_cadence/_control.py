@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_cadence import _sharding
+from optax_cadence.programs import primitives
 from optax_cadence.programs import reading
 
 
@@ -140,6 +141,42 @@ def apart(fn: Callable[[Any, Any], Any], carry: Any, consts: Any, count: jax.Arr
     cpu=lambda carry, consts, count: maybe(count >= 0, fn, carry, consts),
     default=lambda carry, consts, _: cast(carry, consts),
   )
+
+
+def first_part_first(
+  when: bool | jax.Array, fn: Callable[..., Any], carry: Any, consts: Any, count: jax.Array
+) -> Any:
+  """As `maybe`; on CPUs the first part of the carry is written before the rest is computed.
+
+  Where that part is computed from what the rest overwrites, XLA would copy the rest: which of two
+  operations in one loop comes first it does not know, of two loops where one waits for the other
+  it does. What both need is computed twice, so that it is `maybe` where there is more in it than
+  passes over memory (products of matrices, say).
+
+  Args:
+    when: As in `maybe`.
+    fn: As in `maybe`.
+    carry: A tuple of trees of arrays.
+    consts: As in `maybe`.
+    count: int32 scalar that is never negative.
+
+  Returns:
+    A tuple like `carry`.
+  """
+  if not is_traced((carry, consts)) or jax.default_backend() != "cpu":
+    return maybe(when, fn, carry, consts)
+  if not reading.primitive_names(jax.make_jaxpr(fn)(carry, consts)) <= primitives.ONE_PASS:
+    return maybe(when, fn, carry, consts)
+
+  def first_loop(loop: Any, consts: Any) -> Any:
+    return fn((loop[0], *consts[0]), consts[1])[0], jnp.ones((), bool)
+
+  def second_loop(rest: Any, consts: Any) -> Any:
+    return fn((consts[0], *rest), consts[1])[1:]
+
+  when = count >= 0 if when is True else when
+  part, done = maybe(when, first_loop, (carry[0], jnp.zeros((), bool)), (carry[1:], consts))
+  return part, *maybe(done, second_loop, carry[1:], (carry[0], consts))
 
 
 def is_traced(tree: Any) -> bool:

@@ -70,12 +70,13 @@ class Call:
 
     return masks.moments_of(self)
 
+  def rounds(self, group: Group) -> bool:
+    """Whether what the inner optimizer computes of a group is wider than its state."""
+    return any(self.dtypes[leaf] != self.param_dtypes[leaf] for leaf in group.leaves)
+
   def inner_of(self, group: Group) -> optax.GradientTransformationExtraArgs:
     """The inner optimizer as a group runs it."""
-    inner = self.inner
-    for leaf in group.leaves:
-      if self.dtypes[leaf] != self.param_dtypes[leaf]:
-        inner = _inner.widened(self.inner)
+    inner = _inner.widened(self.inner) if self.rounds(group) else self.inner
     if not group.masked:
       return inner
     from optax_cadence.entrywise import masks
@@ -203,7 +204,7 @@ def fire(
     when = when if isinstance(when, bool) else fired
   direct, leaves = [], {}
   for tensor, total in zip(group.tensors, window.sums, strict=True):
-    direct.append(writes_directly(call, state, tensor, total, when, targets))
+    direct.append(writes_directly(call, group, state, tensor, total, when, targets))
     if direct[-1]:
       leaves[tensor.leaf] = targets[tensor.leaf]
   params = targets if call.in_place else call.params
@@ -245,6 +246,9 @@ def fire(
   waits = list(map(operator.not_, direct))
   carry, consts = (leaves, window.sums, state.inner_state), (window.length, params, micro_step)
   run = runner(when, group, waits, micro_step)
+  if all(direct) and call.rounds(group):
+    # Parameters step by what is not rounded yet, out of moments that are then overwritten.
+    run = functools.partial(_control.first_part_first, when, count=micro_step)
   body = compute if window.skipped is None else compute_where_filled
   leaves, sums, inner_state = run(body, carry, consts)
   targets = write(when, targets | leaves, group, sums, waits, micro_step)
@@ -257,6 +261,7 @@ def fire(
 
 def writes_directly(
   call: Call,
+  group: Group,
   state: GroupState,
   tensor: Tensor,
   total: jax.Array,
@@ -268,9 +273,10 @@ def writes_directly(
   So is what is contiguous in a leaf that is written in place. The rest waits in its accumulator and
   is moved by an operation of its own: XLA runs one that computes and writes scattered parts of an
   array on a single CPU core. For `update` it saves an array of zeros that would be carried around
-  the branch, if there is one. Without an accumulator that can hold the result there is no choice.
+  the branch, if there is one; but where moments are rounded it keeps them from being copied, see
+  `first_part_first`. Without an accumulator that can hold the result there is no choice.
   """
-  straight = tensor.cut.contiguous and (call.in_place or when is True)
+  straight = tensor.cut.contiguous and (call.in_place or when is True or call.rounds(group))
   return straight or state.accumulators is None or not _window.holds(total, targets[tensor.leaf])
 
 

@@ -50,6 +50,8 @@ def recurrence(h):
 # From [rows, units] to as many units.
 FORWARD = {
   "strides": lambda h: h[::2],
+  "stacked on a new axis": lambda h: jnp.stack([h, h[::-1]], 1),
+  "taken apart": lambda h: sum(jnp.unstack(h, axis=0)),
   "tiles": lambda h: jnp.tile(h[None], (2, 1, 1)),
   "a class token": lambda h: jnp.concatenate([jnp.tile(h[:1], (2, 1)), h]),
   "segment sums": lambda h: jax.ops.segment_sum(h, SEGMENTS, 3),

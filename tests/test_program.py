@@ -5,7 +5,9 @@ import re
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 import optax
+import optax.contrib
 import oracle
 import pytest
 from jax.extend.core import Literal
@@ -14,6 +16,9 @@ from states import groups
 import optax_cadence as oc
 
 pytestmark = pytest.mark.usefixtures("optimized_programs")
+
+# Older compilers copy what a select could overwrite.
+selects_in_place = pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA copies")
 
 SIZE = 96
 PERIODS = {"a": 8, "b": 4, "c": 1}
@@ -85,6 +90,32 @@ def test_no_copy_for_parts_of_a_leaf(cadence, phase):
   assert temporaries(compiled) <= LEAF
 
 
+NARROW = {
+  "a period": (8, {}),
+  "skipped": (8, {"nonfinite": "skip"}),
+  "a random mask": (np.resize([1, 2, 8, 4, 2], (SIZE, SIZE)), {}),
+}
+
+
+@selects_in_place
+@pytest.mark.parametrize("phase", [None, 0])
+@pytest.mark.parametrize(("every", "options"), NARROW.values(), ids=NARROW)
+def test_moments_that_are_rounded_are_not_copied(every, options, phase):
+  params = {"w": jnp.full((SIZE, SIZE), 0.5, jnp.bfloat16)}
+  compiled = apply_program(transformation(every, **options), params, phase).compile()
+  assert not re.search(rf"\[{SIZE},{SIZE}\]\S* copy\(", compiled.as_text())
+  # Whether entries are finite takes a bit of room.
+  assert temporaries(compiled) < params["w"].nbytes / 4
+
+
+def test_an_optimizer_with_products_runs_once_where_its_moments_are_rounded():
+  params = {"w": jnp.full((SIZE, SIZE), 0.5, jnp.bfloat16)}
+  tx = oc.cadence(oracle.relaxed(optax.contrib.muon(1e-3)), 4)
+  plain = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+  programs = [apply_program(tx, p).as_text() for p in (params, plain)]
+  assert programs[0].count("dot_general") == programs[1].count("dot_general") > 0
+
+
 def test_update_carries_no_array_of_updates():
   params = {name: jnp.ones((SIZE, SIZE)) for name in "abcdef"}
   tx = transformation(8)
@@ -96,10 +127,6 @@ def test_update_carries_no_array_of_updates():
   compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params).compile()
   assert instructions(compiled, "copy") == []
   assert temporaries(compiled) == 0
-
-
-# Older compilers copy what a select could overwrite.
-selects_in_place = pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA copies")
 
 
 @selects_in_place

@@ -210,11 +210,11 @@ def advance(
       if grads is not None:
         total = _added(mask, codes, regions, total, grads[mask.leaf])
     paths = call.moments[mask.leaf]
-    carry = total, targets[mask.leaf], [held[path] for path in paths]
+    carry = targets[mask.leaf], [held[path] for path in paths], total
     now = mask.only(programs)
     if now.groups:
-      carry = _fire(call, now, codes, regions, programs, states, paths, carry)
-    totals[mask.leaf], target, moments = carry
+      carry = _fire(call, now, codes, regions, programs, states, paths, carry, micro_step)
+    target, moments, totals[mask.leaf] = carry
     held |= zip(paths, moments, strict=True)
     targets = targets | {mask.leaf: target}
   inner_state = jax.tree_util.tree_map_with_path(lambda path, _: held[path], state.inner_state)
@@ -291,8 +291,9 @@ def _fire(
   states: Mapping[str, Mapping[Any, jax.Array]],
   paths: Sequence[Any],
   carry: Any,
+  micro_step: jax.Array,
 ) -> Any:
-  """Sum, target and moments of a leaf, after the groups that are due have fired."""
+  """Target, moments and sum of a leaf, after the groups that are due have fired."""
   fires = [regions[name].fires for name in mask.groups]
   lengths = [jnp.maximum(regions[name].length, 1) for name in mask.groups]
   updates = [programs[name] for name in mask.groups]
@@ -301,7 +302,7 @@ def _fire(
   reduce = _window.sum_of if call.sums else _window.mean_of
 
   def compute(carry: Any, param: Any) -> Any:
-    total, target, moments = carry
+    target, moments, total = carry
     look_up = functools.partial(mask.look_up, codes, total)
     grad = reduce(total, look_up(lengths), call.dtypes[mask.leaf])
     param = target if call.in_place else param
@@ -313,14 +314,16 @@ def _fire(
     if call.in_place:
       with jax.numpy_dtype_promotion("standard"):
         update = optax.apply_updates([param], [update])[0]
-    return grad, update, new
+    # The mean takes the place of the sum, which nobody needs any more: no room is made for it.
+    return update, new, grad
 
   def fire(carry: Any, param: Any) -> Any:
-    # The mean takes the place of the sum, which nobody needs any more: no room is made for it.
     return _control.keep(mask.any(codes, fires), compute, carry, param)
 
   when = any(flag is True for flag in fires) or functools.reduce(jnp.logical_or, fires)
   param = None if call.in_place or call.params is None else call.params[mask.leaf]
+  if call.dtypes[mask.leaf] != call.param_dtypes[mask.leaf]:
+    return _control.first_part_first(when, fire, carry, param, micro_step)
   return _control.maybe(when, fire, carry, param)
 
 

@@ -75,6 +75,15 @@ def bodies(eqn: Any) -> list[Any]:
   return programs
 
 
+def primitive_names(program: Any) -> set[str]:
+  """The names of all operations of a program; of those with programs inside, the ones in these."""
+  names = set()
+  for eqn in opened(program)[0].eqns:
+    inside = bodies(eqn)
+    names |= set().union(*map(primitive_names, inside)) if inside else {eqn.primitive.name}
+  return names
+
+
 def called(eqn: Any) -> Any | None:
   """The program that an operation runs once, on its own operands and for its own results.
 
