@@ -292,6 +292,10 @@ class Cadence:
     layout, leaves, groups = self.lay_out(params)[0], layouts.leaves_of(params), {}
     dtypes = _dtypes(params)
     call = self._call(layout, dtypes, None)
+    if layout.masked:
+      from optax_cadence.entrywise import masks as entries
+
+      call = dataclasses.replace(call, moments=entries.moments_of(call))
     for group in layout.groups:
       tensors = group.take(leaves)
       sums = [jnp.zeros_like(x, self.sum_dtype(x.dtype)) for x in tensors]
@@ -310,15 +314,16 @@ class Cadence:
         # Where gradients decide when it fires, so does what they vary over in `jax.shard_map`.
         state = _sharding.varying(state, _sharding.axes_of([leaves[i] for i in group.leaves]))
       groups[group.name] = state
-    masks = None
+    masks, masked = None, []
     if layout.has_masks:
       from optax_cadence.entrywise import masks as entries
 
       masks = entries.init(call, leaves, self.sum_dtype if self.accumulate != "latest" else None)
+      masked = entries.positions(call, masks)
     regions = Regions.of(
       names=layout.region_names(),
       folded=layout.folded(),
-      masked=[layout.paths[leaf] for leaf in layout.masked],
+      masked=masked,
       dtypes=list(zip(layout.paths, map(str, dtypes), strict=True)),
     )
     return CadenceState(jnp.int32(0), groups, regions, masks)
@@ -462,7 +467,12 @@ class Cadence:
 
       layout = choice.as_in_state(layout, state)
       choice.check_extra_args(self.inner, layout, call.dtypes, extra_args)
-    return dataclasses.replace(call, layout=layout)
+    call = dataclasses.replace(call, layout=layout)
+    if layout.masked:
+      from optax_cadence.entrywise import masks
+
+      call = dataclasses.replace(call, moments=masks.moments_in(layout, state))
+    return call
 
   def _call(
     self,

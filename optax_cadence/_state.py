@@ -95,7 +95,8 @@ class Regions(NamedTuple):
   Attributes:
     text: As JSON, under "names" for each group the names of its regions, under "folded" the paths
       of the leaves whose bands keep their fold, under "masked" those of the leaves in
-      `CadenceState.masks`, and under "dtypes" path and dtype of every parameter. None where they
+      `CadenceState.masks` and which arrays of `MaskState.inner_state` are each one's, and under
+      "dtypes" path and dtype of every parameter. None where they
       are not known, as in what `tx.init` makes of the stand-in of
       `optax.tree_utils.tree_map_params`.
   """
@@ -121,9 +122,13 @@ class Regions(NamedTuple):
     return set(map(tuple, self._known("folded")))
 
   @property
-  def masked(self) -> set[tuple[str, ...]]:
-    """The paths of the leaves under masks that their groups train together."""
-    return set(map(tuple, self._known("masked")))
+  def masked(self) -> dict[tuple[str, ...], list[int]]:
+    """The paths of the leaves under masks that their groups train together.
+
+    And for each which arrays of the state, counted among those of `MaskState.inner_state`, hold
+    numbers for its entries.
+    """
+    return {tuple(path): places for path, places in self._known("masked")}
 
   @property
   def dtypes(self) -> dict[tuple[str, ...], np.dtype]:

@@ -50,6 +50,8 @@ class Call:
     skips: Whether micro-batches that are not finite are left out.
     set_schedules: Sets the schedules in an inner state to a number of micro-steps; None where
       they count updates.
+    moments: Where the inner optimizer keeps its arrays for the entries of each leaf under a mask,
+      as key paths, by the position of the leaf.
   """
 
   inner: optax.GradientTransformationExtraArgs
@@ -62,13 +64,7 @@ class Call:
   sums: bool
   skips: bool
   set_schedules: Callable[[Any, jax.Array], Any] | None
-
-  @functools.cached_property
-  def moments(self) -> dict[int, list[Any]]:
-    """Where the inner optimizer keeps its arrays for the entries of each leaf under a mask."""
-    from optax_cadence.entrywise import masks
-
-    return masks.moments_of(self)
+  moments: Mapping[int, list[Any]] = dataclasses.field(default_factory=dict)
 
   def rounds(self, group: Group) -> bool:
     """Whether what the inner optimizer computes of a group is wider than its state."""

@@ -10,7 +10,7 @@ from optax_cadence import pruning
 
 KERNELS = """
   kernel w weight 0/w query patch_embed/proj/kernel patch_embed/kernel embed_kernel
-  normal_head/kernel debias/kernel norm/mlp/w cls_head/w cls/kernel lora_b mlp/layers/0/weight
+  normal_head/kernel debias/kernel norm/mlp/w cls_head/w cls/kernel lora_b a/b mlp/layers/0/weight
   global_pool/w enormous/w in/w tokenizer/w baseline/w blockscale/w mlp/~/linear_0/w
 """.split()  # noqa: SIM905
 OTHERS = """

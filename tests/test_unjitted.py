@@ -13,6 +13,7 @@ import optax_cadence as oc
 PARAMS = {"b": jnp.ones(6), "k": jnp.ones((8, 6))}
 ADAM = oracle.relaxed(optax.adam(0.1))
 GRID = {"b": 2, "k": oc.quadrants([[1, 2], [2, 4]])}
+MASK = np.random.default_rng(1).choice([1, 2, 4], (8, 6))
 TRANSFORMATIONS = {
   "period": oc.cadence(ADAM, 2),
   "always": oc.cadence(ADAM, 1),
@@ -22,6 +23,8 @@ TRANSFORMATIONS = {
   "schedule": oc.cadence(ADAM, oc.Every(lambda t: 1 + t // 4)),
   "certain": oc.cadence(ADAM, oc.until_certain(1.0, 2, 4)),
   "settled": oc.cadence(ADAM, oc.as_settled(2, 4)),
+  "mask": oc.cadence(ADAM, {"b": 2, "k": MASK}),
+  "mask, skipped": oc.cadence(ADAM, {"b": 2, "k": MASK}, nonfinite="skip"),
   "latest": oc.cadence(ADAM, 2, accumulate="latest"),
   "pruned": oc.prune(0.5, every=2, inner=ADAM),
   "pruned in chain": optax.chain(ADAM, oc.prune(0.5, every=2)),
@@ -62,5 +65,10 @@ def test_a_warm_update_compiles_nothing(tx):
 @pytest.mark.parametrize("tx", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS)
 def test_it_does_what_a_program_does(tx):
   compiled = optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))
-  for x, y in zip(*(jax.tree.leaves(steps(t, 9)[0]) for t in (tx, compiled)), strict=True):
+  results = []
+  for t, flush in ((tx, getattr(tx, "flush", None)), (compiled, None)):
+    params, state = steps(t, 9)
+    flush = flush or (jax.jit(tx.flush) if hasattr(tx, "flush") else None)
+    results.append((params, flush(state, params)[0] if flush else None))
+  for x, y in zip(*map(jax.tree.leaves, results), strict=True):
     np.testing.assert_allclose(x, y, rtol=2e-6, atol=2e-6)

@@ -95,7 +95,7 @@ def as_in_state(layout: Layout, state: CadenceState) -> Layout:
   """
   masked = state.regions.masked
   known = {layout.paths[leaf]: leaf for leaf in _under_masks(layout)}
-  if not known.keys() >= masked:
+  if not known.keys() >= masked.keys():
     raise ValueError(
       f"state: expected leaves under masks to be {_paths.listed(known)}, found"
       f" {_paths.listed(masked)}; a state goes with the cadences it was made for"

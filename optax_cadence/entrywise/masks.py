@@ -18,8 +18,10 @@ import numpy as np
 import optax
 
 from optax_cadence import _control
+from optax_cadence import _inner
 from optax_cadence import _sharding
 from optax_cadence import _window
+from optax_cadence._state import CadenceState
 from optax_cadence._state import MaskState
 from optax_cadence.entrywise import proof
 from optax_cadence.regions.cuts import Entries
@@ -96,6 +98,38 @@ def _equal(x: Any, y: Any) -> bool:
   return known and bool(x == y)
 
 
+def moments_of(call: "Call") -> dict[int, list[Any]]:
+  """Where the inner optimizer keeps its arrays for the entries of each leaf, as key paths."""
+  moments = {}
+  for leaf in call.layout.masked:
+    entries = jax.ShapeDtypeStruct(call.layout.shapes[leaf], call.dtypes[leaf])
+    paths = proof.moments(call.inner, call.layout, leaf, entries)
+    assert not isinstance(paths, str), paths
+    moments[leaf] = list(paths)
+  return moments
+
+
+def moments_in(layout: Layout, state: CadenceState) -> dict[int, list[Any]]:
+  """The same, as a state says it."""
+  if state.masks is None:
+    return {}
+  paths, masked = _paths_in(state.masks), state.regions.masked
+  return {i: [paths[place] for place in masked[layout.paths[i]]] for i in layout.masked}
+
+
+def positions(call: "Call", state: MaskState | None) -> list[Any]:
+  """For each leaf its path, and which arrays of the state belong to its entries."""
+  if state is None:
+    return []
+  paths = _paths_in(state)
+  leaves = call.layout.masked
+  return [(call.layout.paths[i], [*map(paths.index, call.moments[i])]) for i in leaves]
+
+
+def _paths_in(state: MaskState) -> list[Any]:
+  return [path for path, _ in jax.tree_util.tree_flatten_with_path(state.inner_state)[0]]
+
+
 def init(call: "Call", leaves: Leaves, sum_dtype: Callable[[Any], Any] | None) -> MaskState | None:
   """The state of all leaves under masks; without a `sum_dtype` there are no accumulators."""
   layout = call.layout
@@ -135,10 +169,10 @@ def without_entries(
   layout, leaves = call.layout, [t.leaf for t in group.masked]
   moments = {path for leaf in leaves for path in call.moments[leaf]}
 
-  def filled(tree: Any, dtypes: Sequence[Any]) -> Any:
+  def filled(tree: Any, dtypes: Sequence[Any], zeros: Callable[..., jax.Array] = jnp.zeros) -> Any:
     slots = layout.treedef.flatten_up_to(tree)
     for leaf in leaves:
-      slots[leaf] = jnp.zeros(layout.shapes[leaf], dtypes[leaf])
+      slots[leaf] = zeros(layout.shapes[leaf], dtypes[leaf])
     return layout.treedef.unflatten(slots)
 
   def kept(state: Any) -> Any:
@@ -150,11 +184,12 @@ def without_entries(
     return kept(inner.init(filled(params, call.param_dtypes)))
 
   def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-    grads = filled(grads, call.dtypes)
-    params = None if params is None else filled(params, call.param_dtypes)
+    zeros = functools.cache(jnp.zeros)
+    grads = filled(grads, call.dtypes, zeros)
+    params = None if params is None else filled(params, call.param_dtypes, zeros)
     numbers = dict(jax.tree_util.tree_flatten_with_path(state)[0])
     state = jax.tree_util.tree_map_with_path(
-      lambda path, x: numbers[path] if path in numbers else jnp.zeros(x.shape, x.dtype),
+      lambda path, x: numbers[path] if path in numbers else zeros(x.shape, x.dtype),
       jax.eval_shape(inner.init, grads),
     )
     updates, state = inner.update(grads, state, params, **extra_args)
@@ -187,14 +222,18 @@ def advance(
 ) -> tuple[Leaves, MaskState]:
   """Adds the gradients, if there are any, and fires the entries that are due."""
   masks, states, programs = masks_of(call.layout), {}, {}
+  # Programs are read in a program, or where extra arguments have to be looked at.
+  reads = bool(call.extra_args) or _control.is_traced((grads, turns, targets, state))
   for group in call.layout.groups:
     turn = turns[group.name]
-    if group.masked and turn.fires is not False:
+    fires = turn.fires if reads else bool(turn.fires)
+    if group.masked and fires is not False:
       inner_state = call.state_of(group, turn.inner_state, turn.window, micro_step)
       states[group.name] = dict(jax.tree_util.tree_flatten_with_path(inner_state)[0])
-      programs[group.name] = proof.trace(
-        call.inner, call.layout, group, call.dtypes, call.extra_args, call.params is not None
-      )
+      if reads:
+        programs[group.name] = proof.trace(
+          call.inner, call.layout, group, call.dtypes, call.extra_args, call.params is not None
+        )
   held = dict(jax.tree_util.tree_flatten_with_path(state.inner_state)[0])
   totals: Leaves = {}
   if state.accumulators is not None:
@@ -217,6 +256,10 @@ def advance(
     target, moments, totals[mask.leaf] = carry
     held |= zip(paths, moments, strict=True)
     targets = targets | {mask.leaf: target}
+  if not reads:
+    for group in call.layout.groups:
+      if group.name in states:
+        targets, held = _fire_now(call, group, turns[group.name], states, totals, targets, held)
   inner_state = jax.tree_util.tree_map_with_path(lambda path, _: held[path], state.inner_state)
   if state.accumulators is None:
     return targets, MaskState(inner_state, None)
@@ -271,17 +314,6 @@ def _added(
   return jnp.where(mask.any(codes, finite), new, total)
 
 
-def moments_of(call: "Call") -> dict[int, list[Any]]:
-  """Where the inner optimizer keeps its arrays for the entries of each leaf, as key paths."""
-  moments = {}
-  for leaf in call.layout.masked:
-    entries = jax.ShapeDtypeStruct(call.layout.shapes[leaf], call.dtypes[leaf])
-    paths = proof.moments(call.inner, call.layout, leaf, entries)
-    assert not isinstance(paths, str), paths
-    moments[leaf] = list(paths)
-  return moments
-
-
 def _fire(
   call: "Call",
   mask: Mask,
@@ -325,6 +357,59 @@ def _fire(
   if call.dtypes[mask.leaf] != call.param_dtypes[mask.leaf]:
     return _control.first_part_first(when, fire, carry, param, micro_step)
   return _control.maybe(when, fire, carry, param)
+
+
+def _fire_now(
+  call: "Call",
+  group: Group,
+  turn: "Turn",
+  states: Mapping[str, Mapping[Any, jax.Array]],
+  totals: Leaves,
+  targets: Leaves,
+  held: dict[Any, jax.Array],
+) -> tuple[Leaves, dict[Any, jax.Array]]:
+  """Targets and moments, by where the state keeps them, after a group has fired.
+
+  Outside of a program, where to trace an update takes longer than to run it: it is run on whole
+  leaves, and the entries of the group are taken out of the results.
+  """
+  dtypes, layout = call.dtypes, call.layout
+  reduce = _window.sum_of if call.sums else _window.mean_of
+  tensors, zeros = {}, functools.cache(jnp.zeros)
+  for leaf, parts in proof.shapes_of(group, layout, dtypes).items():
+    tensors[leaf] = [zeros(x.shape, x.dtype) for x in parts]
+  params = dict(tensors)
+  for i, t in enumerate(group.masked, len(group.tensors)):
+    length = jnp.maximum(_window.item(turn.window.length, i), 1)
+    tensors[t.leaf] = [reduce(totals[t.leaf], length, dtypes[t.leaf])]
+    param = targets if call.in_place else call.params
+    params[t.leaf] = tensors[t.leaf] if param is None else [param[t.leaf]]
+  grads = proof.tree_of(layout, tensors)
+  arrays = {**held, **states[group.name]}
+  state = jax.tree_util.tree_map_with_path(
+    lambda path, _: arrays[path], jax.eval_shape(call.inner.init, grads)
+  )
+  inner = _inner.widened(call.inner) if call.rounds(group) else call.inner
+  values = None if call.params is None else proof.tree_of(layout, params)
+  updates, state = _inner.update(inner, grads, state, values, call.extra_args)
+  slots, new = layout.treedef.flatten_up_to(updates), dict(held)
+  results = dict(jax.tree_util.tree_flatten_with_path(state)[0])
+  targets = dict(targets)
+  for i, t in enumerate(group.masked, len(group.tensors)):
+    assert isinstance(t.cut, Entries)
+    mine = np.zeros(layout.shapes[t.leaf], bool)
+    mine.reshape(-1)[t.cut.indices] = True
+    fires = mine
+    if turn.window.skipped is not None:
+      fires = mine & (_window.item(turn.window.length, i) > 0)
+    update, target = slots[t.leaf], targets[t.leaf]
+    if call.in_place:
+      with jax.numpy_dtype_promotion("standard"):
+        update = optax.apply_updates([target], [update])[0]
+    targets[t.leaf] = jnp.where(fires, update.astype(target.dtype), target)
+    for path in call.moments[t.leaf]:
+      new[path] = jnp.where(fires, results[path].astype(held[path].dtype), held[path])
+  return targets, new
 
 
 def _check(

@@ -58,8 +58,10 @@ def prunable(path: str, param: Any) -> bool:
   *modules, leaf = named
   if leaf[-1] == "kernel":
     return True
-  # A letter is a bias on its own or at the front (b, b_ih), not in lora_b.
-  if leaf[0] == "b" or _LEAVES.intersection(leaf):
+  # A letter is a bias on its own or at the front (b, b_ih), not in lora_b; nor where modules are
+  # called by letters too (a/b).
+  letters = modules and all(len("".join(words)) == 1 for words in named)
+  if (leaf[0] == "b" and not letters) or _LEAVES.intersection(leaf):
     return False
   return not any(map(_is_other_module, leaf + (modules[-1] if modules else [])))
 
