@@ -6,6 +6,7 @@ from typing import Any, TYPE_CHECKING
 from optax_cadence._cadence import cadence
 from optax_cadence._cadence import CadenceTransformation
 from optax_cadence._cadence import chain
+from optax_cadence._cadence import phases_from as phases
 from optax_cadence._learning_rate import scale_by_cadence
 from optax_cadence._learning_rate import ScaleByCadenceState
 from optax_cadence._state import CadenceState
@@ -27,6 +28,7 @@ from optax_cadence.regions.grids import stacked
 from optax_cadence.report.describe import describe
 from optax_cadence.report.describe import Description
 from optax_cadence.report.describe import GroupSummary
+from optax_cadence.report.metrics import has_updated
 from optax_cadence.report.metrics import metrics
 from optax_cadence.report.pictures import plot_confidence
 from optax_cadence.report.pictures import plot_score
@@ -36,6 +38,8 @@ from optax_cadence.schedules.every import Every
 from optax_cadence.schedules.forward_order import forward_order
 from optax_cadence.schedules.late import late
 from optax_cadence.schedules.late import ramp
+from optax_cadence.schedules.phases import Phase
+from optax_cadence.schedules.phases import Phases
 from optax_cadence.schedules.policy import Policy
 
 if TYPE_CHECKING:
@@ -65,6 +69,8 @@ __all__ = [
   "GroupSummary",
   "MaskState",
   "NoiseScaleState",
+  "Phase",
+  "Phases",
   "Policy",
   "ScaleByCadenceState",
   "Statistics",
@@ -78,9 +84,11 @@ __all__ = [
   "each_layer",
   "forward_order",
   "growth",
+  "has_updated",
   "late",
   "metrics",
   "noise_scale",
+  "phases",
   "plot_confidence",
   "plot_score",
   "prune",

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_cadence import _checks
@@ -20,6 +21,7 @@ from optax_cadence import _restart
 from optax_cadence import _sharding
 from optax_cadence import _step
 from optax_cadence import _window
+from optax_cadence._state import cadence_states
 from optax_cadence._state import CadenceState
 from optax_cadence._state import GroupState
 from optax_cadence._state import per_region
@@ -27,6 +29,8 @@ from optax_cadence._state import Regions
 from optax_cadence.regions import layout as layouts
 from optax_cadence.schedules import phases
 from optax_cadence.schedules.every import Every
+from optax_cadence.schedules.phases import Phase
+from optax_cadence.schedules.phases import Phases
 
 _ON_TRACED = (
   ", and a period that is traced now but was a number then (as under optax.inject_hyperparams) is"
@@ -116,8 +120,8 @@ def cadence(
 
   Returns:
     A `CadenceTransformation`: `init` and `update` as in Optax, where `update` takes
-    `phase`, a Python int that is t modulo `cycle`, so that what is due is known while
-    tracing; besides them `apply`, `flush` and `cycle`.
+    `phase`, of `oc.phases` or a Python int that is t modulo `cycle`, so that what is due is known
+    while tracing; besides them `apply`, `flush` and `cycle`.
 
   Raises:
     ValueError: For a bad argument, at construction, `init` or while tracing; it names
@@ -342,6 +346,7 @@ class Cadence:
       remaining=None if every.always else every.first_window(),
       period=jnp.int32(0) if every.policy is not None else every.first_window(),
       updates=jnp.int32(0),
+      fired=jnp.array(False),
       skipped=jnp.zeros(shape, jnp.int32) if self.skip else None,
       confidence=confidence,
     )
@@ -372,13 +377,13 @@ class Cadence:
     state: CadenceState,
     params: optax.Params | None = None,
     *,
-    phase: int | None = None,
+    phase: int | Phase | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, CadenceState]:
     state = _inner.plain(self.init, state, grads if params is None else params)
     call = self._prepare(grads, state, params, extra_args)
     if phase is not None:
-      phase = phases.checked_phase(phase, call.layout.cycle)
+      phase = phases.checked(phase, call.layout.everys, state.micro_step)
     leaves, zeros = layouts.leaves_of(grads), {}
     for i, g in leaves.items():
       zeros[i] = jnp.zeros_like(g, _window.wider(g.dtype, call.param_dtypes[i]))
@@ -390,7 +395,7 @@ class Cadence:
     params: optax.Params,
     state: CadenceState,
     grads: optax.Updates,
-    phase: int | None = None,
+    phase: int | Phase | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Params, CadenceState]:
     _check_given("apply", params, needed=bool(jax.tree.leaves(grads)))
@@ -398,7 +403,7 @@ class Cadence:
     _check_order(params, state, grads)
     call = self._prepare(grads, state, params, extra_args, in_place=True)
     if phase is not None:
-      phase = phases.checked_phase(phase, call.layout.cycle)
+      phase = phases.checked(phase, call.layout.everys, state.micro_step)
     given, targets = layouts.leaves_of(grads), layouts.leaves_of(params)
     leaves, state = _step.advance(call, given, state, targets, phase)
     return jax.tree.unflatten(jax.tree.structure(params), leaves.values()), state
@@ -597,6 +602,49 @@ def _check_given(method: str, params: Any, needed: bool) -> None:
     raise ValueError(f"{method} needs the parameters: expected params, found None")
 
 
+def phases_from(
+  tx: CadenceTransformation, params: optax.Params, state: optax.OptState | None = None
+) -> Phases:
+  """The phase of each micro-step, without an end: what to give `update` or `apply` as `phase`.
+
+  A `phase` says which regions are due while the program is traced, so that no branch is left in
+  it. Make it a static argument: `jax.jit(step, static_argnames="phase")`. Phases at which the same
+  regions are due are equal, so that period 8 compiles two programs, and periods 8, 4 and 1 compile
+  three. How many there will be is `oc.phases(tx, params).programs`.
+
+  Args:
+    tx: A cadence, or an `oc.chain` that ends in one.
+    params: Parameters, as given to `tx.init`; only shapes are read.
+    state: The optimizer's state, to go on where it stands, as after a resume; it may be the
+      `opt_state` of an `nnx.Optimizer`. None begins with the first micro-step.
+
+  Returns:
+    An iterator of `Phase`s, with the attributes `programs` and `cycle`.
+
+  Raises:
+    ValueError: If a period is not static, or there is no cadence in the state.
+
+  >>> import jax.numpy as jnp, optax, optax_cadence as oc
+  >>> params = {"body": jnp.zeros(2), "head": jnp.zeros(2)}
+  >>> tx = oc.cadence(optax.sgd(1.0), {"body": 3, "head": 1})
+  >>> phases = oc.phases(tx, params)
+  >>> phases
+  Phases(programs=2, cycle=3)
+  >>> [sorted(next(phases).due) for _ in range(4)]
+  [['1'], ['1'], ['1', '3'], ['1']]
+  """
+  layout = of(tx, "oc.phases(tx, params)").groups_of(params)
+  if state is None:
+    return Phases(layout.everys, 1)
+  steps = [_paths.without_variables(node.micro_step) for node in cadence_states(state)]
+  if not steps:
+    raise ValueError(f"oc.phases: expected a cadence in the state, found {_checks.shown(state)}")
+  done = np.unique(np.concatenate([np.ravel(x) for x in steps]))
+  if len(done) > 1:
+    raise ValueError(f"oc.phases: expected a state of one micro-step, found {done.tolist()}")
+  return Phases(layout.everys, int(done[0]) + 1)
+
+
 def chain(*transforms: optax.GradientTransformation) -> CadenceTransformation:
   """`optax.chain` that keeps `apply`, `flush` and `cycle` of the cadence that stands last.
 
@@ -649,7 +697,7 @@ class Chain:
     return updates, (*done, last_state)
 
   def apply(
-    self, params: Any, state: Any, grads: Any, phase: int | None = None, **extra_args: Any
+    self, params: Any, state: Any, grads: Any, phase: int | Phase | None = None, **extra_args: Any
   ) -> tuple[Any, tuple[Any, ...]]:
     state = _inner.plain(self.init, state, params)
     grads, done = self._through(grads, state, params, extra_args)

@@ -56,6 +56,7 @@ class GroupState(NamedTuple):
     period: Micro-steps of the window in force; under a policy, of the last one that fired, 0
       before the first: int32 scalar.
     updates: Updates applied so far: int32 scalar.
+    fired: Whether one was applied at the last micro-step, or by `flush` after it: bool scalar.
     skipped: Micro-batches left out so far, int32 [R]. None unless `nonfinite="skip"`.
     confidence: What a policy goes by; None unless one decides.
   """
@@ -66,6 +67,7 @@ class GroupState(NamedTuple):
   remaining: jax.Array | None
   period: jax.Array
   updates: jax.Array
+  fired: jax.Array
   skipped: jax.Array | None
   confidence: ConfidenceState | None = None
 
@@ -182,3 +184,12 @@ class CadenceState(NamedTuple):
   groups: dict[str, GroupState]
   regions: Regions
   masks: MaskState | None = None
+
+
+def cadence_states(state: Any) -> list[CadenceState]:
+  """The states of all cadences in the state of an optimizer."""
+
+  def is_state(node: Any) -> bool:
+    return isinstance(node, CadenceState)
+
+  return [node for node in jax.tree.leaves(state, is_leaf=is_state) if is_state(node)]

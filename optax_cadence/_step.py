@@ -29,6 +29,7 @@ from optax_cadence.regions.layout import Layout
 from optax_cadence.regions.layout import Leaves
 from optax_cadence.regions.layout import Tensor
 from optax_cadence.schedules.every import Every
+from optax_cadence.schedules.phases import Phase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Turn(NamedTuple):
 
 
 def advance(
-  call: Call, grads: Leaves, state: CadenceState, targets: Leaves, phase: int | None
+  call: Call, grads: Leaves, state: CadenceState, targets: Leaves, phase: Phase | None
 ) -> tuple[Leaves, CadenceState]:
   """Adds the gradients to every window and fires the groups that are due."""
   groups, turns, finite = {}, {}, {}
@@ -118,7 +119,7 @@ def advance(
     tensors = group.take(grads)
     tree, flags = call.layout.tree(group, tensors), finite.get(group.name, ())
     window = _window.accumulate(old, tensors, tree, flags)
-    due = fires = is_due(group.every, old, phase)
+    due = fires = is_due(group, old, phase)
     if group.every.policy is not None and tensors:
       from optax_cadence.confidence import deciding
 
@@ -143,6 +144,7 @@ def flush(call: Call, state: CadenceState, targets: Leaves) -> tuple[Leaves, Cad
     window = _window.so_far(old, call.layout.tree(group, group.take(targets)))
     filled = False if old.window is None else window.length.max(initial=0) > 0
     turns[group.name] = Turn(old.inner_state, window, filled)
+    old = old._replace(fired=jnp.zeros_like(old.fired))
     if old.window is not None:
       targets, old = fire(call, group, old, window, filled, targets, micro_step)
       old = old._replace(window=jnp.zeros_like(window.length))
@@ -168,12 +170,12 @@ def advance_masks(
   return masks.advance(call, state.masks, grads, turns, targets, micro_step)
 
 
-def is_due(every: Every, state: GroupState, phase: int | None) -> bool | jax.Array:
+def is_due(group: Group, state: GroupState, phase: Phase | None) -> bool | jax.Array:
   """Whether a group is due; a Python bool where that is known while tracing, or nothing is."""
-  if every.always:
+  if group.every.always:
     return True
   if phase is not None:
-    return every.due(phase)
+    return group.name in phase.due
   due = state.remaining == 1
   return due if _control.is_traced(due) else bool(due)
 
@@ -248,7 +250,9 @@ def fire(
   body = compute if window.skipped is None else compute_where_filled
   leaves, sums, inner_state = run(body, carry, consts)
   targets = write(when, targets | leaves, group, sums, waits, micro_step)
-  state = state._replace(inner_state=inner_state, updates=state.updates + jnp.int32(fired))
+  state = state._replace(
+    inner_state=inner_state, updates=state.updates + jnp.int32(fired), fired=jnp.asarray(fired)
+  )
   if state.accumulators is not None:
     sums = jax.tree.unflatten(jax.tree.structure(state.accumulators), sums)
     state = state._replace(accumulators=sums)

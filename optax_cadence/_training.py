@@ -8,9 +8,12 @@ from optax_cadence import _sharding
 from optax_cadence.regions import cuts
 from optax_cadence.regions import layout as layouts
 from optax_cadence.schedules import phases
+from optax_cadence.schedules.phases import Phase
 
 
-def trainable(params: optax.Params, tx: _cadence.CadenceTransformation, phase: int) -> optax.Params:
+def trainable(
+  params: optax.Params, tx: _cadence.CadenceTransformation, phase: int | Phase
+) -> optax.Params:
   """Stops the gradient of regions that cannot use this micro-step's.
 
   With `accumulate="latest"` only the gradient of the micro-step that is due counts. Take
@@ -20,7 +23,7 @@ def trainable(params: optax.Params, tx: _cadence.CadenceTransformation, phase: i
   Args:
     params: Parameters, as given to `tx.init`.
     tx: A cadence, or an `oc.chain` that ends in one.
-    phase: t modulo `tx.cycle`, a Python int.
+    phase: Of `oc.phases`, or t modulo `tx.cycle`, a Python int.
 
   Returns:
     The parameters, with the same values.
@@ -38,12 +41,12 @@ def trainable(params: optax.Params, tx: _cadence.CadenceTransformation, phase: i
   """
   cadence = _cadence.of(tx, "oc.trainable(params, tx, phase)")
   layout = cadence.groups_of(params)
-  static_phase = phases.checked_phase(phase, layout.cycle)
+  due = phases.checked(phase, layout.everys).due
   if cadence.accumulate != "latest":
     return params
   leaves = layouts.leaves_of(params)
   for group in layout.groups:
-    if group.every.due(static_phase):
+    if group.name in due:
       continue
     for t in group.tensors:
       leaf = leaves[t.leaf]

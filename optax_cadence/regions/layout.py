@@ -105,9 +105,14 @@ class Layout:
   masked: tuple[int, ...] = ()
 
   @property
+  def everys(self) -> dict[str, Every]:
+    """The cadence of each group, by its name."""
+    return {group.name: group.every for group in self.groups}
+
+  @property
   def cycle(self) -> int | None:
     """Micro-steps after which the schedule repeats; None when a period is dynamic."""
-    return phases.cycle(group.every for group in self.groups)
+    return phases.cycle(self.everys.values())
 
   @functools.cached_property
   def names(self) -> list[str]:

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_cadence import _checks
 from optax_cadence import _paths
+from optax_cadence._state import cadence_states
 from optax_cadence._state import CadenceState
 from optax_cadence._state import GroupState
 from optax_cadence.confidence.noise_scale import MeasuredGroup
@@ -75,6 +77,40 @@ def metrics(state: Any) -> dict[str, Any]:
       row["snr"] = row["period"].astype(np.float32) / row["noise_scale"]
     values |= {f"{name}/{key}": value for key, value in row.items()}
   return values
+
+
+def has_updated(state: Any) -> dict[str, Any]:
+  """Which groups fired at the last micro-step, or in a `flush` after it.
+
+  `any(oc.has_updated(state).values())` is `optax.MultiSteps.has_updated`; under `jax.jit` it is
+  `jnp.stack(list(oc.has_updated(state).values())).any()`.
+
+  Args:
+    state: As for `metrics`.
+
+  Returns:
+    For each group of every cadence in it a bool scalar, by the name of the group as the state and
+    `oc.describe` have it. A group of two cadences has a number at the second. Before the first
+    micro-step all are False.
+
+  Raises:
+    ValueError: If there is no cadence in the state.
+
+  >>> import jax.numpy as jnp, optax, optax_cadence as oc
+  >>> params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+  >>> tx = oc.cadence(optax.sgd(1.0), {"a": 4, "b": 1})
+  >>> updates, state = tx.update(params, tx.init(params), params)
+  >>> {name: bool(fired) for name, fired in oc.has_updated(state).items()}
+  {'4': False, '1': True}
+  """
+  nodes = cadence_states(state)
+  if not nodes:
+    raise ValueError(f"has_updated: expected a cadence in the state, found {_checks.shown(state)}")
+  fired: dict[str, Any] = {}
+  for node in nodes:
+    for name, group in node.groups.items():
+      fired[_paths.unused(name, fired)] = _paths.without_variables(group.fired)
+  return fired
 
 
 def _is_state(node: Any) -> bool:
