@@ -81,7 +81,7 @@ class CadenceTransformation(optax.GradientTransformationExtraArgs):
 
 
 def cadence(
-  inner: optax.GradientTransformation,
+  inner: optax.GradientTransformation | Callable[[Any], optax.GradientTransformation],
   every: Any,
   *,
   accumulate: Literal["mean", "sum", "latest"] = "mean",
@@ -97,7 +97,11 @@ def cadence(
   group, and each group behaves as if `optax.MultiSteps(inner, k)` trained it alone.
 
   Args:
-    inner: The optimizer that every group has an instance of.
+    inner: The optimizer that every group has an instance of; or a function that makes one of the
+      length n of a group's window, so that learning rate, betas and weight decay can follow it:
+      `lambda n: optax.adamw(3e-4 * n**0.5, b1=0.9**n, b2=0.999**n)`. n is the period, a Python int,
+      where that is static; else the micro-steps in the window that fires, an int32 scalar that is
+      traced. All must have states of one structure, that of `inner(1)`.
     every: A tree prefix of the parameters whose leaves are cadences, matched by key
       path, or a callable from parameters to one. A cadence is an integer, an `Every`,
       a `Grid` (`channels`, `quadrants`, `stacked`), an integer mask that broadcasts
@@ -164,7 +168,7 @@ def of(tx: Any, call: str = "") -> "Cadence":
 
 def check_transformation(name: str, tx: Any) -> None:
   """Raises `ValueError` unless `tx` is a gradient transformation."""
-  if not (hasattr(tx, "init") and hasattr(tx, "update")):
+  if not _inner.is_transformation(tx):
     raise ValueError(f"{name} must be an optax.GradientTransformation, found {_checks.shown(tx)}")
 
 
@@ -196,19 +200,18 @@ class Cadence:
 
   def __init__(
     self,
-    inner: optax.GradientTransformation,
+    inner: optax.GradientTransformation | Callable[[Any], optax.GradientTransformation],
     every: Any,
     accumulate: str,
     accumulator_dtype: Any,
     nonfinite: str,
     clock: str,
   ):
-    check_transformation("inner", inner)
     _one_of("accumulate", accumulate, ("mean", "sum", "latest"))
     _one_of("nonfinite", nonfinite, ("propagate", "skip"))
     _one_of("clock", clock, ("updates", "micro_steps"))
     _check_float("accumulator_dtype", accumulator_dtype)
-    self.inner = optax.with_extra_args_support(inner)
+    self.inner = _inner.Inner(inner)
     self.every = every
     self.accumulate = accumulate
     self.accumulator_dtype = accumulator_dtype
@@ -217,7 +220,7 @@ class Cadence:
     if clock == "micro_steps":
       from optax_cadence import _clocks
 
-      _clocks.check(inner)
+      _clocks.check(self.inner.any)
       self.set_schedules = _clocks.set_schedules
     # All cadences there are, whatever the parameters; None where only a function of them knows.
     self.cadences = layouts.cadences_of(every)
@@ -308,12 +311,12 @@ class Cadence:
         group.every.first_window()
       except ValueError as error:
         raise layouts.named(error, layout.name(group.leaves[0]) if group.leaves else "") from None
-      inner = call.inner_of(group) if group.leaves else _inner.for_no_leaves(self.inner)
+      inner = call.inner_of(group) if group.leaves else _inner.for_no_leaves(self.inner.any)
       n = len(tensors) + len(group.masked)
       state = self._init_group(inner, group.every, n, *trees)
       if self.skip and n:
         flags = layout.tree(group, [jnp.array(True)] * n)
-        jax.eval_shape(functools.partial(_inner.filled, self.inner), state.inner_state, flags)
+        jax.eval_shape(functools.partial(_inner.filled, self.inner.any), state.inner_state, flags)
       if self.skip or group.every.policy is not None:
         # Where gradients decide when it fires, so does what they vary over in `jax.shard_map`.
         state = _sharding.varying(state, _sharding.axes_of([leaves[i] for i in group.leaves]))
@@ -360,15 +363,15 @@ class Cadence:
         f" by_path, found {_checks.shown(self.every)}; give the tree that it returns,"
         " oc.cadence(inner, every(params))"
       )
-    groups = {
-      self.cadences.names[key]: self._init_group(self.inner, every, 0, placeholder, placeholder)
-      for key, every in self.cadences.everys.items()
-    }
+    groups = {}
+    for key, every in self.cadences.everys.items():
+      inner, name = self.inner.of(every), self.cadences.names[key]
+      groups[name] = self._init_group(inner, every, 0, placeholder, placeholder)
     masks = None
     if self.cadences.has_masks:
       from optax_cadence.entrywise import masks as entries
 
-      masks = entries.stand_in(self.inner, placeholder, self.accumulate != "latest")
+      masks = entries.stand_in(self.inner.any, placeholder, self.accumulate != "latest")
     return CadenceState(jnp.int32(0), groups, Regions(None), masks)
 
   def update(

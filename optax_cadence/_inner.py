@@ -12,9 +12,58 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_cadence import _checks
 from optax_cadence import _paths
 from optax_cadence.regions.layout import Group
 from optax_cadence.regions.layout import Layout
+from optax_cadence.schedules.every import Every
+
+
+class Inner:
+  """The inner optimizer of each group: the same one, or what a function of the window gives.
+
+  Attributes:
+    any: One of them, for what does not depend on the length: the structure of a state.
+  """
+
+  def __init__(self, given: optax.GradientTransformation | Callable[[Any], Any]):
+    self._make: Any = None if is_transformation(given) else given
+    if self._make is None:
+      self.any = self._checked(given, None)
+      return
+    of_optax = getattr(getattr(given, "func", given), "__module__", None) or ""
+    if not callable(given) or of_optax.split(".")[0] == "optax":
+      raise ValueError(
+        "inner must be an optax.GradientTransformation, or a function of a window's length that"
+        f" returns one, found {_checks.shown(given)}"
+      )
+    self.any = self._checked(given(1), 1)
+
+  def of(self, every: Every, length: Any = None) -> optax.GradientTransformationExtraArgs:
+    """The inner optimizer of a group.
+
+    Args:
+      every: Its cadence; of a static one the period is the length.
+      length: Micro-steps in the window, where that is not known before: int32 scalar, or one for
+        each region, of which the most count. None where it makes no difference.
+    """
+    if self._make is None or (length is None and not every.static):
+      return self.any
+    n = every.period if every.static else jnp.max(jnp.asarray(length))
+    return self._checked(self._make(n), n)
+
+  def _checked(self, made: Any, n: Any) -> optax.GradientTransformationExtraArgs:
+    if not is_transformation(made):
+      raise ValueError(
+        "inner must be an optax.GradientTransformation, or a function of a window's length that"
+        f" returns one, found a function that returns {_checks.shown(made)} for {_checks.shown(n)}"
+      )
+    return optax.with_extra_args_support(made)
+
+
+def is_transformation(tx: Any) -> bool:
+  """Whether this is a gradient transformation."""
+  return hasattr(tx, "init") and hasattr(tx, "update")
 
 
 def update(

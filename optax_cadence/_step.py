@@ -55,7 +55,7 @@ class Call:
       as key paths, by the position of the leaf.
   """
 
-  inner: optax.GradientTransformationExtraArgs
+  inner: _inner.Inner
   layout: Layout
   dtypes: Sequence[Any]
   param_dtypes: Sequence[Any]
@@ -71,9 +71,10 @@ class Call:
     """Whether what the inner optimizer computes of a group is wider than its state."""
     return any(self.dtypes[leaf] != self.param_dtypes[leaf] for leaf in group.leaves)
 
-  def inner_of(self, group: Group) -> optax.GradientTransformationExtraArgs:
-    """The inner optimizer as a group runs it."""
-    inner = _inner.widened(self.inner) if self.rounds(group) else self.inner
+  def inner_of(self, group: Group, length: Any = None) -> optax.GradientTransformationExtraArgs:
+    """The inner optimizer as a group runs it; for the length of its window see `Inner.of`."""
+    inner = self.inner.of(group.every, length)
+    inner = _inner.widened(inner) if self.rounds(group) else inner
     if not group.masked:
       return inner
     from optax_cadence.entrywise import masks
@@ -237,8 +238,8 @@ def fire(
     inner_state = carry[2]
     if group.in_pieces:
       tensors = call.layout.tree(group, carry[1])
-      inner_state = _inner.restored(call.inner, inner_state, tensors)
-    flags = _inner.like(_inner.filled(call.inner, inner_state, filled), carry[2])
+      inner_state = _inner.restored(call.inner.any, inner_state, tensors)
+    flags = _inner.like(_inner.filled(call.inner.any, inner_state, filled), carry[2])
     return _control.keep((True, True, flags), compute, carry, consts)
 
   waits = list(map(operator.not_, direct))
@@ -349,7 +350,7 @@ def run_inner(
   grads = reduce(window, [call.dtypes[tensor.leaf] for tensor in group.tensors])
   old = call.state_of(group, state, window, micro_step)
   values = None if params is None else call.layout.tree(group, params)
-  inner, tree = call.inner_of(group), call.layout.tree(group, grads)
+  inner, tree = call.inner_of(group, window.length), call.layout.tree(group, grads)
   updates, new = _inner.update(inner, tree, old, values, call.extra_args)
   results = jax.tree.leaves(updates)
   for i, (tensor, grad) in enumerate(zip(group.tensors, grads, strict=True)):

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from optax_cadence import _paths
+from optax_cadence._inner import Inner
 from optax_cadence._state import CadenceState
 from optax_cadence.entrywise import proof
 from optax_cadence.programs import reading
@@ -26,7 +27,7 @@ MAX_GROUPS = 32
 Reasons = dict[int, str | None]
 
 
-def choose(inner: Any, layout: Layout, dtypes: Sequence[Any]) -> tuple[Layout, Reasons]:
+def choose(inner: Inner, layout: Layout, dtypes: Sequence[Any]) -> tuple[Layout, Reasons]:
   """The layout of a new state.
 
   Args:
@@ -42,7 +43,7 @@ def choose(inner: Any, layout: Layout, dtypes: Sequence[Any]) -> tuple[Layout, R
   return _folded(layout, _leaves_to_fold(inner, layout, dtypes)), reasons
 
 
-def mask_reasons(inner: Any, layout: Layout, dtypes: Sequence[Any]) -> Reasons:
+def mask_reasons(inner: Inner, layout: Layout, dtypes: Sequence[Any]) -> Reasons:
   """Why the entries of a leaf under a mask cannot be trained by one pass; None where they can."""
   groups = _under_masks(layout)
   reasons: Reasons = {
@@ -58,7 +59,7 @@ def mask_reasons(inner: Any, layout: Layout, dtypes: Sequence[Any]) -> Reasons:
 
 
 def _refused(
-  inner: Any, layout: Layout, dtypes: Sequence[Any], leaves: Sequence[int]
+  inner: Inner, layout: Layout, dtypes: Sequence[Any], leaves: Sequence[int]
 ) -> dict[int, str]:
   """Those of these leaves that cannot be trained by one pass, though all others are, and why."""
   refused: dict[int, str] = {}
@@ -67,21 +68,25 @@ def _refused(
   try:
     for leaf in leaves:
       entries = jax.ShapeDtypeStruct(layout.shapes[leaf], dtypes[leaf])
-      found = proof.moments(inner, layout, leaf, entries)
+      found = proof.moments(inner.any, layout, leaf, entries)
       if isinstance(found, str):
         refused[leaf] = f"{found} in its init"
       else:
         moments[leaf] = found
     needed = {name for leaf in moments for name in groups[leaf]}
     programs = {
-      group.name: proof.trace(inner, layout, group, dtypes)
+      group.name: proof.trace(inner.of(group.every), layout, group, dtypes)
       for group in layout.groups
       if group.name in needed
     }
   except proof.REFUSALS as error:
     return dict.fromkeys(leaves, f"an update that needs more than gradients ({error})")
-  for leaf in moments:
-    reason = proof.coupled([programs[name] for name in groups[leaf]], leaf, moments)
+  for leaf, paths in moments.items():
+    updates = [programs[name] for name in groups[leaf]]
+    if any(path not in update.state for path in paths for update in updates):
+      refused[leaf] = "an optimizer that differs from period to period"
+      continue
+    reason = proof.coupled(updates, leaf, moments)
     if reason is not None:
       refused[leaf] = reason
   return refused
@@ -106,7 +111,7 @@ def as_in_state(layout: Layout, state: CadenceState) -> Layout:
 
 
 def check_extra_args(
-  inner: Any, layout: Layout, dtypes: Sequence[Any], extra_args: Mapping[str, Any]
+  inner: Inner, layout: Layout, dtypes: Sequence[Any], extra_args: Mapping[str, Any]
 ) -> None:
   """Raises `ValueError` where extra arguments make a difference to bands that keep their fold."""
   folded = {
@@ -176,7 +181,7 @@ def _with_tensors(layout: Layout, change: Any) -> Layout:
 
 
 def _leaves_to_fold(
-  inner: Any,
+  inner: Inner,
   layout: Layout,
   dtypes: Sequence[Any],
   extra_args: Mapping[str, Any] | None = None,
@@ -200,7 +205,7 @@ def _leaves_to_fold(
 
 
 def _leaves_that_notice(
-  inner: Any,
+  inners: Inner,
   pair: tuple[tuple[Layout, Group], tuple[Layout, Group]],
   candidates: Collection[int],
   dtypes: Sequence[Any],
@@ -216,6 +221,7 @@ def _leaves_that_notice(
     return set()
   programs, inits = [], []
   for one_layout, one_group in pair:
+    inner = inners.of(one_group.every)
     programs.append(proof.trace(inner, one_layout, one_group, dtypes, extra_args))
     tensors = proof.tree_of(one_layout, proof.shapes_of(one_group, one_layout, dtypes))
     inits.append(reading.traced(inner.init, tensors))
@@ -224,7 +230,7 @@ def _leaves_that_notice(
   moments = {}
   for leaf in mine:
     (tensor,) = proof.shapes_of(group, layout, dtypes)[leaf]
-    moments[leaf] = proof.moments(inner, layout, leaf, tensor)
+    moments[leaf] = proof.moments(inners.of(group.every), layout, leaf, tensor)
   noticed = {leaf for leaf, found in moments.items() if isinstance(found, str)}
   known = {leaf: found for leaf, found in moments.items() if not isinstance(found, str)}
   return noticed | {leaf for leaf in known if proof.coupled_in(programs[0], leaf, known)}

@@ -103,7 +103,7 @@ def moments_of(call: "Call") -> dict[int, list[Any]]:
   moments = {}
   for leaf in call.layout.masked:
     entries = jax.ShapeDtypeStruct(call.layout.shapes[leaf], call.dtypes[leaf])
-    paths = proof.moments(call.inner, call.layout, leaf, entries)
+    paths = proof.moments(call.inner.any, call.layout, leaf, entries)
     assert not isinstance(paths, str), paths
     moments[leaf] = list(paths)
   return moments
@@ -135,7 +135,7 @@ def init(call: "Call", leaves: Leaves, sum_dtype: Callable[[Any], Any] | None) -
   layout = call.layout
   tree = proof.tree_of(layout, {leaf: leaves[leaf] for leaf in layout.masked})
   try:
-    state = call.inner.init(tree)
+    state = call.inner.any.init(tree)
   except proof.REFUSALS:
     if layout.masked:
       raise
@@ -231,8 +231,9 @@ def advance(
       inner_state = call.state_of(group, turn.inner_state, turn.window, micro_step)
       states[group.name] = dict(jax.tree_util.tree_flatten_with_path(inner_state)[0])
       if reads:
+        inner, has_params = call.inner.of(group.every), call.params is not None
         programs[group.name] = proof.trace(
-          call.inner, call.layout, group, call.dtypes, call.extra_args, call.params is not None
+          inner, call.layout, group, call.dtypes, call.extra_args, has_params
         )
   held = dict(jax.tree_util.tree_flatten_with_path(state.inner_state)[0])
   totals: Leaves = {}
@@ -387,9 +388,10 @@ def _fire_now(
   grads = proof.tree_of(layout, tensors)
   arrays = {**held, **states[group.name]}
   state = jax.tree_util.tree_map_with_path(
-    lambda path, _: arrays[path], jax.eval_shape(call.inner.init, grads)
+    lambda path, _: arrays[path], jax.eval_shape(call.inner.any.init, grads)
   )
-  inner = _inner.widened(call.inner) if call.rounds(group) else call.inner
+  inner = call.inner.of(group.every)
+  inner = _inner.widened(inner) if call.rounds(group) else inner
   values = None if call.params is None else proof.tree_of(layout, params)
   updates, state = _inner.update(inner, grads, state, values, call.extra_args)
   slots, new = layout.treedef.flatten_up_to(updates), dict(held)
