@@ -16,6 +16,8 @@ import jax
 import optax
 import optax.contrib
 
+from optax_cadence._inner import Inner
+
 _INJECTED = (optax.InjectStatefulHyperparamsState, optax.InjectHyperparamsState)
 
 # The functions of Optax that read a schedule by a count that `set_schedules` sets.
@@ -58,6 +60,8 @@ def _parts(node: Any) -> Iterable[Any]:
     return [node.__func__, *getattr(node.__self__, "__dict__", {}).values()]
   if isinstance(node, functools.partial):
     return [node.func, *node.args, *node.keywords.values()]
+  if isinstance(node, Inner):  # of a cadence in this one
+    return [node.any]
   if isinstance(node, Mapping):
     return node.values()
   if isinstance(node, list | tuple):
@@ -114,7 +118,7 @@ def _injected_into(
   try:
     # Traced, as in a jitted `init`: what it makes is looked at and never called.
     jax.eval_shape(lambda x: made.append(inner_factory(**(other_hps or {}), **x)), numbers)
-  except Exception:  # what it does not take, `init` will say
+  except (TypeError, ValueError):  # what it does not take, `init` will say
     return []
   return made
 
