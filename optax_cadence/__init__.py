@@ -13,6 +13,7 @@ from optax_cadence._state import ConfidenceState
 from optax_cadence._state import GroupState
 from optax_cadence._state import MaskState
 from optax_cadence._training import trainable
+from optax_cadence._training import training_step
 from optax_cadence.confidence.noise_scale import noise_scale
 from optax_cadence.confidence.noise_scale import NoiseScaleState
 from optax_cadence.confidence.policies import as_settled
@@ -90,5 +91,6 @@ __all__ = [
   "scale_by_cadence",
   "stacked",
   "trainable",
+  "training_step",
   "until_certain",
 ]

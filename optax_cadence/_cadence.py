@@ -158,6 +158,11 @@ def of(tx: Any, call: str = "") -> "Cadence":
   return _owner(tx).cadence
 
 
+def stands_alone(tx: CadenceTransformation) -> bool:
+  """Whether the cadence behind a transformation is given the gradients as they are."""
+  return isinstance(_owner(tx), Cadence)
+
+
 def check_transformation(name: str, tx: Any) -> None:
   """Raises `ValueError` unless `tx` is a gradient transformation."""
   if not (hasattr(tx, "init") and hasattr(tx, "update")):
@@ -397,6 +402,33 @@ class Cadence:
     given, targets = layouts.leaves_of(grads), layouts.leaves_of(params)
     leaves, state = _step.advance(call, given, state, targets, phase)
     return jax.tree.unflatten(jax.tree.structure(params), leaves.values()), state
+
+  def train(
+    self,
+    params: optax.Params,
+    state: CadenceState,
+    differentiate: Callable[[_step.Call, CadenceState], tuple[Any, layouts.Leaves, Any]],
+    phase: int | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Params, CadenceState, Any]:
+    """`apply` of gradients that are worked out on the way; see `_training.training_step`.
+
+    Args:
+      params: Parameters.
+      state: The state.
+      differentiate: Returns a value that is passed on, for each leaf its gradient or a sum with
+        that in it, and the leaves for which it is a sum.
+      phase: As `apply` takes it.
+      **extra_args: Extra arguments for the inner optimizer.
+    """
+    state = _inner.plain(self.init, state, params)
+    call = self._prepare(params, state, params, extra_args, in_place=True)
+    if phase is not None:
+      phase = phases.checked_phase(phase, call.layout.cycle)
+    value, given, summed = differentiate(call, state)
+    call = dataclasses.replace(call, summed=summed)
+    leaves, state = _step.advance(call, given, state, layouts.leaves_of(params), phase)
+    return jax.tree.unflatten(jax.tree.structure(params), leaves.values()), state, value
 
   def flush(
     self, state: CadenceState, params: optax.Params, **extra_args: Any

@@ -8,7 +8,7 @@ has modules of its own, which are imported where a group needs them.
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,6 +50,8 @@ class Call:
     skips: Whether micro-batches that are not finite are left out.
     set_schedules: Sets the schedules in an inner state to a number of micro-steps; None where
       they count updates.
+    summed: The leaves of which a micro-step is given the sum of their window with this gradient in
+      it, and not the gradient.
   """
 
   inner: optax.GradientTransformationExtraArgs
@@ -62,6 +64,7 @@ class Call:
   sums: bool
   skips: bool
   set_schedules: Callable[[Any, jax.Array], Any] | None
+  summed: Collection[int] = ()
 
   @functools.cached_property
   def moments(self) -> dict[int, list[Any]]:
@@ -120,7 +123,8 @@ def advance(
     old, decision = state.groups[group.name], None
     tensors = group.take(grads)
     tree, flags = call.layout.tree(group, tensors), finite.get(group.name, ())
-    window = _window.accumulate(old, tensors, tree, flags)
+    summed = [t.leaf in call.summed for t in group.tensors]
+    window = _window.accumulate(old, tensors, tree, flags, summed)
     due = fires = is_due(group.every, old, phase)
     if group.every.policy is not None and tensors:
       from optax_cadence.confidence import deciding
