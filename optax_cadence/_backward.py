@@ -13,7 +13,7 @@ under `vmap` gradients take its place.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -37,13 +37,15 @@ class Loss:
   """A loss that has been traced.
 
   Attributes:
-    program: Its program, of the leaves.
+    program: Its program, of `consts` and the leaves.
+    consts: What it closes over.
     returned: What it returns, as shapes: a scalar; with `has_aux` a pair of that and anything else.
     scanned: The leaves that a scan reads; none where references would be in the way: where nothing
       is compiled, the types of arrays say how they lie, or the loss has effects.
   """
 
   program: Any
+  consts: Sequence[jax.Array]
   returned: Any
   scanned: Collection[int]
 
@@ -67,8 +69,9 @@ def trace(loss: Callable[[Leaves], Any], leaves: Leaves, has_aux: bool) -> Loss:
   arrays = [*program.consts, *leaves.values()]
   apart = _sharding.axes_of(arrays) or any(map(_sharding.spec_of, arrays))
   if apart or program.effects or not _control.is_traced(arrays):
-    return Loss(program, returned, ())
-  return Loss(reading.with_strides(program), returned, _scanned(program))
+    return Loss(program, (), returned, ())
+  scanned, (program, consts) = _scanned(program), reading.hoisted(program)
+  return Loss(reading.with_strides(program), consts, returned, scanned)
 
 
 def _found(value: Any) -> str:
@@ -88,13 +91,13 @@ def value_and_sums(loss: Loss, leaves: Leaves, sums: Leaves) -> tuple[Any, Leave
   Returns:
     What the loss returns; and for each leaf its sum with the gradient, or else its gradient.
   """
-  jaxpr, consts = reading.opened(loss.program)
+  jaxpr, numbers = reading.opened(loss.program)
   added = {i: leaves[i] for i in sums}
   others = {i: x for i, x in leaves.items() if i not in sums}
 
   def evaluate(consts: Any, others: Leaves, added: Leaves) -> tuple[jax.Array, Any]:
     given = jax.tree.leaves({**others, **added})
-    value, *aux = jax.core.eval_jaxpr(jaxpr, consts, *given)
+    value, *aux = jax.core.eval_jaxpr(jaxpr, numbers, *consts, *given)
     return value, list(map(jnp.asarray, aux))  # some may be numbers that the program has
 
   def by_references(consts: Any, others: Leaves, added: Leaves, sums: Leaves) -> Any:
@@ -111,7 +114,7 @@ def value_and_sums(loss: Loss, leaves: Leaves, sums: Leaves) -> tuple[Any, Leave
     (value, aux), (grads, more) = fn(others, added)
     return value, aux, grads, jax.tree.map(jnp.add, sums, more)
 
-  operands = consts, others, added, sums
+  operands = loss.consts, others, added, sums
   if sums:
     value, aux, grads, sums = _as_one_operation(by_references, by_gradients, operands)
   else:

@@ -213,11 +213,23 @@ def _columns(items: Sequence[Any], field: str) -> list[tuple[Any, ...]]:
   return list(zip(*(getattr(item, field) for item in items), strict=True))
 
 
+def hoisted(program: Any) -> tuple[Any, list[Any]]:
+  """The program as one of its constants and its arguments, and the constants."""
+  jaxpr, consts = opened(program)
+
+  def run(consts: list[Any], inputs: Sequence[Any]) -> list[Any]:
+    return jax.core.eval_jaxpr(jaxpr, consts, *inputs)
+
+  return jax.make_jaxpr(run)(consts, program.in_avals), consts
+
+
 def with_strides(program: Any) -> Any:
   """The program, and all in it, with strides wherever it takes a slice.
 
-  Where there are none, JAX 0.10 cannot add the cotangent of the slice to a reference.
+  Where there are none, JAX before 0.12 cannot add the cotangent of the slice to a reference.
   """
+  if jax.__version_info__ >= (0, 12):
+    return program
   known: dict[int, Any] = {}
 
   def changed(value: Any) -> Any:
