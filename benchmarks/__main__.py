@@ -33,6 +33,7 @@ from benchmarks import pruning_cases
 from benchmarks import readme
 from benchmarks import report
 from benchmarks import sizes
+from benchmarks import step_cases
 
 FOLDER = pathlib.Path(__file__).parent
 BAR = "{percentage:3.0f}%|{bar:20}| {n:.1f}/{total_fmt} [{elapsed}] {desc}"
@@ -92,7 +93,8 @@ def all_cases(
 ) -> dict[str, Callable[[], Any]]:
   """For each case a function that builds it, in the order in which they run."""
   return (
-    cases.all_cases(chosen, accelerator)
+    step_cases.all_cases(chosen)
+    | cases.all_cases(chosen, accelerator)
     | confidence_cases.all_cases(chosen)
     | pruning_cases.all_cases(chosen, jaxpruner)
   )

@@ -65,6 +65,8 @@ class Case:
     parameters: How many there are.
     largest_leaf: Bytes of the largest.
     blend: A baseline made of two of the variants.
+    unit: What a micro-batch is a number of; None where there is none.
+    units: How many.
   """
 
   name: str
@@ -76,6 +78,8 @@ class Case:
   parameters: int
   largest_leaf: int
   blend: Blend | None = None
+  unit: str | None = None
+  units: int = 0
 
 
 def all_cases(sizes: Sizes, accelerator: bool) -> dict[str, Callable[[], Case | builds.BuildCase]]:

@@ -64,15 +64,17 @@ class Run:
       for t in range(len(self.variant.steps)):
         self.micro_step(t, self.grads)
     jax.block_until_ready(self.carry)
-    return (time.perf_counter() - start) / (self.repeats * len(self.variant.steps))
+    micro_steps = self.repeats * len(self.variant.steps) * self.variant.spans
+    return (time.perf_counter() - start) / micro_steps
 
   def warm_up(self, least: float) -> None:
     """Runs a cycle, and chooses how many cycles make a timing of at least so many seconds."""
     jax.block_until_ready(self.carry)
     self.repeats = 1
-    cycle = self.timed() * len(self.variant.steps)
+    micro_steps = len(self.variant.steps) * self.variant.spans
+    cycle = self.timed() * micro_steps
     if cycle < least:
-      cycle = self.timed() * len(self.variant.steps)
+      cycle = self.timed() * micro_steps
       self.repeats = max(1, round(least / cycle))
 
   @property
@@ -85,7 +87,7 @@ class Run:
 
 def compile_steps(variant: variants.Variant, grads: Any) -> tuple[dict[Any, Any], dict[str, Any]]:
   """Compiles every different program of a variant; also returns how long that took."""
-  programs, build = {}, {"lower_s": 0.0, "compile_s": 0.0, "temp_bytes": None}
+  programs, build = {}, {"lower_s": 0.0, "compile_s": 0.0, "temp_bytes": None, "peak_bytes": None}
   shapes = step_shapes(variant, grads)
   for step in dict.fromkeys(variant.steps):
     start = time.perf_counter()
@@ -97,7 +99,14 @@ def compile_steps(variant: variants.Variant, grads: Any) -> tuple[dict[Any, Any]
     memory = programs[step].memory_analysis()
     if memory is not None:
       build["temp_bytes"] = max(build["temp_bytes"] or 0, memory.temp_size_in_bytes)
+      build["peak_bytes"] = max(build["peak_bytes"] or 0, peak_bytes(memory))
   return programs, build | {"programs": len(programs)}
+
+
+def peak_bytes(memory: Any) -> int:
+  """Bytes that a program has at most: arguments, temporaries, and results that replace none."""
+  results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
 
 
 def step_shapes(variant: variants.Variant, grads: Any) -> tuple[Any, Any, Any]:
@@ -303,6 +312,7 @@ def summary(
 ) -> dict[str, Any]:
   """The results of a case, as the JSON file holds them."""
   meter = next(run for run in runs if run.variant.name == BANDWIDTH)
+  assert meter.variant.floor_bytes is not None
   bandwidth = meter.variant.floor_bytes / float(np.median(samples[BANDWIDTH]))
   rows = []
   for run in runs:
@@ -310,13 +320,17 @@ def summary(
     if variant.name in samples and variant is not meter.variant:
       row = statistics(samples[variant.name]) | run.build
       row |= {"name": variant.name, "role": variant.role, "error": errors.get(variant.name)}
-      row |= floor_of(row, variant.floor_bytes, bandwidth) | held_bytes(run)
+      if variant.floor_bytes is not None:
+        row |= floor_of(row, variant.floor_bytes, bandwidth) | held_bytes(run)
+      if case.unit is not None:
+        row["per_s"] = 1e3 * case.units / row["median_ms"]
       rows.append(row)
   if case.blend and {case.blend.held, case.blend.firing} <= samples.keys():
     rows.append(blended(case.blend, samples, bandwidth))
   missing = [{"name": name, "failed": reason} for name, reason in failed.items()]
   return finished(case, rows, missing) | {
     "unit": "ms per micro-step",
+    "per_s_of": case.unit,
     "parameters": case.parameters,
     "largest_leaf_bytes": case.largest_leaf,
     "bandwidth_gb_s": bandwidth / 1e9,

@@ -20,6 +20,8 @@ HEADERS = (
   f"{TIMES} floor",
   f"{TIMES} peer",
   "temp MB",
+  "peak MB",
+  "per s",
   "compile s",
   "target",
   "met",
@@ -47,12 +49,14 @@ def case_rows(case: dict[str, Any]) -> list[list[str]]:
         number(variant.get("ratio_floor")),
         number(variant.get("ratio_peer")),
         number(megabytes(variant.get("temp_bytes"))),
+        number(megabytes(variant.get("peak_bytes"))),
+        f"{variant['per_s']:.0f} {case['per_s_of']}" if "per_s" in variant else "",
         number(variant.get("compile_s")),
         "\n".join(t["text"] for t in reached),
         "\n".join(map(verdict, reached)),
       ]
     )
-  rows += [["", f["name"], f["failed"], *[""] * 7] for f in case["failed"]]
+  rows += [["", f["name"], f["failed"], *[""] * (len(HEADERS) - 3)] for f in case["failed"]]
   return rows
 
 

@@ -28,6 +28,10 @@ class Sizes:
     traced_leaves: Leaves in the tracing case.
     pruned: Weights of the matrix whose mask is made.
     pruned_globally: Weights of the forty leaves whose masks are made together.
+    step_width: Features of the scanned layers whose whole steps are timed.
+    step_model: Features of the transformer; eight times the channels of the ResNet.
+    step_tokens: Rows and length of a micro-batch of the transformer: a small one, and a large one.
+    step_images: Images of a micro-batch of the ResNet.
     bandwidth: Entries of each array in the bandwidth measurement.
   """
 
@@ -44,6 +48,10 @@ class Sizes:
   traced_leaves: int = 1000
   pruned: int = 2**24
   pruned_globally: int = 100_000_000
+  step_width: int = 1024
+  step_model: int = 256
+  step_tokens: tuple[tuple[int, int], tuple[int, int]] = ((1, 64), (8, 128))
+  step_images: int = 16
   bandwidth: int = 2**26
 
 
@@ -59,6 +67,10 @@ QUICK = Sizes(
   traced_leaves=128,
   pruned=2**20,
   pruned_globally=2**20,
+  step_width=128,
+  step_model=64,
+  step_tokens=((1, 16), (4, 32)),
+  step_images=2,
   bandwidth=2**24,
 )
 

@@ -47,10 +47,12 @@ class Variant:
     init: `init(params, grads) -> state`.
     steps: One function `step(params, state, grads) -> params, state` for each micro-step
       of a cycle; the same object where the program is the same.
-    floor_bytes: Bytes that a micro-step has to move, on average over the cycle.
+    floor_bytes: Bytes that a micro-step has to move, on average over the cycle; None where more
+      than that decides.
     reference: Name of the variant that has to arrive at the same parameters, if any.
     held: One of `steps`; the bytes that it accesses are compared with `held_bytes`.
     held_bytes: Bytes that a held micro-step has to move.
+    spans: How many micro-steps one of `steps` does.
   """
 
   name: str
@@ -58,10 +60,11 @@ class Variant:
   inputs: Inputs
   init: Callable[[Any, Any], Any]
   steps: Sequence[Callable[[Any, Any, Any], Any]]
-  floor_bytes: float
+  floor_bytes: float | None
   reference: str | None = None
   held: Callable[..., Any] | None = None
   held_bytes: float = 0.0
+  spans: int = 1
 
 
 def inputs_of(shapes: Any, dtype: Any = jnp.float32) -> Inputs:

@@ -6,14 +6,15 @@ from typing import Any, TYPE_CHECKING
 from optax_cadence._cadence import cadence
 from optax_cadence._cadence import CadenceTransformation
 from optax_cadence._cadence import chain
-from optax_cadence._cadence import phases_from as phases
 from optax_cadence._learning_rate import scale_by_cadence
 from optax_cadence._learning_rate import ScaleByCadenceState
 from optax_cadence._state import CadenceState
 from optax_cadence._state import ConfidenceState
 from optax_cadence._state import GroupState
 from optax_cadence._state import MaskState
+from optax_cadence._training import phases
 from optax_cadence._training import trainable
+from optax_cadence._training import training_step
 from optax_cadence.confidence.noise_scale import noise_scale
 from optax_cadence.confidence.noise_scale import NoiseScaleState
 from optax_cadence.confidence.policies import as_settled
@@ -98,5 +99,6 @@ __all__ = [
   "scale_by_cadence",
   "stacked",
   "trainable",
+  "training_step",
   "until_certain",
 ]

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_cadence import _checks
@@ -21,7 +20,6 @@ from optax_cadence import _restart
 from optax_cadence import _sharding
 from optax_cadence import _step
 from optax_cadence import _window
-from optax_cadence._state import cadence_states
 from optax_cadence._state import CadenceState
 from optax_cadence._state import GroupState
 from optax_cadence._state import per_region
@@ -30,7 +28,6 @@ from optax_cadence.regions import layout as layouts
 from optax_cadence.schedules import phases
 from optax_cadence.schedules.every import Every
 from optax_cadence.schedules.phases import Phase
-from optax_cadence.schedules.phases import Phases
 
 _ON_TRACED = (
   ", and a period that is traced now but was a number then (as under optax.inject_hyperparams) is"
@@ -164,6 +161,11 @@ def of(tx: Any, call: str = "") -> "Cadence":
       f"found {_checks.shown(tx)}"
     )
   return _owner(tx).cadence
+
+
+def stands_alone(tx: CadenceTransformation) -> bool:
+  """Whether the cadence behind a transformation is given the gradients as they are."""
+  return isinstance(_owner(tx), Cadence)
 
 
 def check_transformation(name: str, tx: Any) -> None:
@@ -411,6 +413,33 @@ class Cadence:
     leaves, state = _step.advance(call, given, state, targets, phase)
     return jax.tree.unflatten(jax.tree.structure(params), leaves.values()), state
 
+  def train(
+    self,
+    params: optax.Params,
+    state: CadenceState,
+    differentiate: Callable[[_step.Call, CadenceState], tuple[Any, layouts.Leaves, Any]],
+    phase: int | Phase | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Params, CadenceState, Any]:
+    """`apply` of gradients that are worked out on the way; see `_training.training_step`.
+
+    Args:
+      params: Parameters.
+      state: The state.
+      differentiate: Returns a value that is passed on, for each leaf its gradient or a sum with
+        that in it, and the leaves for which it is a sum.
+      phase: As `apply` takes it.
+      **extra_args: Extra arguments for the inner optimizer.
+    """
+    state = _inner.plain(self.init, state, params)
+    call = self._prepare(params, state, params, extra_args, in_place=True)
+    if phase is not None:
+      phase = phases.checked(phase, call.layout.everys, state.micro_step)
+    value, given, summed = differentiate(call, state)
+    call = dataclasses.replace(call, summed=summed)
+    leaves, state = _step.advance(call, given, state, layouts.leaves_of(params), phase)
+    return jax.tree.unflatten(jax.tree.structure(params), leaves.values()), state, value
+
   def flush(
     self, state: CadenceState, params: optax.Params, **extra_args: Any
   ) -> tuple[optax.Updates, CadenceState]:
@@ -603,49 +632,6 @@ def _check_order(params: Any, state: Any, grads: Any) -> None:
 def _check_given(method: str, params: Any, needed: bool) -> None:
   if params is None and needed:
     raise ValueError(f"{method} needs the parameters: expected params, found None")
-
-
-def phases_from(
-  tx: CadenceTransformation, params: optax.Params, state: optax.OptState | None = None
-) -> Phases:
-  """The phase of each micro-step, without an end: what to give `update` or `apply` as `phase`.
-
-  A `phase` says which regions are due while the program is traced, so that no branch is left in
-  it. Make it a static argument: `jax.jit(step, static_argnames="phase")`. Phases at which the same
-  regions are due are equal, so that period 8 compiles two programs, and periods 8, 4 and 1 compile
-  three. How many there will be is `oc.phases(tx, params).programs`.
-
-  Args:
-    tx: A cadence, or an `oc.chain` that ends in one.
-    params: Parameters, as given to `tx.init`; only shapes are read.
-    state: The optimizer's state, to go on where it stands, as after a resume; it may be the
-      `opt_state` of an `nnx.Optimizer`. None begins with the first micro-step.
-
-  Returns:
-    An iterator of `Phase`s, with the attributes `programs` and `cycle`.
-
-  Raises:
-    ValueError: If a period is not static, or there is no cadence in the state.
-
-  >>> import jax.numpy as jnp, optax, optax_cadence as oc
-  >>> params = {"body": jnp.zeros(2), "head": jnp.zeros(2)}
-  >>> tx = oc.cadence(optax.sgd(1.0), {"body": 3, "head": 1})
-  >>> phases = oc.phases(tx, params)
-  >>> phases
-  Phases(programs=2, cycle=3)
-  >>> [sorted(next(phases).due) for _ in range(4)]
-  [['1'], ['1'], ['1', '3'], ['1']]
-  """
-  layout = of(tx, "oc.phases(tx, params)").groups_of(params)
-  if state is None:
-    return Phases(layout.everys, 1)
-  steps = [_paths.without_variables(node.micro_step) for node in cadence_states(state)]
-  if not steps:
-    raise ValueError(f"oc.phases: expected a cadence in the state, found {_checks.shown(state)}")
-  done = np.unique(np.concatenate([np.ravel(x) for x in steps]))
-  if len(done) > 1:
-    raise ValueError(f"oc.phases: expected a state of one micro-step, found {done.tolist()}")
-  return Phases(layout.everys, int(done[0]) + 1)
 
 
 def chain(*transforms: optax.GradientTransformation) -> CadenceTransformation:

@@ -8,7 +8,7 @@ has modules of its own, which are imported where a group needs them.
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -53,6 +53,8 @@ class Call:
       they count updates.
     moments: Where the inner optimizer keeps its arrays for the entries of each leaf under a mask,
       as key paths, by the position of the leaf.
+    summed: The leaves of which a micro-step is given the sum of their window with this gradient in
+      it, and not the gradient.
   """
 
   inner: _inner.Inner
@@ -66,6 +68,7 @@ class Call:
   skips: bool
   set_schedules: Callable[[Any, jax.Array], Any] | None
   moments: Mapping[int, list[Any]] = dataclasses.field(default_factory=dict)
+  summed: Collection[int] = ()
 
   def rounds(self, group: Group) -> bool:
     """Whether what the inner optimizer computes of a group is wider than its state."""
@@ -119,7 +122,8 @@ def advance(
     old, decision = state.groups[group.name], None
     tensors = group.take(grads)
     tree, flags = call.layout.tree(group, tensors), finite.get(group.name, ())
-    window = _window.accumulate(old, tensors, tree, flags)
+    summed = [t.leaf in call.summed for t in group.tensors]
+    window = _window.accumulate(old, tensors, tree, flags, summed)
     due = fires = is_due(group, old, phase)
     if group.every.policy is not None and tensors:
       from optax_cadence.confidence import deciding

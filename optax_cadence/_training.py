@@ -1,14 +1,180 @@
-"""Cuts parameters out of the backward pass where their gradient would go unused."""
+"""Training steps: a loss, its gradient and the cadence in one function.
+
+`training_step` lets the backward pass add to the windows where it can; `why_stored` says where it
+cannot. `trainable` cuts parameters out of the backward pass where their gradient would go unused.
+`phases` says which regions are due at each micro-step.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_cadence import _cadence
+from optax_cadence import _checks
+from optax_cadence import _control
+from optax_cadence import _paths
 from optax_cadence import _sharding
+from optax_cadence import _step
+from optax_cadence import _window
+from optax_cadence._state import cadence_states
+from optax_cadence._state import CadenceState
 from optax_cadence.regions import cuts
 from optax_cadence.regions import layout as layouts
-from optax_cadence.schedules import phases
+from optax_cadence.schedules import phases as _phases
 from optax_cadence.schedules.phases import Phase
+from optax_cadence.schedules.phases import Phases
+
+# In an older one a scan in reverse may add to the wrong rows of a reference (github.com/jax-ml/jax,
+# issue 32411), or a backward pass takes none.
+OLDEST_JAX_WITH_REFERENCES = (0, 10, 0)
+
+
+def training_step(
+  loss: Callable[..., Any], tx: _cadence.CadenceTransformation, has_aux: bool = False
+) -> Callable[..., tuple[optax.Params, Any, Any]]:
+  """A micro-step in one function: differentiates, accumulates and applies.
+
+  It does what `jax.value_and_grad(loss)` and `tx.apply` do one after the other, to the same state:
+  either may take the next micro-step. But the backward pass adds to the windows, and no gradient of
+  a leaf that accumulates exists as an array of its own. Of layers that are stacked in a leaf and
+  run by a scan, that saves the memory of the gradient and the time to write and read it; of layers
+  that are leaves it saves nothing and costs nothing. The sums are equal to the last bit; where a
+  leaf is used several times, up to rounding, since every use is added by itself.
+
+  Where that cannot be, the gradient is stored as ever, and `oc.describe(tx, params)` says why: of a
+  leaf of period 1 or in several regions, where a window is not of the parameter's dtype, where
+  something looks at the gradient (`nonfinite="skip"`, a policy such as `until_certain`,
+  transformations before the cadence in an `oc.chain`), and in JAX before 0.10. So it is also, which
+  only the call knows, under `jax.vmap` and differentiation, in `jax.shard_map`, on meshes with
+  explicit axes, in a step that is not compiled, and for a loss with effects such as
+  `jax.debug.print`.
+
+  Args:
+    loss: `loss(params, *args)` returns a scalar; with `has_aux` a pair of that and anything else.
+    tx: A cadence, or an `oc.chain` that ends in one.
+    has_aux: Whether `loss` returns a pair.
+
+  Returns:
+    `step(params, state, *args, phase=None, **extra_args) -> params, state, value`: the value is
+    what `loss` returns; `phase` and `extra_args` are as in `tx.apply`. To update every buffer in
+    place, `jax.jit(step, donate_argnums=(0, 1), static_argnames="phase")`. With a phase, regions
+    that cannot use this gradient (`accumulate="latest"`) are not differentiated.
+
+  Raises:
+    ValueError: If `tx` is no cadence or `loss` no function.
+
+  >>> import jax, jax.numpy as jnp, optax, optax_cadence as oc
+  >>> tx = oc.cadence(optax.sgd(0.5), 2)
+  >>> step = jax.jit(oc.training_step(lambda w, x: (w - x) ** 2, tx))
+  >>> w = jnp.float32(0.0)
+  >>> state = tx.init(w)
+  >>> for x in (1.0, 3.0):
+  ...   w, state, value = step(w, state, x)
+  ...   print(value, w)
+  1.0 0.0
+  9.0 2.0
+  """
+  from optax_cadence import _backward
+
+  cadence = _cadence.of(tx, "oc.training_step(loss, tx)")
+  alone, apply = _cadence.stands_alone(tx), tx.apply
+  if not callable(loss):
+    raise ValueError(f"loss must be a function, found {_checks.shown(loss)}")
+
+  def step(
+    params: optax.Params,
+    state: Any,
+    *args: Any,
+    phase: int | Phase | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Params, Any, Any]:
+    def loss_of(leaves: layouts.Leaves) -> Any:
+      given = jax.tree.unflatten(jax.tree.structure(params), leaves.values())
+      if alone and phase is not None and not cadence.skip:
+        given = trainable(given, tx, phase)
+      return loss(given, *args)
+
+    leaves = layouts.leaves_of(params)
+    traced = _backward.trace(loss_of, leaves, has_aux)
+
+    def differentiate(call: _step.Call, state: CadenceState) -> tuple[Any, layouts.Leaves, Any]:
+      sums = _sums(cadence, call, state, leaves, traced.scanned)
+      return *_backward.value_and_sums(traced, leaves, sums), sums.keys()
+
+    if alone:
+      return cadence.train(params, state, differentiate, phase, **extra_args)
+    value, found = _backward.value_and_sums(traced, leaves, {})
+    grads = jax.tree.unflatten(jax.tree.structure(params), found.values())
+    return *apply(params, state, grads, phase=phase, **extra_args), value
+
+  return step
+
+
+def _sums(
+  cadence: _cadence.Cadence,
+  call: _step.Call,
+  state: CadenceState,
+  leaves: layouts.Leaves,
+  scanned: Collection[int],
+) -> layouts.Leaves:
+  """The sums that the backward pass adds to, by leaf; zero where a window is empty."""
+  reasons = why_stored(cadence, call.layout, call.param_dtypes)
+  chosen = [leaf for leaf, reason in reasons.items() if reason is None and leaf in scanned]
+  sums: layouts.Leaves = {}
+  for group in call.layout.groups:
+    if any(t.leaf in chosen for t in group.tensors):
+      tree = call.layout.tree(group, group.take(leaves))
+      window = _window.so_far(state.groups[group.name], tree)
+      pairs = zip(group.tensors, window.sums, strict=True)
+      found = {t.leaf: x for t, x in pairs if t.leaf in chosen}
+      # What a window that has fired leaves behind may be NaN. One micro-step of a window clears it.
+      sums |= _control.maybe(window.length == 0, _cleared, found, None)
+  return sums
+
+
+def _cleared(sums: layouts.Leaves, _: None) -> layouts.Leaves:
+  return jax.tree.map(jnp.zeros_like, sums)
+
+
+def why_stored(
+  cadence: _cadence.Cadence, layout: layouts.Layout, dtypes: Sequence[Any]
+) -> dict[int, str | None]:
+  """Why `training_step` stores the gradient of a leaf that accumulates, None where it does not.
+
+  Args:
+    cadence: The cadence, with no other transformation before it.
+    layout: The groups of the parameters.
+    dtypes: The dtype of each parameter.
+
+  Returns:
+    The reasons by the position of the leaf, of those that have a window.
+  """
+  reasons: dict[int, str | None] = {}
+  for group in filter(lambda group: cadence.accumulates(group.every), layout.groups):
+    for t in (*group.tensors, *group.masked):
+      whole = isinstance(t.cut, cuts.Whole)
+      reasons[t.leaf] = _why_stored(cadence, group, dtypes[t.leaf]) if whole else "several regions"
+  return reasons
+
+
+def _why_stored(cadence: _cadence.Cadence, group: layouts.Group, dtype: Any) -> str | None:
+  """The same of a leaf that is one region of a group."""
+  policy, window = group.every.policy, cadence.sum_dtype(dtype)
+  if cadence.skip:
+    return 'nonfinite="skip"'
+  if policy is not None and policy.reads_gradients:
+    return str(policy)
+  if window != dtype:
+    return f"a window in {window} of a parameter in {dtype}"
+  if window.itemsize < 4:
+    return f"a window in {window}, which holds a mean"
+  if jax.__version_info__ < OLDEST_JAX_WITH_REFERENCES:
+    return f"JAX {jax.__version__}"
+  return None
 
 
 def trainable(
@@ -41,7 +207,7 @@ def trainable(
   """
   cadence = _cadence.of(tx, "oc.trainable(params, tx, phase)")
   layout = cadence.groups_of(params)
-  due = phases.checked(phase, layout.everys).due
+  due = _phases.checked(phase, layout.everys).due
   if cadence.accumulate != "latest":
     return params
   leaves = layouts.leaves_of(params)
@@ -54,3 +220,46 @@ def trainable(
       stopped = t.cut.put(t.cut.view(whole), jax.lax.stop_gradient(t.cut.take(whole)))
       leaves[t.leaf] = _sharding.lying_as(stopped.reshape(leaf.shape), leaf)
   return layout.treedef.unflatten(leaves.values())
+
+
+def phases(
+  tx: _cadence.CadenceTransformation, params: optax.Params, state: optax.OptState | None = None
+) -> Phases:
+  """The phase of each micro-step, without an end: what to give `update` or `apply` as `phase`.
+
+  A `phase` says which regions are due while the program is traced, so that no branch is left in
+  it. Make it a static argument: `jax.jit(step, static_argnames="phase")`. Phases at which the same
+  regions are due are equal, so that period 8 compiles two programs, and periods 8, 4 and 1 compile
+  three. How many there will be is `oc.phases(tx, params).programs`.
+
+  Args:
+    tx: A cadence, or an `oc.chain` that ends in one.
+    params: Parameters, as given to `tx.init`; only shapes are read.
+    state: The optimizer's state, to go on where it stands, as after a resume; it may be the
+      `opt_state` of an `nnx.Optimizer`. None begins with the first micro-step.
+
+  Returns:
+    An iterator of `Phase`s, with the attributes `programs` and `cycle`.
+
+  Raises:
+    ValueError: If a period is not static, or there is no cadence in the state.
+
+  >>> import jax.numpy as jnp, optax, optax_cadence as oc
+  >>> params = {"body": jnp.zeros(2), "head": jnp.zeros(2)}
+  >>> tx = oc.cadence(optax.sgd(1.0), {"body": 3, "head": 1})
+  >>> phases = oc.phases(tx, params)
+  >>> phases
+  Phases(programs=2, cycle=3)
+  >>> [sorted(next(phases).due) for _ in range(4)]
+  [['1'], ['1'], ['1', '3'], ['1']]
+  """
+  layout = _cadence.of(tx, "oc.phases(tx, params)").groups_of(params)
+  if state is None:
+    return Phases(layout.everys, 1)
+  steps = [_paths.without_variables(node.micro_step) for node in cadence_states(state)]
+  if not steps:
+    raise ValueError(f"oc.phases: expected a cadence in the state, found {_checks.shown(state)}")
+  done = np.unique(np.concatenate([np.ravel(x) for x in steps]))
+  if len(done) > 1:
+    raise ValueError(f"oc.phases: expected a state of one micro-step, found {done.tolist()}")
+  return Phases(layout.everys, int(done[0]) + 1)

@@ -64,7 +64,11 @@ def holds(accumulator: jax.Array, x: jax.Array) -> bool:
 
 
 def accumulate(
-  state: GroupState, tensors: Sequence[jax.Array], tree: Any, finite: Sequence[jax.Array] = ()
+  state: GroupState,
+  tensors: Sequence[jax.Array],
+  tree: Any,
+  finite: Sequence[jax.Array] = (),
+  summed: Sequence[bool] = (),
 ) -> Window:
   """The window of a group with one more micro-batch.
 
@@ -73,6 +77,8 @@ def accumulate(
     tensors: The gradient of each of its tensors.
     tree: The same, as the inner optimizer sees them.
     finite: Whether the entries that it has of leaves under masks are finite.
+    summed: Whether what is given of each tensor is the sum of the window with its gradient, and not
+      the gradient; none is where this is empty.
 
   Returns:
     The window. Without accumulators it is this micro-batch alone.
@@ -90,6 +96,9 @@ def accumulate(
   _check_tree(state, tree)
   sums, length = [], state.window + new
   for i, (old, x) in enumerate(zip(jax.tree.leaves(state.accumulators), tensors, strict=True)):
+    if summed and summed[i]:
+      sums.append(x)
+      continue
     total = added(old, x, item(state.window, i) == 0, item(length, i))
     sums.append(total if flags is None else jnp.where(flags[i], total, old))
   squares = None if state.confidence is None else state.confidence.squares

@@ -159,6 +159,43 @@ def shard_maps():
     print("checked", name)
 
 
+def training_steps():
+  """A training step on meshes and in `shard_map` gives what it gives on one device."""
+
+  def loss(params, x):
+    turn = lambda h, w: (jnp.tanh(h * w[None]), None)
+    return jnp.mean(jax.lax.scan(turn, x, params)[0] ** 2)
+
+  def train(tx, params, batches, loss=loss):
+    step = oc.training_step(loss, tx)
+    turn = lambda carry, x: (lambda p, s, v: ((p, s), v))(*step(*carry, x))
+    (params, _), values = jax.lax.scan(turn, (params, tx.init(params)), batches)
+    return params, values
+
+  params = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16)), jnp.float32)
+  batches = jnp.asarray(np.random.default_rng(1).normal(size=(5, 8, 16)), jnp.float32)
+  mean_of_all = lambda params, x: jax.lax.pmean(loss(params, x), "x")
+  for name, options in WAYS.items():
+    tx = oc.cadence(oracle.relaxed(optax.adam(0.1)), 2, **options)
+    expected = jax.jit(functools.partial(train, tx))(params, batches)
+    found = {}
+    for kind, mesh in (("automatic", automatic()), ("explicit", explicit())):
+      for axis, spec in (("rows", P(None, "x")), ("columns", P(None, None, "x"))):
+        if (kind, axis) == ("explicit", "rows"):
+          continue  # JAX itself has no gradient of it
+        with jax.set_mesh(mesh):
+          there = NamedSharding(mesh, P() if axis == "rows" else P(None, "x"))
+          given = jax.device_put(params, there), jax.device_put(batches, NamedSharding(mesh, spec))
+          found[f"{kind}, {axis}"] = jax.jit(functools.partial(train, tx))(*given)
+    fn = functools.partial(train, tx, loss=mean_of_all)
+    mapped = jax.shard_map(fn, mesh=automatic(), in_specs=(P(), P(None, "x")), out_specs=P())
+    found["shard_map"] = jax.jit(mapped)(params, batches)
+    for kind, results in found.items():
+      if differences(results, expected):
+        print("wrong:", kind, name)
+      print("checked", kind, name)
+
+
 def eager():
   """A state that is made without `jit` lies where its parameters lie."""
   sharding = NamedSharding(automatic(), P(None, "x"))

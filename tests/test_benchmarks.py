@@ -39,6 +39,10 @@ TINY = sizes.Sizes(
   traced_leaves=8,
   pruned=2**12,
   pruned_globally=2**12,
+  step_width=8,
+  step_model=16,
+  step_tokens=((1, 4), (2, 4)),
+  step_images=2,
   bandwidth=256,
 )
 MEMORY = 2**30

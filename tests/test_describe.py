@@ -50,14 +50,20 @@ def test_dynamic_periods_vary():
 def test_prints_as_a_table_with_aligned_columns():
   lines = str(oc.describe(transformation(), PARAMS)).splitlines()
   assert lines[0].split()[:2] == ["period", "leaves"]
-  assert lines[-1] == "cycle: 8 micro-steps"
-  assert len({len(line) for line in lines[:-2]}) == 1
+  assert len({len(line) for line in lines[:5]}) == 1
+  assert lines[6:] == [
+    "cycle: 8 micro-steps",
+    "training_step stores the gradient of body: several regions",
+    "training_step stores the gradient of head: a window in float32 of a parameter in bfloat16",
+  ]
 
 
 def test_describes_chains_and_shapes_without_computing():
   tx = oc.chain(optax.clip(1.0), transformation())
   shapes = jax.eval_shape(lambda: PARAMS)
-  assert oc.describe(tx, shapes) == oc.describe(transformation(), PARAMS)
+  found, alone = oc.describe(tx, shapes), oc.describe(transformation(), PARAMS)
+  assert (found.groups, found.cycle) == (alone.groups, alone.cycle)
+  assert set(found.stored.values()) == {"transformations before the cadence"}
 
 
 def test_the_score_has_a_row_for_every_region_and_a_mark_where_it_is_due():

@@ -35,6 +35,7 @@ def on_devices(program, names=()):
   ("program", "names", "at_least"),
   [
     ("eager", [], 30),
+    ("training_steps", [], 12),
     ("scans", FEW, len(FEW)),
     pytest.param("scans", [], 30, marks=pytest.mark.ci),
     pytest.param("shard_maps", [], 30, marks=pytest.mark.ci),

@@ -222,6 +222,53 @@ def _columns(items: Sequence[Any], field: str) -> list[tuple[Any, ...]]:
   return list(zip(*(getattr(item, field) for item in items), strict=True))
 
 
+def hoisted(program: Any) -> tuple[Any, list[Any]]:
+  """The program as one of its constants and its arguments, and the constants."""
+  jaxpr, consts = opened(program)
+
+  def run(consts: list[Any], inputs: Sequence[Any]) -> list[Any]:
+    return jax.core.eval_jaxpr(jaxpr, consts, *inputs)
+
+  return jax.make_jaxpr(run)(consts, program.in_avals), consts
+
+
+def with_strides(program: Any) -> Any:
+  """The program, and all in it, with strides wherever it takes a slice.
+
+  Where there are none, JAX before 0.12 cannot add the cotangent of the slice to a reference.
+  """
+  if jax.__version_info__ >= (0, 12):
+    return program
+  known: dict[int, Any] = {}
+
+  def changed(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+      items = list(map(changed, value))
+      same = all(a is b for a, b in zip(items, value, strict=True))
+      return value if same else type(value)(items)
+    if not hasattr(value, "eqns"):
+      return value
+    if id(value) not in known:
+      jaxpr, _ = opened(value)
+      eqns = list(map(of_operation, jaxpr.eqns))
+      if any(a is not b for a, b in zip(eqns, jaxpr.eqns, strict=True)):
+        jaxpr = jaxpr.replace(eqns=eqns)
+        known[id(value)] = value.replace(jaxpr=jaxpr) if hasattr(value, "consts") else jaxpr
+      else:
+        known[id(value)] = value
+    return known[id(value)]
+
+  def of_operation(eqn: Any) -> Any:
+    params = {name: changed(value) for name, value in eqn.params.items()}
+    if eqn.primitive.name == "slice" and params["strides"] is None:
+      params["strides"] = (1,) * len(params["start_indices"])
+    elif all(params[name] is value for name, value in eqn.params.items()):
+      return eqn
+    return eqn.replace(params=params)
+
+  return changed(program)
+
+
 def evaluate(program: Any, inputs: Sequence[Any], all_branches: bool = False) -> list[Any]:
   """Runs a program, in which calls are opened, but for those with a derivative of their own.
 

@@ -1,7 +1,7 @@
 """What a person wants to see before a run: a table of the groups."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import optax
 from optax_cadence import _cadence
 from optax_cadence import _paths
 from optax_cadence import _tables
+from optax_cadence import _training
 from optax_cadence.regions.layout import Group
 from optax_cadence.regions.layout import Layout
 
@@ -44,11 +45,14 @@ class Description:
     cycle: Micro-steps after which the schedule repeats, or None.
     masks: For the path of each leaf whose mask no grid expresses, why its entries are not
       trained by one pass for all periods, which is faster; None where they are.
+    stored: For the path of each leaf that accumulates, but to whose windows the backward pass of
+      `training_step` cannot add: why it stores the gradient.
   """
 
   groups: tuple[GroupSummary, ...]
   cycle: int | None
   masks: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+  stored: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def __str__(self) -> str:
     header = ("period", "leaves", "parameters", "effective batch", "accumulators", "updates/step")
@@ -68,7 +72,12 @@ class Description:
       else f"mask of {name}: a vector for each period, because of {reason}"
       for name, reason in self.masks.items()
     ]
-    return "\n".join([*_tables.lines((header, *rows, total), left=2), f"cycle: {cycle}", *masks])
+    stored = [
+      f"training_step stores the gradient of {_listed(leaves)}: {reason}"
+      for reason, leaves in _by_reason(self.stored).items()
+    ]
+    table = _tables.lines((header, *rows, total), left=2)
+    return "\n".join([*table, f"cycle: {cycle}", *masks, *stored])
 
 
 def describe(
@@ -93,7 +102,7 @@ def describe(
   8       body         10000              256       40.0 kB         12.5%
   1       head          1000               32           0 B        100.0%
   total                11000                        40.0 kB
-  cycle: 8 micro-steps
+  cycle: 8 micro-steps...
   """
   cadence, params = _cadence.of(tx, "oc.describe(tx, params)"), _paths.parameters(params)
   layout, reasons = cadence.lay_out(params)
@@ -101,7 +110,15 @@ def describe(
   groups = tuple(
     _summary(cadence, layout, group, dtypes, microbatch) for group in layout.groups if group.leaves
   )
-  return Description(groups, layout.cycle, {layout.name(i): x for i, x in reasons.items()})
+  stored = _training.why_stored(cadence, layout, dtypes)
+  if not _cadence.stands_alone(tx):
+    stored = dict.fromkeys(stored, "transformations before the cadence")
+  return Description(
+    groups,
+    layout.cycle,
+    {layout.name(i): x for i, x in reasons.items()},
+    {layout.name(i): stored[i] or "" for i in sorted(stored) if stored[i] is not None},
+  )
 
 
 def _summary(
@@ -130,17 +147,26 @@ def _summary(
 
 
 def _row(group: GroupSummary) -> tuple[Any, ...]:
-  names = ", ".join(group.leaves)
-  if len(names) > 40:
-    names = f"{group.leaves[0]}, … ({len(group.leaves)})"
   return (
     group.period,
-    names,
+    _listed(group.leaves),
     group.parameters,
     "varies" if group.effective_batch is None else group.effective_batch,
     _bytes(group.accumulator_bytes),
     "varies" if group.share is None else f"{group.share:.1%}",
   )
+
+
+def _listed(leaves: Sequence[str]) -> str:
+  names = ", ".join(leaves)
+  return names if len(names) <= 40 else f"{leaves[0]}, … ({len(leaves)})"
+
+
+def _by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+  leaves: dict[str, list[str]] = {}
+  for leaf, reason in reasons.items():
+    leaves.setdefault(reason, []).append(leaf)
+  return leaves
 
 
 def _bytes(n: float) -> str:
