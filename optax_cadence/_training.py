@@ -94,7 +94,8 @@ def training_step(
   ) -> tuple[optax.Params, Any, Any]:
     def loss_of(leaves: layouts.Leaves) -> Any:
       given = jax.tree.unflatten(jax.tree.structure(params), leaves.values())
-      if alone and phase is not None and not cadence.skip:
+      # Of others somebody looks at the gradient: to clip it, or to count that it is not finite.
+      if phase is not None and cadence.accumulate == "latest" and alone and not cadence.skip:
         given = trainable(given, tx, phase)
       return loss(given, *args)
 

@@ -2,7 +2,7 @@
 
 A window does not know when it ends, nor what is done with its mean. Its first micro-step
 overwrites the accumulators, so that nothing needs clearing and a NaN does not outlive its
-window.
+window. Only a backward pass that adds to them by itself clears them first: see `_training`.
 """
 
 import functools
