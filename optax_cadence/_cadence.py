@@ -85,6 +85,7 @@ def cadence(
   accumulator_dtype: Any = None,
   nonfinite: Literal["propagate", "skip"] = "propagate",
   clock: Literal["updates", "micro_steps"] = "updates",
+  weighted: bool = False,
 ) -> CadenceTransformation:
   r"""Lets every part of the parameters accumulate gradients over its own period.
 
@@ -118,6 +119,11 @@ def cadence(
       always counts updates. A few optimizers read a schedule by such a counter: they are
       refused, and `optax.inject_hyperparams` gives them a schedule that can be set. One of
       your own has its count in an `optax.ScaleByScheduleState`.
+    weighted: Whether micro-batches count by a `weight`, which `update` and `apply` then need: a
+      scalar, or a tree prefix of the parameters with a scalar for each (the tokens of a
+      micro-batch, those that an expert saw). The mean of a window is Σ w g / Σ w, its sum Σ w g. A
+      micro-batch of weight 0 does not count, whatever its gradient holds, and a window of total
+      weight 0 does not fire. Needs an `inner` as `nonfinite="skip"` does.
 
   Returns:
     A `CadenceTransformation`: `init` and `update` as in Optax, where `update` takes
@@ -141,7 +147,7 @@ def cadence(
   [0. 0.] [-1. -1.]
   [-1. -1.] [-1. -1.]
   """
-  self = Cadence(inner, every, accumulate, accumulator_dtype, nonfinite, clock)
+  self = Cadence(inner, every, accumulate, accumulator_dtype, nonfinite, clock, weighted)
   return CadenceTransformation(self.init, self.update)
 
 
@@ -208,6 +214,7 @@ class Cadence:
     accumulator_dtype: Any,
     nonfinite: str,
     clock: str,
+    weighted: bool,
   ):
     _one_of("accumulate", accumulate, ("mean", "sum", "latest"))
     _one_of("nonfinite", nonfinite, ("propagate", "skip"))
@@ -218,6 +225,9 @@ class Cadence:
     self.accumulate = accumulate
     self.accumulator_dtype = accumulator_dtype
     self.skip = nonfinite == "skip"
+    self.weighted = bool(weighted)
+    # Whether a micro-batch may count in some of the regions of a group alone.
+    self.by_region = self.skip or self.weighted
     self.set_schedules = None
     if clock == "micro_steps":
       from optax_cadence import _clocks
@@ -316,10 +326,10 @@ class Cadence:
       inner = call.inner_of(group) if group.leaves else _inner.for_no_leaves(self.inner.any)
       n = len(tensors) + len(group.masked)
       state = self._init_group(inner, group.every, n, *trees)
-      if self.skip and n:
+      if self.by_region and n:
         flags = layout.tree(group, [jnp.array(True)] * n)
         jax.eval_shape(functools.partial(_inner.filled, self.inner.any), state.inner_state, flags)
-      if self.skip or group.every.policy is not None:
+      if self.by_region or group.every.policy is not None:
         # Where gradients decide when it fires, so does what they vary over in `jax.shard_map`.
         state = _sharding.varying(state, _sharding.axes_of([leaves[i] for i in group.leaves]))
       groups[group.name] = state
@@ -347,12 +357,13 @@ class Cadence:
     return GroupState(
       inner_state=inner.init(params),
       accumulators=sums if accumulates else None,
-      window=jnp.zeros(shape if self.skip else (), jnp.int32) if accumulates else None,
+      window=jnp.zeros(shape if self.by_region else (), jnp.int32) if accumulates else None,
       remaining=None if every.always else every.first_window(),
       period=jnp.int32(0) if every.policy is not None else every.first_window(),
       updates=jnp.int32(0),
       fired=jnp.array(False),
       skipped=jnp.zeros(shape, jnp.int32) if self.skip else None,
+      weight=jnp.zeros(shape, jnp.float32) if self.weighted and accumulates else None,
       confidence=confidence,
     )
 
@@ -383,6 +394,7 @@ class Cadence:
     params: optax.Params | None = None,
     *,
     phase: int | Phase | None = None,
+    weight: Any = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, CadenceState]:
     state = _inner.plain(self.init, state, grads if params is None else params)
@@ -390,6 +402,7 @@ class Cadence:
     if phase is not None:
       phase = phases.checked(phase, call.layout.everys, state.micro_step)
     leaves, zeros = layouts.leaves_of(grads), {}
+    call = self._with_weights(call, weight, leaves)
     for i, g in leaves.items():
       zeros[i] = jnp.zeros_like(g, _window.wider(g.dtype, call.param_dtypes[i]))
     updates, state = _step.advance(call, leaves, state, zeros, phase)
@@ -401,6 +414,7 @@ class Cadence:
     state: CadenceState,
     grads: optax.Updates,
     phase: int | Phase | None = None,
+    weight: Any = None,
     **extra_args: Any,
   ) -> tuple[optax.Params, CadenceState]:
     _check_given("apply", params, needed=bool(jax.tree.leaves(grads)))
@@ -410,6 +424,7 @@ class Cadence:
     if phase is not None:
       phase = phases.checked(phase, call.layout.everys, state.micro_step)
     given, targets = layouts.leaves_of(grads), layouts.leaves_of(params)
+    call = self._with_weights(call, weight, given)
     leaves, state = _step.advance(call, given, state, targets, phase)
     return jax.tree.unflatten(jax.tree.structure(params), leaves.values()), state
 
@@ -419,6 +434,7 @@ class Cadence:
     state: CadenceState,
     differentiate: Callable[[_step.Call, CadenceState], tuple[Any, layouts.Leaves, Any]],
     phase: int | Phase | None = None,
+    weight: Any = None,
     **extra_args: Any,
   ) -> tuple[optax.Params, CadenceState, Any]:
     """`apply` of gradients that are worked out on the way; see `_training.training_step`.
@@ -429,6 +445,7 @@ class Cadence:
       differentiate: Returns a value that is passed on, for each leaf its gradient or a sum with
         that in it, and the leaves for which it is a sum.
       phase: As `apply` takes it.
+      weight: Likewise.
       **extra_args: Extra arguments for the inner optimizer.
     """
     state = _inner.plain(self.init, state, params)
@@ -436,7 +453,7 @@ class Cadence:
     if phase is not None:
       phase = phases.checked(phase, call.layout.everys, state.micro_step)
     value, given, summed = differentiate(call, state)
-    call = dataclasses.replace(call, summed=summed)
+    call = dataclasses.replace(self._with_weights(call, weight, given), summed=summed)
     leaves, state = _step.advance(call, given, state, layouts.leaves_of(params), phase)
     return jax.tree.unflatten(jax.tree.structure(params), leaves.values()), state, value
 
@@ -472,7 +489,7 @@ class Cadence:
       fields = {"inner_state": _restart.restarted(call.inner_of(group), old.inner_state, *trees)}
       if old.window is not None:
         whole = jnp.stack([mask.all() for mask in masks])
-        whole = whole if self.skip else whole.all()
+        whole = whole if self.by_region else whole.all()
         fields["window"] = jnp.where(whole, jnp.zeros_like(old.window), old.window)
         fields["accumulators"] = jax.tree.map(
           lambda mask, x: jnp.where(mask, jnp.zeros_like(x), x), trees[1], old.accumulators
@@ -532,6 +549,23 @@ class Cadence:
       set_schedules=self.set_schedules,
     )
 
+  def _with_weights(self, call: _step.Call, weight: Any, grads: layouts.Leaves) -> _step.Call:
+    """The call, with how much the micro-batch counts for each leaf.
+
+    Raises:
+      ValueError: If there is a weight and none is expected, or the other way round.
+    """
+    if not self.weighted:
+      if weight is None:
+        return call
+      raise ValueError(
+        "weight: expected none without oc.cadence(..., weighted=True), found"
+        f" {_checks.shown(weight)}"
+      )
+    from optax_cadence import _weights
+
+    return dataclasses.replace(call, weights=_weights.of_leaves(weight, call.layout, grads))
+
   def _check_state(self, layout: layouts.Layout, state: Any) -> None:
     """Raises unless the state has the groups of this tree."""
     if not isinstance(state, CadenceState):
@@ -552,6 +586,7 @@ class Cadence:
         "window": accumulates,
         "remaining": not group.every.always,
         "skipped": self.skip,
+        "weight": self.weighted and accumulates,
         "confidence": group.every.policy is not None,
       }
       for field, is_needed in needed.items():
@@ -559,7 +594,7 @@ class Cadence:
           raise ValueError(
             f"state of group {group.name!r}: expected {'' if is_needed else 'no '}{field}, found"
             f" {'none' if is_needed else 'some'}; a state goes with the settings (accumulate,"
-            " nonfinite) it was made for"
+            " nonfinite, weighted) it was made for"
           )
 
 

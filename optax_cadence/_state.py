@@ -50,7 +50,7 @@ class GroupState(NamedTuple):
       optimizer sees, or, in a dtype narrower than 32 bits, their mean; of no meaning while the
       window is empty. None for period 1 and for `accumulate="latest"`.
     window: Micro-steps in the window so far: int32 scalar, or int32 [R] with one for each
-      region under `nonfinite="skip"`. None without accumulators.
+      region under `nonfinite="skip"` and with weights. None without accumulators.
     remaining: Micro-steps until the group is due, under a policy at the latest: int32
       scalar. None for period 1.
     period: Micro-steps of the window in force; under a policy, of the last one that fired, 0
@@ -58,6 +58,8 @@ class GroupState(NamedTuple):
     updates: Updates applied so far: int32 scalar.
     fired: Whether one was applied at the last micro-step, or by `flush` after it: bool scalar.
     skipped: Micro-batches left out so far, int32 [R]. None unless `nonfinite="skip"`.
+    weight: Sum of the weights in the window, or in the last one where it is empty: float32 [R].
+      None unless `weighted`, and without accumulators.
     confidence: What a policy goes by; None unless one decides.
   """
 
@@ -69,6 +71,7 @@ class GroupState(NamedTuple):
   updates: jax.Array
   fired: jax.Array
   skipped: jax.Array | None
+  weight: jax.Array | None = None
   confidence: ConfidenceState | None = None
 
   def emptied(self, fresh: "GroupState") -> "GroupState":

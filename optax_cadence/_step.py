@@ -49,6 +49,7 @@ class Call:
     in_place: Whether the targets are the parameters.
     sums: Whether the optimizer gets the sum of a window and not its mean.
     skips: Whether micro-batches that are not finite are left out.
+    weights: How much the micro-batch counts for each leaf; None where all count alike.
     set_schedules: Sets the schedules in an inner state to a number of micro-steps; None where
       they count updates.
     moments: Where the inner optimizer keeps its arrays for the entries of each leaf under a mask,
@@ -67,6 +68,7 @@ class Call:
   sums: bool
   skips: bool
   set_schedules: Callable[[Any, jax.Array], Any] | None
+  weights: Leaves | None = None
   moments: Mapping[int, list[Any]] = dataclasses.field(default_factory=dict)
   summed: Collection[int] = ()
 
@@ -123,7 +125,12 @@ def advance(
     tensors = group.take(grads)
     tree, flags = call.layout.tree(group, tensors), finite.get(group.name, ())
     summed = [t.leaf in call.summed for t in group.tensors]
-    window = _window.accumulate(old, tensors, tree, flags, summed)
+    weights = None
+    if call.weights is not None and (group.tensors or group.masked):
+      from optax_cadence import _weights
+
+      weights = _weights.of_regions(call.weights, group)
+    window = _window.accumulate(old, tensors, tree, flags, summed, weights)
     due = fires = is_due(group, old, phase)
     if group.every.policy is not None and tensors:
       from optax_cadence.confidence import deciding
@@ -202,7 +209,7 @@ def fire(
   if not (group.tensors or group.masked):
     return targets, state
   fired = when
-  if window.skipped is not None:
+  if window.by_region:
     fired = when & (window.length > 0).any()
     when = when if isinstance(when, bool) else fired
   direct, leaves = [], {}
@@ -219,15 +226,15 @@ def fire(
 
   def compute(carry: Any, consts: Any) -> Any:
     leaves, sums, inner_state = carry
-    length, params, micro_step = consts
+    length, weights, params, micro_step = consts
     read = leaves | params if call.in_place else params
     before = None if read is None else group.take(read)
-    totals = window._replace(sums=sums, length=length)
+    totals = window._replace(sums=sums, length=length, weights=weights)
     results, inner_state = run_inner(call, group, totals, inner_state, before, micro_step)
     if call.in_place:
       with jax.numpy_dtype_promotion("standard"):  # added before it is rounded, once
         results = optax.apply_updates(before, results)
-    if window.skipped is not None:
+    if window.by_region:
       unchanged = before if call.in_place and before else [jnp.zeros_like(x) for x in results]
       for i, (x, old) in enumerate(zip(results, unchanged, strict=True)):
         results[i] = jnp.where(length[i] > 0, x, old)
@@ -247,12 +254,13 @@ def fire(
     return _control.keep((True, True, flags), compute, carry, consts)
 
   waits = list(map(operator.not_, direct))
-  carry, consts = (leaves, window.sums, state.inner_state), (window.length, params, micro_step)
+  carry = leaves, window.sums, state.inner_state
+  consts = window.length, window.weights, params, micro_step
   run = runner(when, group, waits, micro_step)
   if all(direct) and call.rounds(group):
     # Parameters step by what is not rounded yet, out of moments that are then overwritten.
     run = functools.partial(_control.first_part_first, when, count=micro_step)
-  body = compute if window.skipped is None else compute_where_filled
+  body = compute_where_filled if window.by_region else compute
   leaves, sums, inner_state = run(body, carry, consts)
   targets = write(when, targets | leaves, group, sums, waits, micro_step)
   state = state._replace(
@@ -376,6 +384,8 @@ def close(
 ) -> GroupState:
   """The group's state after this micro-step: a new window where it was due."""
   new = state._replace(skipped=window.skipped)
+  if state.weight is not None and window.weights is not None:
+    new = new._replace(weight=window.weights)
   if state.remaining is not None:
     ahead = every.window(optax.safe_increment(micro_step))
     new = new._replace(remaining=_control.choose(due, ahead, state.remaining - 1))

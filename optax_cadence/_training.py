@@ -165,6 +165,8 @@ def why_stored(
 def _why_stored(cadence: _cadence.Cadence, group: layouts.Group, dtype: Any) -> str | None:
   """The same of a leaf that is one region of a group."""
   policy, window = group.every.policy, cadence.sum_dtype(dtype)
+  if cadence.weighted:
+    return "weighted=True"
   if cadence.skip:
     return 'nonfinite="skip"'
   if policy is not None and policy.reads_gradients:

@@ -29,15 +29,32 @@ class Window(NamedTuple):
       that is narrower than 32 bits, their mean, since a sum would overflow or stand still.
     length: Micro-steps in the sums: int32 scalar, or int32 [R].
     skipped: Micro-batches left out so far, int32 [R]; None where none ever is.
-    finite: Whether this micro-batch is in the sums: R bool scalars; None likewise.
+    counts: Whether this micro-batch is in the sums: R bool scalars; None where it always is.
     squares: Sum of the squared norms of its gradients: float32 [R]; None where nobody asks.
+    weights: Sum of the weights of its micro-batches, which the gradients in the sums are multiplied
+      with: float32 [R]. None where all count alike.
+    single: Whether the sums are the gradients of one micro-batch as they are, for lack of
+      accumulators.
   """
 
   sums: list[jax.Array]
   length: jax.Array
   skipped: jax.Array | None
-  finite: list[jax.Array] | None = None
+  counts: list[jax.Array] | None = None
   squares: jax.Array | None = None
+  weights: jax.Array | None = None
+  single: bool = False
+
+  @property
+  def by_region(self) -> bool:
+    """Whether a micro-batch may be missing in some of the regions: lengths are then [R]."""
+    return self.length.ndim > 0
+
+  def total_weight(self, i: int) -> jax.Array:
+    """What the mean of region i is the sum divided by; 1 for nothing."""
+    if self.weights is None:
+      return jnp.maximum(item(self.length, i), 1)
+    return jnp.where(self.weights[i] > 0, self.weights[i], 1)
 
 
 def wider(*dtypes: Any) -> np.dtype:
@@ -69,6 +86,7 @@ def accumulate(
   tree: Any,
   finite: Sequence[jax.Array] = (),
   summed: Sequence[bool] = (),
+  weights: jax.Array | None = None,
 ) -> Window:
   """The window of a group with one more micro-batch.
 
@@ -79,6 +97,7 @@ def accumulate(
     finite: Whether the entries that it has of leaves under masks are finite.
     summed: Whether what is given of each tensor is the sum of the window with its gradient, and not
       the gradient; none is where this is empty.
+    weights: How much the micro-batch counts in each region: float32 [R]. None for 1 in all.
 
   Returns:
     The window. Without accumulators it is this micro-batch alone.
@@ -86,28 +105,45 @@ def accumulate(
   Raises:
     ValueError: If the state is of other tensors.
   """
-  new, flags, skipped = jnp.int32(1), None, state.skipped
+  new, counts, skipped = jnp.int32(1), None, state.skipped
   if skipped is not None and (tensors or finite):
-    flags = [*map(_all_finite, tensors), *finite]
-    new = jnp.stack(flags).astype(jnp.int32)
-    skipped = skipped + 1 - new
+    counts = jnp.stack([*map(_all_finite, tensors), *finite])
+    left_out = ~counts if weights is None else ~counts & (weights > 0)
+    skipped = skipped + left_out.astype(jnp.int32)
+  if weights is not None:
+    counts = weights > 0 if counts is None else counts & (weights > 0)
+  flags = None if counts is None else list(counts)
+  if counts is not None:
+    new = counts.astype(jnp.int32)
   if state.accumulators is None or state.window is None:
-    return Window(list(tensors), new, skipped, flags)
+    return Window(list(tensors), new, skipped, flags, weights=weights, single=True)
   _check_tree(state, tree)
-  sums, length = [], state.window + new
+  sums, length, total_weight = [], state.window + new, None
+  if weights is not None and counts is not None and state.weight is not None:
+    before = jnp.where(state.window > 0, state.weight, 0)
+    total_weight = before + jnp.where(counts, weights, 0)
   for i, (old, x) in enumerate(zip(jax.tree.leaves(state.accumulators), tensors, strict=True)):
     if summed and summed[i]:
       sums.append(x)
       continue
-    total = added(old, x, item(state.window, i) == 0, item(length, i))
+    count, weight = item(length, i), None
+    if weights is not None and total_weight is not None:
+      count, weight = total_weight[i], weights[i]
+    total = added(old, x, item(state.window, i) == 0, count, weight)
     sums.append(total if flags is None else jnp.where(flags[i], total, old))
   squares = None if state.confidence is None else state.confidence.squares
   if squares is not None and tensors:
-    squares = add_squares(squares, state.window, tensors, flags)
-  return Window(sums, length, skipped, flags, squares)
+    squares = add_squares(squares, state.window, tensors, flags, weights)
+  return Window(sums, length, skipped, flags, squares, total_weight)
 
 
-def added(total: jax.Array, x: jax.Array, first: jax.Array, length: jax.Array | None) -> jax.Array:
+def added(
+  total: jax.Array,
+  x: jax.Array,
+  first: jax.Array,
+  length: jax.Array | None,
+  weight: jax.Array | None = None,
+) -> jax.Array:
   """The sum or mean with one more gradient.
 
   Args:
@@ -115,13 +151,19 @@ def added(total: jax.Array, x: jax.Array, first: jax.Array, length: jax.Array | 
     x: The gradient.
     first: Whether it is the first of its window, and so replaces what is there: a bool scalar, or
       one for each entry.
-    length: How many there are with it: an int32 scalar, or one for each entry. Read for a mean.
+    length: How many there are with it, or the sum of their weights: a scalar, or one for each
+      entry. Read for a mean.
+    weight: How much it counts: float32 scalar. None for 1.
   """
   if length is None or not holds_mean(total):
     x = x.astype(total.dtype)
+    if weight is not None:
+      x = multiply(x, weight)
     return jnp.where(first, x, total + x)
-  x, mean = x.astype(jnp.float32), total.astype(jnp.float32)
-  moved = mean + (x - mean) / length.astype(jnp.float32)
+  x, mean, count = x.astype(jnp.float32), total.astype(jnp.float32), length.astype(jnp.float32)
+  if weight is not None:
+    count = count / weight
+  moved = mean + (x - mean) / count
   return jnp.where(first, x, moved).astype(total.dtype)
 
 
@@ -134,7 +176,7 @@ def so_far(state: GroupState, tree: Any) -> Window:
   """The window of a group as it is, without another micro-batch; arguments as in `accumulate`."""
   _check_tree(state, tree)
   length = jnp.int32(0) if state.window is None else state.window
-  return Window(jax.tree.leaves(state.accumulators), length, state.skipped)
+  return Window(jax.tree.leaves(state.accumulators), length, state.skipped, weights=state.weight)
 
 
 def _check_tree(state: GroupState, tree: Any) -> None:
@@ -149,11 +191,13 @@ def add_squares(
   length: jax.Array,
   tensors: Sequence[jax.Array],
   finite: Sequence[jax.Array] | None = None,
+  weights: jax.Array | None = None,
 ) -> jax.Array:
-  """The sum of squared norms with those of one more micro-batch: float32 [R]."""
+  """The sum of squared norms with those of one more micro-batch, times its weight: float32 [R]."""
   from optax_cadence.confidence import statistics
 
   more = statistics.squared_norms(tensors)
+  more = more if weights is None else more * weights
   total = jnp.where(length == 0, more, squares + more)
   return total if finite is None else jnp.where(jnp.stack(finite), total, squares)
 
@@ -169,22 +213,27 @@ def means(window: Window, dtypes: Sequence[Any]) -> list[jax.Array]:
 
 
 def _reduced(window: Window, dtypes: Sequence[Any], reduce: Any) -> list[jax.Array]:
-  n, results = jnp.maximum(window.length, 1), []
+  results = []
   for i, (x, dtype) in enumerate(zip(window.sums, dtypes, strict=True)):
-    if window.skipped is not None:
+    if window.by_region:
       x = jnp.where(window.length[i] > 0, x, jnp.zeros_like(x))
-    results.append(reduce(x, item(n, i), dtype))
+    results.append(reduce(x, window.total_weight(i), dtype, window.single))
   return results
 
 
-def sum_of(total: jax.Array, n: jax.Array, dtype: Any) -> jax.Array:
-  """The sum of n gradients; n is a scalar, or one for each entry."""
-  return total.astype(dtype) * n.astype(dtype) if holds_mean(total) else total.astype(dtype)
+def sum_of(total: jax.Array, n: jax.Array, dtype: Any, single: bool = False) -> jax.Array:
+  """The sum of gradients; n is their number or weight: a scalar, or one for each entry.
+
+  The total is that sum, or their mean, or, where `single`, one gradient as it is.
+  """
+  x = total.astype(dtype)
+  return multiply(x, n) if single or holds_mean(total) else x
 
 
-def mean_of(total: jax.Array, n: jax.Array, dtype: Any) -> jax.Array:
+def mean_of(total: jax.Array, n: jax.Array, dtype: Any, single: bool = False) -> jax.Array:
   """Their mean."""
-  return total.astype(dtype) if holds_mean(total) else divide(total.astype(dtype), n)
+  x = total.astype(dtype)
+  return x if single or holds_mean(total) else divide(x, n)
 
 
 def item(x: jax.Array, i: int) -> jax.Array:
@@ -211,8 +260,15 @@ def _all_finite_by_slabs(x: jax.Array) -> jax.Array:
   return (functools.reduce(jnp.add, list(slabs)) == 0).all()
 
 
+def multiply(x: jax.Array, n: jax.Array) -> jax.Array:
+  """The array times real numbers, in its own dtype."""
+  if jnp.issubdtype(x.dtype, jnp.complexfloating):
+    return jax.lax.complex(multiply(x.real, n), multiply(x.imag, n))
+  return x * n.astype(x.dtype)
+
+
 def divide(x: jax.Array, n: jax.Array) -> jax.Array:
-  """The array over integers, in its own dtype."""
+  """The array over real numbers, in its own dtype."""
   if jnp.issubdtype(x.dtype, jnp.complexfloating):
     return jax.lax.complex(divide(x.real, n), divide(x.imag, n))
   return x / n.astype(x.dtype)

@@ -118,16 +118,22 @@ class Oracle:
       for piece in parts:
         self.groups.setdefault(piece.label, []).append((i, piece))
     self.t = 0
-    # The gradients of each piece in its window; how many it has left out.
-    self.windows: dict[Any, list[list[np.ndarray]]] = {}
+    # The gradients of each piece in its window, with their weights; how many it has left out.
+    self.windows: dict[Any, list[list[tuple[np.ndarray, Any]]]] = {}
     self.skipped = {label: [0] * len(group) for label, group in self.groups.items()}
     self.states = {
       label: self.inner.init(self._tree(label, self._take(label, leaves))) for label in self.groups
     }
 
-  def step(self, grads: Sequence[jax.Array], params: Sequence[jax.Array]) -> list[np.ndarray]:
+  def step(
+    self,
+    grads: Sequence[jax.Array],
+    params: Sequence[jax.Array],
+    weights: Sequence[float] | None = None,
+  ) -> list[np.ndarray]:
     """The updates of one micro-step, one array per leaf, in its gradient's dtype or a wider one.
 
+    With weights, one for each leaf, means are weighted, and worked out in 64 bits.
     `exact` has them as they are before they are rounded to that.
     """
     self.t += 1
@@ -138,8 +144,11 @@ class Oracle:
         grad = piece.take(np.asarray(grads[i]).astype(wide(params[i].dtype)))
         if self.accumulate == "latest":
           windows[n].clear()
+        weight = None if weights is None else weights[i]
+        if weight == 0:
+          continue
         if not self.skip or np.isfinite(grad).all():
-          windows[n].append(grad)
+          windows[n].append((grad, weight))
         else:
           self.skipped[label][n] += 1
       period, offset = label
@@ -260,9 +269,14 @@ def wide(dtype: Any) -> np.dtype:
   return wider(dtype, jnp.float32)
 
 
-def _reduce(how: str, grads: Sequence[np.ndarray]) -> np.ndarray:
+def _reduce(how: str, window: Sequence[tuple[np.ndarray, Any]]) -> np.ndarray:
+  grads, weights = zip(*window, strict=True)
   if how == "latest":
     return grads[-1]
+  if weights[0] is not None:
+    widest = np.complex128 if np.iscomplexobj(grads[0]) else np.float64
+    total = sum(w * g.astype(widest) for g, w in window)
+    return (total / sum(weights) if how == "mean" else total).astype(grads[0].dtype)
   with np.errstate(invalid="ignore"):
     total = np.asarray(sum(grads[1:], start=grads[0]))
   return total / np.array(len(grads), total.real.dtype) if how == "mean" else total

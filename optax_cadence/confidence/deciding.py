@@ -108,14 +108,17 @@ def _statistics(asked: jax.Array, window: Window) -> statistics.Statistics:
   """Statistics of a window; its sum is read only where there is something to decide."""
   unknown = jnp.full(len(window.sums), jnp.nan, jnp.float32)
   if window.squares is None:
-    return statistics.of(window.length, unknown, unknown)
+    return statistics.of(window.length, unknown, unknown, window.weights)
 
-  def read(_: Any, window: Window) -> jax.Array:
-    dtypes = [_window.wider(x.dtype, jnp.float32) for x in window.sums]
-    return statistics.squared_norms(_window.sums(window, dtypes))
+  def read(_: Any, consts: Any) -> jax.Array:
+    sums, length, weights = consts
+    total = Window(sums, length, None, weights=weights)
+    dtypes = [_window.wider(x.dtype, jnp.float32) for x in total.sums]
+    return statistics.squared_norms(_window.sums(total, dtypes))
 
-  square = _control.maybe(asked, read, jnp.zeros_like(unknown), window)
-  return statistics.of(window.length, window.squares, square)
+  consts = window.sums, window.length, window.weights
+  square = _control.maybe(asked, read, jnp.zeros_like(unknown), consts)
+  return statistics.of(window.length, window.squares, square, window.weights)
 
 
 def _look(decision: Decision, call: "Call", group: Group, targets: Leaves) -> Decision:

@@ -13,6 +13,8 @@ from optax_cadence import _control
 from optax_cadence import _window
 from optax_cadence._state import per_region
 from optax_cadence._state import Regions
+from optax_cadence._weights import of_leaves
+from optax_cadence._weights import of_regions
 from optax_cadence.confidence import policies
 from optax_cadence.confidence import statistics
 from optax_cadence.regions import layout as layouts
@@ -24,10 +26,11 @@ class MeasuredGroup(NamedTuple):
 
   Attributes:
     sums: Sum of the gradients in the window, a tree as the group's tensors form it.
-    length: Gradients in the window: int32 scalar.
+    length: Gradients in the window: int32 scalar; with weights int32 [R], those of weight above 0.
     remaining: Micro-steps until the window ends: int32 scalar.
     squares: Sum of the squared norms of its gradients: float32 [R].
     estimate: |G|² and tr Σ, smoothed over windows.
+    weight: Sum of the weights of the gradients in the window: float32 [R]. None without weights.
   """
 
   sums: Any
@@ -35,6 +38,7 @@ class MeasuredGroup(NamedTuple):
   remaining: jax.Array
   squares: jax.Array
   estimate: statistics.Estimate
+  weight: jax.Array | None = None
 
 
 class NoiseScaleState(NamedTuple):
@@ -51,7 +55,9 @@ class NoiseScaleState(NamedTuple):
   regions: Regions
 
 
-def noise_scale(every: Any = 8, *, decay: float = 0.9) -> optax.GradientTransformation:
+def noise_scale(
+  every: Any = 8, *, decay: float = 0.9, weighted: bool = False
+) -> optax.GradientTransformationExtraArgs:
   r"""Measures :math:`|G|^2` and :math:`\operatorname{tr} \Sigma` of every region.
 
   Gradients pass through as they are. A window of n of them yields an unbiased estimate of both,
@@ -63,6 +69,9 @@ def noise_scale(every: Any = 8, *, decay: float = 0.9) -> optax.GradientTransfor
     every: Length of the windows, at least 2, as for `oc.cadence`: an integer, a grid, or a
       tree prefix of such, but no policies.
     decay: Weight of the past at the end of each window, from 0 to below 1.
+    weighted: Whether micro-batches are of different sizes, told by `weight` as for `oc.cadence`:
+      `update(updates, state, weight=...)`. A noise scale of 1000 then is a weight of 1000 (tokens,
+      say) and not so many micro-batches.
 
   Returns:
     A gradient transformation with a `NoiseScaleState`.
@@ -101,27 +110,35 @@ def noise_scale(every: Any = 8, *, decay: float = 0.9) -> optax.GradientTransfor
       sums = [jnp.zeros_like(x, _window.accumulator_dtype(x.dtype, None)) for x in tensors]
       groups[group.name] = MeasuredGroup(
         layout.tree(group, sums),
-        jnp.int32(0),
+        jnp.zeros(per_region(len(sums)) if weighted else (), jnp.int32),
         group.every.first_window(),
         jnp.zeros(per_region(len(sums)), jnp.float32),
         statistics.no_estimate(len(sums)),
+        jnp.zeros(per_region(len(sums)), jnp.float32) if weighted else None,
       )
     return NoiseScaleState(jnp.int32(0), groups, Regions.of(names=layout.region_names()))
 
   def update(
-    updates: optax.Updates, state: NoiseScaleState, params: Any = None
+    updates: optax.Updates,
+    state: NoiseScaleState,
+    params: Any = None,
+    *,
+    weight: Any = None,
+    **extra_args: Any,
   ) -> tuple[optax.Updates, NoiseScaleState]:
-    del params
+    del params, extra_args
     layout, leaves = layout_of(updates), layouts.leaves_of(updates)
+    weights = of_leaves(weight, layout, leaves) if weighted else None
     micro_step, groups = optax.safe_increment(state.micro_step), {}
     for group in layout.groups:
       old, tensors = state.groups[group.name], group.take(leaves)
-      groups[group.name] = (
-        _measure(group.every, old, tensors, micro_step, decay) if tensors else old
-      )
+      if tensors:
+        heavy = None if weights is None else of_regions(weights, group)
+        old = _measure(group.every, old, tensors, micro_step, decay, heavy)
+      groups[group.name] = old
     return updates, NoiseScaleState(micro_step, groups, state.regions)
 
-  return optax.GradientTransformation(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _measure(
@@ -130,18 +147,28 @@ def _measure(
   grads: list[jax.Array],
   micro_step: jax.Array,
   decay: Any,
+  weights: jax.Array | None,
 ) -> MeasuredGroup:
-  """The state of a group after one more gradient of each of its tensors."""
-  sums = [
-    _window.added(total, x, old.length == 0, None)
-    for total, x in zip(jax.tree.leaves(old.sums), grads, strict=True)
-  ]
-  squares = _window.add_squares(old.squares, old.length, grads)
-  length, due = old.length + 1, old.remaining == 1
+  """The state of a group after one more gradient of each of its tensors, of these weights."""
+  sums, counts = [], None if weights is None else weights > 0
+  for i, (total, x) in enumerate(zip(jax.tree.leaves(old.sums), grads, strict=True)):
+    first = _window.item(old.length, i) == 0
+    if weights is None or counts is None:
+      sums.append(_window.added(total, x, first, None))
+    else:
+      new = _window.added(total, x, first, None, weights[i])
+      sums.append(jnp.where(counts[i], new, total))
+  flags = None if counts is None else list(counts)
+  squares = _window.add_squares(old.squares, old.length, grads, flags, weights)
+  due, weight, more = old.remaining == 1, old.weight, jnp.int32(1)
+  if weights is not None and counts is not None and weight is not None:
+    more = counts.astype(jnp.int32)
+    weight = jnp.where(old.length == 0, 0, weight) + jnp.where(counts, weights, 0)
+  length = old.length + more
 
   def estimated(estimate: statistics.Estimate, window: Any) -> statistics.Estimate:
-    sums, length, squares = window
-    numbers = statistics.of(length, squares, statistics.squared_norms(sums))
+    sums, length, squares, weight = window
+    numbers = statistics.of(length, squares, statistics.squared_norms(sums), weight)
     return statistics.smooth(estimate, numbers, decay)
 
   return MeasuredGroup(
@@ -149,7 +176,8 @@ def _measure(
     jnp.where(due, 0, length),
     jnp.where(due, every.window(micro_step), old.remaining - 1),
     squares,
-    _control.maybe(due, estimated, old.estimate, (sums, length, squares)),
+    _control.maybe(due, estimated, old.estimate, (sums, length, squares, weight)),
+    weight,
   )
 
 

@@ -4,6 +4,10 @@ From n gradients g_i with mean G and covariance Σ, s1 = Σ‖g_i‖² and s2 = 
 (s2 - s1) / (n (n - 1)) estimates |G|² and (s1 - s2/n) / (n - 1) estimates tr Σ, both
 without bias (McCandlish et al. 2018, arXiv:1812.06162). What is decided from them is in
 `policies`.
+
+A gradient of weight w is the mean of a batch of that size, whose covariance is Σ/w: then Σ is that
+of one of weight 1. With s1 = Σ w_i ‖g_i‖², s2 = ‖Σ w_i g_i‖² and W = Σ w_i, tr Σ is estimated by
+(s1 - s2/W) / (n - 1), and |G|² by (s2/W - tr Σ) / W: the above where every weight is 1.
 """
 
 from collections.abc import Sequence
@@ -23,12 +27,14 @@ class Statistics(NamedTuple):
 
   Attributes:
     length: Gradients in the window: int32 [R].
-    squares: Sum of squares: of the squared norms of the gradients, s1: float32 [R].
-    square: Square of the sum: the squared norm of all gradients added up, s2: float32 [R]. Both
-      are NaN for a policy that does not read gradients.
+    squares: Sum of squares: of the squared norms of the gradients, each times its weight, s1:
+      float32 [R].
+    square: Square of the sum: the squared norm of all gradients, each times its weight, added up,
+      s2: float32 [R]. Both are NaN for a policy that does not read gradients.
     update: Squared norm of the last update of a sample of the parameters: float32 [R].
     params: Squared norm of the sample before that: float32 [R]. Both are there when a window
       has fired, and NaN before, at the first, and for a policy that does not read updates.
+    weight: Sum of the weights of the gradients, their number where there are none: float32 [R].
   """
 
   length: jax.Array
@@ -36,16 +42,18 @@ class Statistics(NamedTuple):
   square: jax.Array
   update: jax.Array
   params: jax.Array
+  weight: jax.Array
 
   def signals(self) -> jax.Array:
     """Unbiased |G|² of each region: float32 [R]; zero where there are fewer than two gradients."""
-    n = self.length.astype(jnp.float32)
-    return jnp.where(n > 1, (self.square - self.squares) / jnp.maximum(n * (n - 1), 1), 0)
+    n, weight = self.length.astype(jnp.float32), self._divisor()
+    signal = (n * self.square / weight - self.squares) / (weight * jnp.maximum(n - 1, 1))
+    return jnp.where(n > 1, signal, 0)
 
   def noises(self) -> jax.Array:
     """Unbiased tr Σ of each region: float32 [R]; zero where there are fewer than two gradients."""
     n = self.length.astype(jnp.float32)
-    spread = self.squares - self.square / jnp.maximum(n, 1)
+    spread = self.squares - self.square / self._divisor()
     return jnp.where(n > 1, spread / jnp.maximum(n - 1, 1), 0)
 
   def signal(self) -> jax.Array:
@@ -53,8 +61,11 @@ class Statistics(NamedTuple):
     return self.signals().sum()
 
   def noise_of_mean(self) -> jax.Array:
-    """Tr Σ / n, the variance of the window's mean, of the whole group: float32 scalar."""
-    return (self.noises() / jnp.maximum(self.length, 1).astype(jnp.float32)).sum()
+    """Tr Σ / W, the variance of the window's mean, of the whole group: float32 scalar."""
+    return (self.noises() / self._divisor()).sum()
+
+  def _divisor(self) -> jax.Array:
+    return jnp.where(self.weight > 0, self.weight, 1)
 
   def relative_update(self) -> jax.Array:
     """Norm of the update over that of the parameters, for the whole group: float32 scalar.
@@ -108,10 +119,17 @@ def decayed(old: Any, found: Any, usable: jax.Array, decay: Any) -> Any:
   return jax.tree.map(lambda x, y: jnp.where(usable, decay * x + (1 - decay) * y, x), old, found)
 
 
-def of(length: jax.Array, squares: jax.Array, square: jax.Array) -> Statistics:
-  """The statistics of a window that has not fired; its length may be one for all regions."""
+def of(
+  length: jax.Array, squares: jax.Array, square: jax.Array, weight: jax.Array | None = None
+) -> Statistics:
+  """The statistics of a window that has not fired; its length may be one for all regions.
+
+  Without a weight all gradients have one of 1.
+  """
+  length = jnp.broadcast_to(length, squares.shape)
+  weight = length.astype(jnp.float32) if weight is None else weight
   unknown = jnp.full_like(squares, jnp.nan)
-  return Statistics(jnp.broadcast_to(length, squares.shape), squares, square, unknown, unknown)
+  return Statistics(length, squares, square, unknown, unknown, weight)
 
 
 def squared_norms(tensors: Sequence[jax.Array]) -> jax.Array:

@@ -248,7 +248,8 @@ def advance(
     else:
       total = totals[mask.leaf]
       if grads is not None:
-        total = _added(mask, codes, regions, total, grads[mask.leaf])
+        weight = None if call.weights is None else call.weights[mask.leaf]
+        total = _added(mask, codes, regions, total, grads[mask.leaf], weight)
     paths = call.moments[mask.leaf]
     carry = targets[mask.leaf], [held[path] for path in paths], total
     now = mask.only(programs)
@@ -273,12 +274,14 @@ class Region(NamedTuple):
 
   Attributes:
     length: Gradients in their window: int32 scalar.
-    finite: Whether this one is among them.
+    total_weight: What the mean is their sum divided by: scalar.
+    counts: Whether this one is among them.
     fires: Whether they fire.
   """
 
   length: jax.Array
-  finite: bool | jax.Array
+  total_weight: jax.Array
+  counts: bool | jax.Array
   fires: bool | jax.Array
 
 
@@ -287,32 +290,34 @@ def _regions(call: "Call", mask: Mask, turns: Mapping[str, "Turn"]) -> dict[str,
   regions = {}
   for group in call.layout.groups:
     if group.name in mask.groups:
-      turn = turns[group.name]
-      length, fires = turn.window.length, turn.fires
-      finite: bool | jax.Array = True
-      if call.skips:
-        i = len(group.tensors) + [t.leaf for t in group.masked].index(mask.leaf)
-        length = _window.item(length, i)
-        if turn.window.finite is not None:
-          finite = turn.window.finite[i]
+      window, fires = turns[group.name].window, turns[group.name].fires
+      i = len(group.tensors) + [t.leaf for t in group.masked].index(mask.leaf)
+      length = _window.item(window.length, i)
+      if window.by_region:
         fires = False if fires is False else (length > 0) & fires
-      regions[group.name] = Region(length, finite, fires)
+      counts = True if window.counts is None else window.counts[i]
+      regions[group.name] = Region(length, window.total_weight(i), counts, fires)
   return {name: regions[name] for name in mask.groups}
 
 
 def _added(
-  mask: Mask, codes: jax.Array, regions: Mapping[str, Region], total: jax.Array, grad: jax.Array
+  mask: Mask,
+  codes: jax.Array,
+  regions: Mapping[str, Region],
+  total: jax.Array,
+  grad: jax.Array,
+  weight: jax.Array | None,
 ) -> jax.Array:
   """The sum or mean of a leaf, with one more gradient."""
   first = mask.any(codes, [region.length == 1 for region in regions.values()])
   lengths = None
   if _window.holds_mean(total):
-    lengths = mask.look_up(codes, total, [region.length for region in regions.values()])
-  new = _window.added(total, grad, first, lengths)
-  finite = [region.finite for region in regions.values()]
-  if all(flag is True for flag in finite):
+    lengths = mask.look_up(codes, total, [region.total_weight for region in regions.values()])
+  new = _window.added(total, grad, first, lengths, weight)
+  counts = [region.counts for region in regions.values()]
+  if all(flag is True for flag in counts):
     return new
-  return jnp.where(mask.any(codes, finite), new, total)
+  return jnp.where(mask.any(codes, counts), new, total)
 
 
 def _fire(
@@ -328,7 +333,7 @@ def _fire(
 ) -> Any:
   """Target, moments and sum of a leaf, after the groups that are due have fired."""
   fires = [regions[name].fires for name in mask.groups]
-  lengths = [jnp.maximum(regions[name].length, 1) for name in mask.groups]
+  weights = [regions[name].total_weight for name in mask.groups]
   updates = [programs[name] for name in mask.groups]
   numbers = [states[name] for name in mask.groups]
   _check(call, mask, updates, paths)
@@ -337,7 +342,7 @@ def _fire(
   def compute(carry: Any, param: Any) -> Any:
     target, moments, total = carry
     look_up = functools.partial(mask.look_up, codes, total)
-    grad = reduce(total, look_up(lengths), call.dtypes[mask.leaf])
+    grad = reduce(total, look_up(weights), call.dtypes[mask.leaf])
     param = target if call.in_place else param
     held = dict(zip(paths, moments, strict=True))
     results = proof.run(updates, mask.leaf, held, numbers, grad, param, look_up)
@@ -381,8 +386,8 @@ def _fire_now(
     tensors[leaf] = [zeros(x.shape, x.dtype) for x in parts]
   params = dict(tensors)
   for i, t in enumerate(group.masked, len(group.tensors)):
-    length = jnp.maximum(_window.item(turn.window.length, i), 1)
-    tensors[t.leaf] = [reduce(totals[t.leaf], length, dtypes[t.leaf])]
+    weight = turn.window.total_weight(i)
+    tensors[t.leaf] = [reduce(totals[t.leaf], weight, dtypes[t.leaf])]
     param = targets if call.in_place else call.params
     params[t.leaf] = tensors[t.leaf] if param is None else [param[t.leaf]]
   grads = proof.tree_of(layout, tensors)
@@ -402,7 +407,7 @@ def _fire_now(
     mine = np.zeros(layout.shapes[t.leaf], bool)
     mine.reshape(-1)[t.cut.indices] = True
     fires = mine
-    if turn.window.skipped is not None:
+    if turn.window.by_region:
       fires = mine & (_window.item(turn.window.length, i) > 0)
     update, target = slots[t.leaf], targets[t.leaf]
     if call.in_place:

@@ -42,6 +42,10 @@ def metrics(state: Any) -> dict[str, Any]:
       policy; NaN where neither measures it, and before the first window.
     - `NAME/snr`: squared signal-to-noise ratio of the mean of such a window, likewise.
 
+    With `weighted=True` there is `NAME/weight` too, the sum of the weights in the window, or in the
+    last one where it is empty; the noise scale is then in weights, and `snr` that of a mean of so
+    much weight.
+
     A `noise_scale` with regions that no cadence has gives their `noise_scale` alone.
 
   Raises:
@@ -74,7 +78,8 @@ def metrics(state: Any) -> dict[str, Any]:
   for name in dict.fromkeys([*cadences, *measured]):
     row = cadences.get(name, {}) | measured.get(name, {})
     if "period" in row:
-      row["snr"] = row["period"].astype(np.float32) / row["noise_scale"]
+      length = row.get("weight", row["period"].astype(np.float32))
+      row["snr"] = length / row["noise_scale"]
     values |= {f"{name}/{key}": value for key, value in row.items()}
   return values
 
@@ -124,13 +129,14 @@ class _Group(NamedTuple):
   updates: Any = None
   skipped: Any = None
   estimate: Any = None
+  weight: Any = None
 
 
 def _small(group: GroupState | MeasuredGroup) -> _Group:
   if isinstance(group, MeasuredGroup):
     return _Group(estimate=group.estimate)
   estimate = None if group.confidence is None else group.confidence.estimate
-  return _Group(group.period, group.updates, group.skipped, estimate)
+  return _Group(group.period, group.updates, group.skipped, estimate, group.weight)
 
 
 def _row(group: _Group, i: int, xp: Any) -> dict[str, Any]:
@@ -140,6 +146,8 @@ def _row(group: _Group, i: int, xp: Any) -> dict[str, Any]:
     none = xp.zeros_like(group.period)[()]
     skipped = none if group.skipped is None else group.skipped[..., i]
     row = {"period": group.period, "updates": group.updates, "skipped": skipped}
+    if group.weight is not None:
+      row["weight"] = group.weight[..., i]
   if group.estimate is None:
     row["noise_scale"] = xp.full_like(group.period, np.nan, xp.float32)[()]
   else:
