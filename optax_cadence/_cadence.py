@@ -407,7 +407,7 @@ class Cadence:
     self,
     params: optax.Params,
     state: CadenceState,
-    differentiate: Callable[[_step.Call, CadenceState], tuple[Any, layouts.Leaves, Any]],
+    differentiate: Callable[[_step.Call, CadenceState], tuple[Any, layouts.Leaves, Any, Any]],
     phase: int | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Params, CadenceState, Any]:
@@ -416,8 +416,8 @@ class Cadence:
     Args:
       params: Parameters.
       state: The state.
-      differentiate: Returns a value that is passed on, for each leaf its gradient or a sum with
-        that in it, and the leaves for which it is a sum.
+      differentiate: Returns a value that is passed on, the gradient of every leaf, and `given` and
+        `summed` of a `Call`.
       phase: As `apply` takes it.
       **extra_args: Extra arguments for the inner optimizer.
     """
@@ -425,9 +425,9 @@ class Cadence:
     call = self._prepare(params, state, params, extra_args, in_place=True)
     if phase is not None:
       phase = phases.checked_phase(phase, call.layout.cycle)
-    value, given, summed = differentiate(call, state)
-    call = dataclasses.replace(call, summed=summed)
-    leaves, state = _step.advance(call, given, state, layouts.leaves_of(params), phase)
+    value, grads, given, summed = differentiate(call, state)
+    call = dataclasses.replace(call, given=given, summed=summed)
+    leaves, state = _step.advance(call, grads, state, layouts.leaves_of(params), phase)
     return jax.tree.unflatten(jax.tree.structure(params), leaves.values()), state, value
 
   def flush(

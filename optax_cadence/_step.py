@@ -50,8 +50,8 @@ class Call:
     skips: Whether micro-batches that are not finite are left out.
     set_schedules: Sets the schedules in an inner state to a number of micro-steps; None where
       they count updates.
-    summed: The leaves of which a micro-step is given the sum of their window with this gradient in
-      it, and not the gradient.
+    given: For some tensors their gradient, which is not read from that of the leaf.
+    summed: Those of them for which it is the sum of their window with this gradient in it.
   """
 
   inner: optax.GradientTransformationExtraArgs
@@ -64,7 +64,8 @@ class Call:
   sums: bool
   skips: bool
   set_schedules: Callable[[Any, jax.Array], Any] | None
-  summed: Collection[int] = ()
+  given: Mapping[Tensor, jax.Array] = dataclasses.field(default_factory=dict)
+  summed: Collection[Tensor] = ()
 
   @functools.cached_property
   def moments(self) -> dict[int, list[Any]]:
@@ -121,9 +122,9 @@ def advance(
     finite = masks.all_finite(call, grads)
   for group in call.layout.groups:
     old, decision = state.groups[group.name], None
-    tensors = group.take(grads)
+    tensors = [call.given.get(t, x) for t, x in zip(group.tensors, group.take(grads), strict=True)]
     tree, flags = call.layout.tree(group, tensors), finite.get(group.name, ())
-    summed = [t.leaf in call.summed for t in group.tensors]
+    summed = [t in call.summed for t in group.tensors]
     window = _window.accumulate(old, tensors, tree, flags, summed)
     due = fires = is_due(group.every, old, phase)
     if group.every.policy is not None and tensors:
