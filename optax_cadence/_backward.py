@@ -272,9 +272,12 @@ class _Cut:
     body, numbers = reading.opened(eqn.params["jaxpr"])
     ends = {0} | {end for _, leaf in xs for _, end, _ in self.runs.get(leaf, ())}
     spans = list(itertools.pairwise(sorted(ends)))
+    reads = {x.shape for x, leaf in xs if leaf in self.runs or leaf in self.added}
+    policy = functools.partial(_is_kept, reads)
     results, reverse = [], eqn.params["reverse"]
     for start, end in reversed(spans) if reverse else spans:
       turn = functools.partial(self._turn, body, numbers, consts, xs, start)
+      turn = jax.checkpoint(turn, policy=policy, prevent_cse=False)
       copied = [None if leaf in self.runs or leaf in self.added else x[start:end] for x, leaf in xs]
       counted = jnp.arange(start, end), copied
       carry, ys = jax.lax.scan(turn, carry, counted, reverse=reverse, unroll=eqn.params["unroll"])
@@ -305,6 +308,17 @@ class _Cut:
           )
     results = jax.core.eval_jaxpr(body, numbers, *consts, *carry, *rows)
     return results[: len(carry)], results[len(carry) :]
+
+
+def _is_kept(reads: Collection[Any], primitive: Any, operand: Any, *others: Any, **_: Any) -> bool:
+  """Whether the backward pass is given a result of the forward pass, and does not compute it again.
+
+  All but the rows of these arrays: there they can be read again, and would be copies.
+  """
+  del others
+  row_read = primitive.name == "dynamic_slice" and operand.shape in reads
+  bare = primitive.name == "squeeze" and any(operand.shape == (1, *x[1:]) for x in reads)
+  return not (row_read or bare)
 
 
 def rows_of(tensor: Tensor) -> tuple[int, int]:
