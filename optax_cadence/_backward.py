@@ -11,9 +11,11 @@ is an operation of its own, whose program is seen by the compiler alone: under d
 under `vmap` gradients take its place.
 """
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Sequence
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,11 +27,17 @@ from jax.interpreters import mlir
 from optax_cadence import _control
 from optax_cadence import _sharding
 from optax_cadence.programs import reading
+from optax_cadence.regions.cuts import Box
 from optax_cadence.regions.layout import Leaves
+from optax_cadence.regions.layout import Tensor
 
 # What is new in them is not yet in their types.
 _ad: Any = getattr(jax, "ad", None)
 _vjp: Any = jax.vjp
+
+
+# Calls that are the same as what they call.
+_CALLS = ("jit", "pjit", "closed_call", "core_call")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +50,14 @@ class Loss:
     returned: What it returns, as shapes: a scalar; with `has_aux` a pair of that and anything else.
     scanned: The leaves that a scan reads; none where references would be in the way: where nothing
       is compiled, the types of arrays say how they lie, or the loss has effects.
+    by_rows: Those that nothing but one scan reads, a row at each turn.
   """
 
   program: Any
   consts: Sequence[jax.Array]
   returned: Any
-  scanned: Collection[int]
+  scanned: Collection[int] = ()
+  by_rows: Collection[int] = ()
 
 
 def trace(loss: Callable[[Leaves], Any], leaves: Leaves, has_aux: bool) -> Loss:
@@ -69,9 +79,9 @@ def trace(loss: Callable[[Leaves], Any], leaves: Leaves, has_aux: bool) -> Loss:
   arrays = [*program.consts, *leaves.values()]
   apart = _sharding.axes_of(arrays) or any(map(_sharding.spec_of, arrays))
   if apart or program.effects or not _control.is_traced(arrays):
-    return Loss(program, (), returned, ())
-  scanned, (program, consts) = _scanned(program), reading.hoisted(program)
-  return Loss(reading.with_strides(program), consts, returned, scanned)
+    return Loss(program, (), returned)
+  leaves_of_scans, (program, consts) = _scanned(program), reading.hoisted(program)
+  return Loss(program, consts, returned, *leaves_of_scans)
 
 
 def _found(value: Any) -> str:
@@ -80,74 +90,251 @@ def _found(value: Any) -> str:
   return f"a {type(value).__name__}"
 
 
-def value_and_sums(loss: Loss, leaves: Leaves, sums: Leaves) -> tuple[Any, Leaves]:
-  """The value of a loss, and its gradient with respect to each leaf, or a sum with that added.
+def value_and_sums(
+  loss: Loss,
+  leaves: Leaves,
+  sums: Mapping[Tensor, jax.Array],
+  parts: Sequence[Tensor] = (),
+) -> tuple[Any, Leaves, dict[Tensor, jax.Array]]:
+  """The value of a loss, and its gradient with respect to each leaf, or sums with that added.
 
   Args:
     loss: The loss.
     leaves: The leaves that it was traced with.
-    sums: For some that a scan reads an array of the leaf's shape and dtype.
+    sums: Of some leaves that a scan reads the sum that their gradient is added to, of a leaf as
+      large as it, or of a part.
+    parts: The runs of rows that leaves fall into which are read by rows, for those that have a sum
+      for a part.
 
   Returns:
-    What the loss returns; and for each leaf its sum with the gradient, or else its gradient.
+    What the loss returns; the gradient of each leaf that is not mentioned in `sums` and `parts`;
+    and of what is its sum with the gradient, or where it has none its gradient.
   """
   jaxpr, numbers = reading.opened(loss.program)
-  added = {i: leaves[i] for i in sums}
-  others = {i: x for i, x in leaves.items() if i not in sums}
+  whole = {t.leaf: x for t, x in sums.items() if t not in parts}
+  of_parts = [sums.get(t) for t in parts]
+  in_parts = {t.leaf: leaves[t.leaf] for t in parts}
+  added = {i: leaves[i] for i in whole}
+  others = {i: x for i, x in leaves.items() if i not in whole and i not in in_parts}
 
-  def evaluate(consts: Any, others: Leaves, added: Leaves) -> tuple[jax.Array, Any]:
-    given = jax.tree.leaves({**others, **added})
-    value, *aux = jax.core.eval_jaxpr(jaxpr, numbers, *consts, *given)
+  def evaluate(
+    consts: Any, others: Leaves, added: Leaves, in_parts: Leaves, places: Sequence[jax.Array] = ()
+  ) -> tuple[jax.Array, Any]:
+    given = [*consts, *jax.tree.leaves({**others, **added, **in_parts})]
+    if places:
+      cut = _Cut(len(consts), parts, places, added)
+      value, *aux = cut.run(loss.program, given)
+    else:
+      value, *aux = jax.core.eval_jaxpr(jaxpr, numbers, *given)
     return value, list(map(jnp.asarray, aux))  # some may be numbers that the program has
 
-  def by_references(consts: Any, others: Leaves, added: Leaves, sums: Leaves) -> Any:
-    references = jax.tree.map(jax.new_ref, sums)
-    fn = functools.partial(evaluate, consts)
-    value, backward, aux = _vjp(fn, others, added, has_aux=True)
-    asked = jax.tree.map(lambda _: _ad.GradValue(), others)
+  def by_references(
+    consts: Any, others: Leaves, added: Leaves, in_parts: Leaves, whole: Leaves, of_parts: Any
+  ) -> Any:
+    places = [jnp.zeros_like(t.cut.take(in_parts[t.leaf])) for t in parts]
+    arguments = others, added, places, consts, in_parts
+
+    def run(others: Leaves, added: Leaves, places: Any, consts: Any, in_parts: Leaves) -> Any:
+      return evaluate(consts, others, added, in_parts, places)
+
+    program = jax.make_jaxpr(run)(*arguments)
+    has_reference = jax.tree.map(lambda _: False, others), jax.tree.map(lambda _: True, added)
+    marks = [*jax.tree.leaves(has_reference), *(x is not None for x in of_parts)]
+    marks += [False] * (len(program.in_avals) - len(marks))
+    program = reading.for_references(program, marks)
+
+    def fn(*differentiated: Any) -> tuple[jax.Array, Any]:
+      given = jax.tree.leaves((*differentiated, consts, in_parts))
+      value, *aux = jax.core.eval_jaxpr(program.jaxpr, program.consts, *given)
+      return value, aux
+
+    references = jax.tree.map(jax.new_ref, (whole, of_parts))
+    value, backward, aux = _vjp(fn, others, added, places, has_aux=True)
+    wanted = [_ad.GradValue() if x is None else x for x in references[1]]
+    asked = jax.tree.map(lambda _: _ad.GradValue(), others), references[0], wanted
     # What a gradient is to be multiplied with belongs here, where it costs nothing.
-    grads, _ = backward.with_refs(asked, references)(jnp.ones_like(value))
-    return value, aux, grads, jax.tree.map(jax.freeze, references)
+    grads, _, found = backward.with_refs(*asked)(jnp.ones_like(value))
+    whole, of_parts = jax.tree.map(jax.freeze, references)
+    pairs = zip(found, of_parts, strict=True)
+    return value, aux, grads, whole, [x if total is None else total for x, total in pairs]
 
-  def by_gradients(consts: Any, others: Leaves, added: Leaves, sums: Leaves) -> Any:
-    fn = jax.value_and_grad(functools.partial(evaluate, consts), argnums=(0, 1), has_aux=True)
-    (value, aux), (grads, more) = fn(others, added)
-    return value, aux, grads, jax.tree.map(jnp.add, sums, more)
+  def by_gradients(
+    consts: Any, others: Leaves, added: Leaves, in_parts: Leaves, whole: Leaves, of_parts: Any
+  ) -> Any:
+    fn = jax.value_and_grad(functools.partial(evaluate, consts), argnums=(0, 1, 2), has_aux=True)
+    (value, aux), (grads, more, cut) = fn(others, added, in_parts)
+    found = [t.cut.take(cut[t.leaf]) for t in parts]
+    found = [x if total is None else total + x for x, total in zip(found, of_parts, strict=True)]
+    return value, aux, grads, jax.tree.map(jnp.add, whole, more), found
 
-  operands = loss.consts, others, added, sums
+  operands = loss.consts, others, added, in_parts, whole, of_parts
   if sums:
-    value, aux, grads, sums = _as_one_operation(by_references, by_gradients, operands)
+    results = _as_one_operation(by_references, by_gradients, operands)
   else:
-    value, aux, grads, sums = by_gradients(*operands)
-  structure = jax.tree.structure(loss.returned)
-  return jax.tree.unflatten(structure, [value, *aux]), {**grads, **sums}
+    results = by_gradients(*operands)
+  value, aux, grads, whole, of_parts = results
+  given = dict(zip(parts, of_parts, strict=True))
+  given |= {t: whole[t.leaf] for t in sums if t not in parts}
+  return jax.tree.unflatten(jax.tree.structure(loss.returned), [value, *aux]), grads, given
 
 
-def _scanned(program: Any) -> frozenset[int]:
-  """The arguments of a program that a scan reads as they are, from position to position."""
+def _scanned(program: Any) -> tuple[frozenset[int], frozenset[int]]:
+  """The arguments of a program that a scan reads as they are; and those that nothing else reads.
+
+  Returns:
+    Positions of the former; and of those of them that one scan alone reads, by rows, where it
+    stands in no call but such as are the same as what they call.
+  """
   nothing: frozenset[int] = frozenset()
   found: set[int] = set()
+  uses: collections.Counter[int] = collections.Counter()
+  by_rows: collections.Counter[int] = collections.Counter()
 
-  def run(program: Any, inputs: list[frozenset[int]]) -> list[frozenset[int]]:
+  def run(program: Any, inputs: list[frozenset[int]], plainly: bool) -> list[frozenset[int]]:
+    operation = functools.partial(of_operation, plainly)
     return reading.walk([program], inputs, operation, lambda _: nothing)
 
-  def operation(eqns: reading.Eqns, operands: list[frozenset[int]]) -> list[frozenset[int]]:
+  def of_operation(
+    plainly: bool, eqns: reading.Eqns, operands: list[frozenset[int]]
+  ) -> list[frozenset[int]]:
     (eqn,) = eqns
     name = eqn.primitive.name
+    if name not in _CALLS:
+      for operand in operands:
+        uses.update(operand)
     if name == "scan":
       consts, carried = reading.scan_counts(eqn)
-      found.update(*operands[:consts], *operands[consts + carried :])
+      rows = operands[consts + carried :]
+      found.update(*operands[:consts], *rows)
+      if plainly:
+        for operand in rows:
+          by_rows.update(operand)
     elif name == "cond":
-      return [nothing.union(*x) for x in reading.branch_results(eqn, operands, run)]
-    # The derivative of a `custom_vjp`, and what `shard_map` makes of an argument, are arrays.
-    elif name != "shard_map" and not name.startswith("custom_vjp"):
+      branch = functools.partial(run, plainly=False)
+      return [nothing.union(*x) for x in reading.branch_results(eqn, operands, branch)]
+    # A derivative that somebody has written, and that of an argument of `shard_map`, are arrays.
+    elif name != "shard_map" and not name.startswith("custom_"):
       inner = reading.called(eqn)
       if inner is not None:
-        return run(inner, operands)
+        return run(inner, operands, plainly and name in _CALLS)
     return [nothing] * len(eqn.outvars)
 
-  run(program, [frozenset([i]) for i in range(len(program.in_avals))])
-  return frozenset(found)
+  run(program, [frozenset([i]) for i in range(len(program.in_avals))], True)
+  return frozenset(found), frozenset(i for i, n in by_rows.items() if n == uses[i] == 1)
+
+
+class _Cut:
+  """Runs a program in which the rows of some arguments belong to several sums.
+
+  The scan that reads them is run as several, one after the other, each over layers that lie in one
+  run of every such argument. It reads the rows out of the argument itself, of which nothing is
+  copied; their cotangents go to the run's *place*, which nobody reads.
+
+  Attributes:
+    consts: How many arguments of the program stand before the leaves.
+    parts: The runs.
+    places: An array of the rows of each, to differentiate with respect to.
+    added: The leaves whose cotangents go to references; rows of others are copied.
+  """
+
+  def __init__(
+    self, consts: int, parts: Sequence[Tensor], places: Sequence[jax.Array], added: Collection[int]
+  ):
+    self.consts, self.added = consts, added
+    self.runs: dict[int, list[tuple[int, int, jax.Array]]] = {}
+    for t, place in zip(parts, places, strict=True):
+      self.runs.setdefault(t.leaf, []).append((*rows_of(t), place))
+
+  def run(self, program: Any, inputs: Sequence[jax.Array]) -> list[jax.Array]:
+    """The results of the program."""
+    marked = [(x, i - self.consts) for i, x in enumerate(inputs)]
+    return [x for x, _ in self._run(program, marked)]
+
+  def _run(self, program: Any, inputs: Sequence[Any]) -> list[Any]:
+    return reading.walk([program], inputs, self._operation, lambda numbers: (numbers[0], None))
+
+  def _operation(self, eqns: reading.Eqns, operands: list[Any]) -> list[Any]:
+    (eqn,) = eqns
+    if eqn.primitive.name in _CALLS:
+      return self._run(reading.called(eqn), operands)
+    arrays = [x for x, _ in operands]
+    if eqn.primitive.name == "scan":
+      consts, carried = reading.scan_counts(eqn)
+      if any(leaf in self.runs for _, leaf in operands[consts + carried :]):
+        start = consts + carried
+        results = self._scan(eqn, arrays[:consts], arrays[consts:start], operands[start:])
+        return [(x, None) for x in results]
+    return [(x, None) for x in reading.bind(eqn, arrays)]
+
+  def _scan(
+    self, eqn: Any, consts: list[jax.Array], carry: list[jax.Array], xs: list[Any]
+  ) -> list[jax.Array]:
+    body, numbers = reading.opened(eqn.params["jaxpr"])
+    ends = {0} | {end for _, leaf in xs for _, end, _ in self.runs.get(leaf, ())}
+    spans = list(itertools.pairwise(sorted(ends)))
+    reads = {x.shape for x, leaf in xs if leaf in self.runs or leaf in self.added}
+    policy = functools.partial(_is_kept, reads)
+    results, reverse = [], eqn.params["reverse"]
+    for start, end in reversed(spans) if reverse else spans:
+      turn = functools.partial(self._turn, body, numbers, consts, xs, start)
+      turn = jax.checkpoint(turn, policy=policy, prevent_cse=False)
+      copied = [None if leaf in self.runs or leaf in self.added else x[start:end] for x, leaf in xs]
+      counted = jnp.arange(start, end), copied
+      carry, ys = jax.lax.scan(turn, carry, counted, reverse=reverse, unroll=eqn.params["unroll"])
+      results.append(ys)
+    results = results[::-1] if reverse else results
+    return [*carry, *(jnp.concatenate(ys) for ys in zip(*results, strict=True))]
+
+  def _turn(
+    self,
+    body: Any,
+    numbers: Any,
+    consts: list[jax.Array],
+    xs: list[Any],
+    start: int,
+    carry: list[jax.Array],
+    counted: Any,
+  ) -> tuple[list[jax.Array], list[jax.Array]]:
+    """One turn of the scan, at row i of every array."""
+    i, rows = counted
+    rows = list(rows)
+    for k, (x, leaf) in enumerate(xs):
+      if rows[k] is None:
+        rows[k] = jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+      for first, end, place in self.runs.get(leaf, ()):
+        if first <= start < end:
+          rows[k] = _instead_of(
+            rows[k], jax.lax.dynamic_index_in_dim(place, i - first, keepdims=False)
+          )
+    results = jax.core.eval_jaxpr(body, numbers, *consts, *carry, *rows)
+    return results[: len(carry)], results[len(carry) :]
+
+
+def _is_kept(reads: Collection[Any], primitive: Any, operand: Any, *others: Any, **_: Any) -> bool:
+  """Whether the backward pass is given a result of the forward pass, and does not compute it again.
+
+  All but the rows of these arrays: there they can be read again, and would be copies.
+  """
+  del others
+  row_read = primitive.name == "dynamic_slice" and operand.shape in reads
+  bare = primitive.name == "squeeze" and any(operand.shape == (1, *x[1:]) for x in reads)
+  return not (row_read or bare)
+
+
+def rows_of(tensor: Tensor) -> tuple[int, int]:
+  """The first row of a leaf that is in a tensor that is a run of rows, and the first after it."""
+  assert isinstance(tensor.cut, Box)
+  return tensor.cut.intervals[0]
+
+
+@jax.custom_vjp
+def _instead_of(row: jax.Array, place: jax.Array) -> jax.Array:
+  """The row; its cotangent is that of the place."""
+  del place
+  return row
+
+
+_instead_of.defvjp(lambda row, _: (row, None), lambda _, cotangent: (None, cotangent))
 
 
 def _as_one_operation(fn: Callable[..., Any], instead: Callable[..., Any], operands: Any) -> Any:

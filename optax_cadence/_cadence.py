@@ -432,7 +432,7 @@ class Cadence:
     self,
     params: optax.Params,
     state: CadenceState,
-    differentiate: Callable[[_step.Call, CadenceState], tuple[Any, layouts.Leaves, Any]],
+    differentiate: Callable[[_step.Call, CadenceState], tuple[Any, layouts.Leaves, Any, Any]],
     phase: int | Phase | None = None,
     weight: Any = None,
     **extra_args: Any,
@@ -442,8 +442,8 @@ class Cadence:
     Args:
       params: Parameters.
       state: The state.
-      differentiate: Returns a value that is passed on, for each leaf its gradient or a sum with
-        that in it, and the leaves for which it is a sum.
+      differentiate: Returns a value that is passed on, the gradient of every leaf, and `given` and
+        `summed` of a `Call`.
       phase: As `apply` takes it.
       weight: Likewise.
       **extra_args: Extra arguments for the inner optimizer.
@@ -452,9 +452,10 @@ class Cadence:
     call = self._prepare(params, state, params, extra_args, in_place=True)
     if phase is not None:
       phase = phases.checked(phase, call.layout.everys, state.micro_step)
-    value, given, summed = differentiate(call, state)
-    call = dataclasses.replace(self._with_weights(call, weight, given), summed=summed)
-    leaves, state = _step.advance(call, given, state, layouts.leaves_of(params), phase)
+    value, grads, given, summed = differentiate(call, state)
+    call = dataclasses.replace(call, given=given, summed=summed)
+    call = self._with_weights(call, weight, grads)
+    leaves, state = _step.advance(call, grads, state, layouts.leaves_of(params), phase)
     return jax.tree.unflatten(jax.tree.structure(params), leaves.values()), state, value
 
   def flush(

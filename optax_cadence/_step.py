@@ -54,8 +54,8 @@ class Call:
       they count updates.
     moments: Where the inner optimizer keeps its arrays for the entries of each leaf under a mask,
       as key paths, by the position of the leaf.
-    summed: The leaves of which a micro-step is given the sum of their window with this gradient in
-      it, and not the gradient.
+    given: For some tensors their gradient, which is not read from that of the leaf.
+    summed: Those of them for which it is the sum of their window with this gradient in it.
   """
 
   inner: _inner.Inner
@@ -70,7 +70,8 @@ class Call:
   set_schedules: Callable[[Any, jax.Array], Any] | None
   weights: Leaves | None = None
   moments: Mapping[int, list[Any]] = dataclasses.field(default_factory=dict)
-  summed: Collection[int] = ()
+  given: Mapping[Tensor, jax.Array] = dataclasses.field(default_factory=dict)
+  summed: Collection[Tensor] = ()
 
   def rounds(self, group: Group) -> bool:
     """Whether what the inner optimizer computes of a group is wider than its state."""
@@ -122,9 +123,9 @@ def advance(
     finite = masks.all_finite(call, grads)
   for group in call.layout.groups:
     old, decision = state.groups[group.name], None
-    tensors = group.take(grads)
+    tensors = [call.given.get(t, x) for t, x in zip(group.tensors, group.take(grads), strict=True)]
     tree, flags = call.layout.tree(group, tensors), finite.get(group.name, ())
-    summed = [t.leaf in call.summed for t in group.tensors]
+    summed = [t in call.summed for t in group.tensors]
     weights = None
     if call.weights is not None and (group.tensors or group.masked):
       from optax_cadence import _weights

@@ -5,8 +5,9 @@ cannot. `trainable` cuts parameters out of the backward pass where their gradien
 `phases` says which regions are due at each micro-step.
 """
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,9 @@ from optax_cadence.regions import layout as layouts
 from optax_cadence.schedules import phases as _phases
 from optax_cadence.schedules.phases import Phase
 from optax_cadence.schedules.phases import Phases
+
+if TYPE_CHECKING:
+  from optax_cadence import _backward
 
 # In an older one a scan in reverse may add to the wrong rows of a reference (github.com/jax-ml/jax,
 # issue 32411), or a backward pass takes none.
@@ -102,13 +106,18 @@ def training_step(
     leaves = layouts.leaves_of(params)
     traced = _backward.trace(loss_of, leaves, has_aux)
 
-    def differentiate(call: _step.Call, state: CadenceState) -> tuple[Any, layouts.Leaves, Any]:
-      sums = _sums(cadence, call, state, leaves, traced.scanned)
-      return *_backward.value_and_sums(traced, leaves, sums), sums.keys()
+    def differentiate(
+      call: _step.Call, state: CadenceState
+    ) -> tuple[Any, layouts.Leaves, Any, Any]:
+      sums = _sums(cadence, call, state, leaves, traced)
+      parts = _parts(call.layout, sums)
+      value, grads, given = _backward.value_and_sums(traced, leaves, sums, parts)
+      # In the place of a gradient that does not exist stands what has its shape, and is not read.
+      return value, leaves | grads, given, sums.keys()
 
     if alone:
       return cadence.train(params, state, differentiate, phase, **extra_args)
-    value, found = _backward.value_and_sums(traced, leaves, {})
+    value, found, _ = _backward.value_and_sums(traced, leaves, {})
     grads = jax.tree.unflatten(jax.tree.structure(params), found.values())
     return *apply(params, state, grads, phase=phase, **extra_args), value
 
@@ -120,24 +129,33 @@ def _sums(
   call: _step.Call,
   state: CadenceState,
   leaves: layouts.Leaves,
-  scanned: Collection[int],
-) -> layouts.Leaves:
-  """The sums that the backward pass adds to, by leaf; zero where a window is empty."""
+  loss: "_backward.Loss",
+) -> dict[layouts.Tensor, jax.Array]:
+  """The sums that the backward pass adds to; zero where a window is empty."""
   reasons = why_stored(cadence, call.layout, call.param_dtypes)
-  chosen = [leaf for leaf, reason in reasons.items() if reason is None and leaf in scanned]
-  sums: layouts.Leaves = {}
-  for group in call.layout.groups:
-    if any(t.leaf in chosen for t in group.tensors):
+  sums: dict[layouts.Tensor, jax.Array] = {}
+  for group in filter(lambda group: cadence.accumulates(group.every), call.layout.groups):
+    chosen = []
+    for t in group.tensors:
+      read = loss.scanned if isinstance(t.cut, cuts.Whole) else loss.by_rows
+      chosen.append(reasons[t.leaf] is None and t.leaf in read)
+    if any(chosen):
       tree = call.layout.tree(group, group.take(leaves))
       window = _window.so_far(state.groups[group.name], tree)
-      pairs = zip(group.tensors, window.sums, strict=True)
-      found = {t.leaf: x for t, x in pairs if t.leaf in chosen}
       # What a window that has fired leaves behind may be NaN. One micro-step of a window clears it.
-      sums |= _control.maybe(window.length == 0, _cleared, found, None)
+      found = [x for x, is_chosen in zip(window.sums, chosen, strict=True) if is_chosen]
+      found = _control.maybe(window.length == 0, _cleared, found, None)
+      sums |= zip(itertools.compress(group.tensors, chosen), found, strict=True)
   return sums
 
 
-def _cleared(sums: layouts.Leaves, _: None) -> layouts.Leaves:
+def _parts(layout: layouts.Layout, sums: Collection[layouts.Tensor]) -> list[layouts.Tensor]:
+  """All runs of rows of the leaves of which some have a sum."""
+  leaves = {t.leaf for t in sums if not isinstance(t.cut, cuts.Whole)}
+  return [t for group in layout.groups for t in group.tensors if t.leaf in leaves]
+
+
+def _cleared(sums: list[jax.Array], _: None) -> list[jax.Array]:
   return jax.tree.map(jnp.zeros_like, sums)
 
 
@@ -154,16 +172,29 @@ def why_stored(
   Returns:
     The reasons by the position of the leaf, of those that have a window.
   """
+  scattered = set()
+  for group in layout.groups:
+    for t in (*group.tensors, *group.masked):
+      if not (isinstance(t.cut, cuts.Whole) or _is_run(t.cut, layout.shapes[t.leaf])):
+        scattered.add(t.leaf)
   reasons: dict[int, str | None] = {}
   for group in filter(lambda group: cadence.accumulates(group.every), layout.groups):
     for t in (*group.tensors, *group.masked):
-      whole = isinstance(t.cut, cuts.Whole)
-      reasons[t.leaf] = _why_stored(cadence, group, dtypes[t.leaf]) if whole else "several regions"
+      own = _why_stored(cadence, group, dtypes[t.leaf])
+      reason = "several regions that are no runs of layers" if t.leaf in scattered else own
+      reasons[t.leaf] = reasons.get(t.leaf) or reason
   return reasons
 
 
+def _is_run(cut: cuts.Cut, shape: tuple[int, ...]) -> bool:
+  """Whether a part of a leaf is a run of its rows."""
+  if not isinstance(cut, cuts.Box):
+    return False
+  return all(found == (0, n) for found, n in zip(cut.intervals[1:], shape[1:], strict=True))
+
+
 def _why_stored(cadence: _cadence.Cadence, group: layouts.Group, dtype: Any) -> str | None:
-  """The same of a leaf that is one region of a group."""
+  """The same of a leaf that a group has all or a part of."""
   policy, window = group.every.policy, cadence.sum_dtype(dtype)
   if cadence.weighted:
     return "weighted=True"

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -202,6 +203,13 @@ def assert_near(found, expected):
       assert_identical(a, b)
 
 
+def references(loss, tx, params):
+  """The shapes of what the backward pass adds to."""
+  step = oc.training_step(loss, tx)
+  text = str(jax.make_jaxpr(step)(params, tx.init(params), batch(0)))
+  return sorted(re.findall(r"Ref\{\w+\[([\d,]+)\]\} = new_ref", text))
+
+
 @pytest.mark.parametrize("loss", [*ONE_USE, *SEVERAL_USES])
 def test_it_is_what_gradients_and_apply_do(loss):
   params = folded(parameters()) if loss in NESTED else parameters()
@@ -224,6 +232,7 @@ EVERY = {
   "graded": {"w": 4, "b": 2, "out": 1},
   "offset": {"w": oc.Every(4, 3), "b": 2, "out": 4},
   "layers": {"w": oc.stacked([1, 2, 4, 4]), "b": 4, "out": 2},
+  "alternating": {"w": oc.stacked([1, 2, 1, 4]), "b": 4, "out": 2},
   "bands": {"w": oc.channels([1, 2], axis=2), "b": oc.quadrants([[1, 2], [2, 4]]), "out": 2},
   "mask": {"w": np.arange(36).reshape(LAYERS, WIDTH, WIDTH) % 2 + 1, "b": 2, "out": 2},
   "schedule": oc.Every(lambda t: 1 + t // 3),
@@ -237,7 +246,7 @@ OPTIONS = {
   "narrow": {"accumulator_dtype": jnp.bfloat16},
 }
 # What `training_step` stores the gradient of, of those that have a window.
-STORED = {"layers": ["w"], "bands": ["b", "w"], "mask": ["w"], "certain": ["w"]}
+STORED = {"bands": ["b", "w"], "mask": ["w"], "certain": ["w"], "alternating": ["w"]}
 FEW = [("uniform", "sum"), ("graded", "mean"), ("layers", "mean"), ("offset", "skip")]
 ALL = list(itertools.product(EVERY, OPTIONS))
 
@@ -258,6 +267,64 @@ def test_every_cadence_and_every_way_to_go_on(every, options):
     assert {"w", "b"} - kept <= {"w", "b", "out"} and kept
   else:
     assert kept == set(STORED.get(every, []))
+
+
+# Cadences with a period for each layer, and the shapes of what the backward pass adds to.
+ROWS = {
+  "rows of period 1": (
+    {"w": oc.stacked([1, 2, 4, 4]), "b": 3, "out": 1},
+    ["1,3,3", "2,3,3", "4,3"],
+  ),
+  "cut in other places": (
+    {"w": oc.stacked([2, 4, 4, 4]), "b": oc.stacked([3, 3, 3, 5]), "out": 2},
+    ["1,3", "1,3,3", "3,3", "3,3,3"],
+  ),
+  "beside a stored gradient": (
+    {"w": oc.stacked([4, 2, 2, 2]), "b": 1, "out": 1},
+    ["1,3,3", "3,3,3"],
+  ),
+}
+
+
+@pytest.mark.parametrize(("every", "shapes"), ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("loss", [scanned, scanned_in_reverse, in_calls])
+def test_a_period_for_each_layer(loss, every, shapes):
+  tx, params = oc.cadence(adam(), every), parameters()
+  assert references(loss, tx, params) == (shapes if REFERENCES else [])
+  found = runs(compiled(oc.training_step(loss, tx)), tx, params, 7)
+  assert_identical(found, runs(compiled(stored(loss, tx)), tx, params, 7))
+
+
+def test_a_period_for_each_block_of_layers():
+  tx = oc.cadence(adam(), {"w": oc.stacked([2, 4]), "b": 2, "out": 1})
+  params = folded(parameters())
+  assert references(nested, tx, params) == (["1,2,3,3", "1,2,3,3", "2,2,3"] if REFERENCES else [])
+  found = runs(compiled(oc.training_step(nested, tx)), tx, params, 7)
+  assert_identical(found, runs(compiled(stored(nested, tx)), tx, params, 7))
+
+
+@pytest.mark.parametrize("loss", [alone_and_in_a_scan, scanned_in_a_branch, by_number])
+def test_layers_that_more_than_a_scan_reads_are_in_one_piece(loss):
+  tx, params = oc.cadence(adam(), {"w": oc.stacked([1, 2, 4, 4]), "b": 3, "out": 1}), parameters()
+  assert references(loss, tx, params) == (["4,3"] if REFERENCES else [])
+  found = runs(compiled(oc.training_step(loss, tx)), tx, params, 5)
+  assert_near(found, runs(compiled(stored(loss, tx)), tx, params, 5))
+
+
+def test_a_period_for_each_layer_under_vmap_and_differentiation():
+  tx, params = oc.cadence(adam(), ROWS["rows of period 1"][0]), parameters()
+  many = jax.tree.map(lambda x: jnp.stack([x, 1.5 * x]), params)
+
+  def final(step, params):
+    carry = params, tx.init(params)
+    for t in range(2):
+      *carry, value = step(*carry, batch(t))
+    return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(carry[0])) + value
+
+  step, other = compiled(oc.training_step(scanned, tx)), stored(scanned, tx)
+  for transform, given in ((jax.vmap, many), (jax.grad, params)):
+    expected = jax.jit(transform(functools.partial(final, other)))(given)
+    assert_near(jax.jit(transform(functools.partial(final, step)))(given), expected)
 
 
 @pytest.mark.parametrize("accumulate", ["mean", "latest"])
@@ -468,3 +535,49 @@ def test_layers_that_are_leaves_take_no_more(phase):
     for step in (oc.training_step(loss, tx), stored(loss, tx))
   )
   assert found <= expected + 1024  # beside a few scalars
+
+
+@needs_references
+@pytest.mark.usefixtures("optimized_programs")
+@pytest.mark.parametrize("phase", [None, 1, 0])
+def test_no_gradient_of_layers_with_their_own_periods_is_held(phase):
+  params = {"w": jax.ShapeDtypeStruct((48, 64, 64), jnp.float32)}
+  every = {"w": oc.stacked([8] * 24 + [4] * 16 + [2] * 8)}
+  x, tx = jax.ShapeDtypeStruct((8, 64), jnp.float32), oc.cadence(adam(), every)
+
+  def loss(params, x):
+    turn = lambda h, w: (jnp.tanh(h @ w), None)
+    return jnp.sum(jax.lax.scan(turn, x, params["w"])[0])
+
+  found, expected = (
+    program(step, tx, params, x, phase).memory_analysis().temp_size_in_bytes
+    for step in (oc.training_step(loss, tx), stored(loss, tx))
+  )
+  assert expected - found >= 0.95 * 4 * params["w"].size
+
+
+@pytest.mark.parametrize(
+  "every", [{"u": 1, "v": 3, "w": 1, "z": 3}, {"u": 3, "v": 1, "w": 3, "z": oc.stacked([1, 3])}]
+)
+@pytest.mark.parametrize("wrap", [lambda fn: fn, jax.checkpoint, jax.jit])
+def test_leaves_of_one_shape_are_told_apart(every, wrap):
+  # Where JAX has mixed up which cotangents of a scan go to references and which do not.
+  rng = np.random.default_rng(0)
+  params = {name: jnp.asarray(rng.normal(size=(2, 2)), jnp.float32) for name in "uvwz"}
+  params["shift"] = params["u"]
+
+  def loss(params, x):
+    shift = jnp.sin(params["shift"])
+
+    def turn(h, rows):
+      h = jnp.tanh(h @ params["v"] * rows["z"][None] + rows["u"][None] @ shift)
+      return h @ params["w"] @ shift, rows["u"]
+
+    h, rows = jax.lax.scan(turn, x, {name: params[name] for name in ("u", "z")})
+    return jnp.sum(h**2) + jnp.sum(rows**2)
+
+  tx = oc.cadence(adam(), every | {"shift": 2})
+  step, other = (
+    compiled(way(lambda p, x: wrap(loss)(p, x[:, :2]), tx)) for way in (oc.training_step, stored)
+  )
+  assert_near(runs(step, tx, params, 4), runs(other, tx, params, 4))
