@@ -36,6 +36,7 @@ def all_cases(sizes: Sizes) -> dict[str, Callable[[], cases.Case]]:
   return {
     "step-mlp-64": functools.partial(mlp, wide, 64, (0.75, 0.45, 0.15)),
     "step-mlp-512": functools.partial(mlp, narrow, 512, (0.97, 0.85, 1.0)),
+    "step-mlp-layers": functools.partial(layers, wide, 64),
     "step-transformer-scanned-small": functools.partial(transformer, sizes, small, True),
     "step-transformer-scanned-large": functools.partial(transformer, sizes, large, True),
     "step-transformer-small": functools.partial(transformer, sizes, small, False),
@@ -65,6 +66,15 @@ def mlp(width: int, rows: int, limits: tuple[float, float, float]) -> cases.Case
   return case(f"step-mlp-{rows}", title, model, targets)
 
 
+def layers(width: int, rows: int) -> cases.Case:
+  """The same with a period for each layer, beside gradients and `apply`."""
+  model = models.mlp(12, width, rows)
+  tx = oc.cadence(peers.adamw(), {"w": oc.stacked(cases.LAYERS)})
+  title = f"whole step, 12 scanned layers of {width} x {width}, periods 8/4/1, {rows} rows"
+  targets = [Target(OURS, STORED, 1.0), Target(OURS, STORED, 1.0, measure="temp_bytes")]
+  return case("step-mlp-layers", title, model, targets, tx, cases.LAYERS)
+
+
 def transformer(sizes: Sizes, shape: tuple[int, int], scanned: bool) -> cases.Case:
   """A byte-level transformer, its layers in one leaf for each kind of weight, or in many."""
   rows, length = shape
@@ -89,25 +99,35 @@ def resnet(sizes: Sizes) -> cases.Case:
   )
 
 
-def case(name: str, title: str, model: models.Model, targets: Sequence[Target]) -> cases.Case:
-  """All ways to train a model."""
-  shapes = jax.eval_shape(model.params)
-  sizes = [leaf.size for leaf in jax.tree.leaves(shapes)]
+def case(
+  name: str,
+  title: str,
+  model: models.Model,
+  targets: Sequence[Target],
+  tx: Any = None,
+  periods: Sequence[int] = (PERIOD,),
+) -> cases.Case:
+  """All ways to train a model; with a cadence that the peers cannot express, ours alone."""
+  sizes = [leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.params))]
   one = variants.Inputs(model.params, lambda: jax.tree.map(lambda x: x[0], model.batches(1)))
-  tx = oc.cadence(peers.adamw(), PERIOD)
+  found = []
+  if tx is None:
+    found = [peer(MULTI_STEPS, peers.multi_steps(PERIOD), one, model.loss), *at_once(model)]
+  tx = tx or oc.cadence(peers.adamw(), PERIOD)
+  by_references = functools.partial(trained, tx, model.loss)
+  by_gradients = functools.partial(differentiated, tx, model.loss)
   return cases.Case(
     name,
     title,
     [
-      *ours(OURS, STATIC, tx, one, functools.partial(trained, tx, model.loss)),
-      *ours(STORED, STORED_STATIC, tx, one, functools.partial(differentiated, tx, model.loss)),
-      peer(MULTI_STEPS, peers.multi_steps(PERIOD), one, model.loss),
-      *at_once(model),
+      *ours(OURS, STATIC, tx, one, by_references, periods),
+      *ours(STORED, STORED_STATIC, tx, one, by_gradients, periods),
+      *found,
       peer(cases.ADAMW, peers.adamw(), one, model.loss),
     ],
     [t for t in targets if t.against != MICROBATCH or hasattr(optax, "microbatch")],
     OURS,
-    MULTI_STEPS,
+    MULTI_STEPS if found else STORED,
     sum(sizes),
     4 * max(sizes),
     unit=model.unit,
@@ -121,6 +141,7 @@ def ours(
   tx: Any,
   inputs: variants.Inputs,
   step: Callable[..., Any],
+  periods: Sequence[int],
 ) -> list[Variant]:
   """Two variants of a cadence: its phase not known while compiling, and known.
 
@@ -129,7 +150,7 @@ def ours(
   """
   init = functools.partial(initialized, tx)
   dynamic = (functools.partial(step, None),) * PERIOD
-  static = variants.static_steps(step, PERIOD, [PERIOD])
+  static = variants.static_steps(step, PERIOD, periods)
   return [
     Variant(name, "ours", inputs, init, dynamic, None, None if name == STORED else STORED),
     Variant(static_name, "ours", inputs, init, static, None, STORED),

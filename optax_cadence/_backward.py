@@ -11,10 +11,8 @@ is an operation of its own, whose program is seen by the compiler alone: under d
 under `vmap` gradients take its place.
 """
 
-import collections
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +25,7 @@ from jax.interpreters import mlir
 from optax_cadence import _control
 from optax_cadence import _sharding
 from optax_cadence.programs import reading
+from optax_cadence.programs import scans
 from optax_cadence.regions.cuts import Box
 from optax_cadence.regions.layout import Leaves
 from optax_cadence.regions.layout import Tensor
@@ -34,10 +33,6 @@ from optax_cadence.regions.layout import Tensor
 # What is new in them is not yet in their types.
 _ad: Any = getattr(jax, "ad", None)
 _vjp: Any = jax.vjp
-
-
-# Calls that are the same as what they call.
-_CALLS = ("jit", "pjit", "closed_call", "core_call")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +75,7 @@ def trace(loss: Callable[[Leaves], Any], leaves: Leaves, has_aux: bool) -> Loss:
   apart = _sharding.axes_of(arrays) or any(map(_sharding.spec_of, arrays))
   if apart or program.effects or not _control.is_traced(arrays):
     return Loss(program, (), returned)
-  leaves_of_scans, (program, consts) = _scanned(program), reading.hoisted(program)
+  leaves_of_scans, (program, consts) = scans.read_by_scans(program), reading.hoisted(program)
   return Loss(program, consts, returned, *leaves_of_scans)
 
 
@@ -122,7 +117,11 @@ def value_and_sums(
   ) -> tuple[jax.Array, Any]:
     given = [*consts, *jax.tree.leaves({**others, **added, **in_parts})]
     if places:
-      cut = _Cut(len(consts), parts, places, added)
+      runs: dict[int, list[scans.Run]] = {}
+      for t, place in zip(parts, places, strict=True):
+        assert isinstance(t.cut, Box)
+        runs.setdefault(len(consts) + t.leaf, []).append((*t.cut.intervals[0], place))
+      cut = scans.Cut(runs, [len(consts) + leaf for leaf in added])
       value, *aux = cut.run(loss.program, given)
     else:
       value, *aux = jax.core.eval_jaxpr(jaxpr, numbers, *given)
@@ -141,7 +140,7 @@ def value_and_sums(
     has_reference = jax.tree.map(lambda _: False, others), jax.tree.map(lambda _: True, added)
     marks = [*jax.tree.leaves(has_reference), *(x is not None for x in of_parts)]
     marks += [False] * (len(program.in_avals) - len(marks))
-    program = reading.for_references(program, marks)
+    program = scans.for_references(program, marks)
 
     def fn(*differentiated: Any) -> tuple[jax.Array, Any]:
       given = jax.tree.leaves((*differentiated, consts, in_parts))
@@ -176,165 +175,6 @@ def value_and_sums(
   given = dict(zip(parts, of_parts, strict=True))
   given |= {t: whole[t.leaf] for t in sums if t not in parts}
   return jax.tree.unflatten(jax.tree.structure(loss.returned), [value, *aux]), grads, given
-
-
-def _scanned(program: Any) -> tuple[frozenset[int], frozenset[int]]:
-  """The arguments of a program that a scan reads as they are; and those that nothing else reads.
-
-  Returns:
-    Positions of the former; and of those of them that one scan alone reads, by rows, where it
-    stands in no call but such as are the same as what they call.
-  """
-  nothing: frozenset[int] = frozenset()
-  found: set[int] = set()
-  uses: collections.Counter[int] = collections.Counter()
-  by_rows: collections.Counter[int] = collections.Counter()
-
-  def run(program: Any, inputs: list[frozenset[int]], plainly: bool) -> list[frozenset[int]]:
-    operation = functools.partial(of_operation, plainly)
-    return reading.walk([program], inputs, operation, lambda _: nothing)
-
-  def of_operation(
-    plainly: bool, eqns: reading.Eqns, operands: list[frozenset[int]]
-  ) -> list[frozenset[int]]:
-    (eqn,) = eqns
-    name = eqn.primitive.name
-    if name not in _CALLS:
-      for operand in operands:
-        uses.update(operand)
-    if name == "scan":
-      consts, carried = reading.scan_counts(eqn)
-      rows = operands[consts + carried :]
-      found.update(*operands[:consts], *rows)
-      if plainly:
-        for operand in rows:
-          by_rows.update(operand)
-    elif name == "cond":
-      branch = functools.partial(run, plainly=False)
-      return [nothing.union(*x) for x in reading.branch_results(eqn, operands, branch)]
-    # A derivative that somebody has written, and that of an argument of `shard_map`, are arrays.
-    elif name != "shard_map" and not name.startswith("custom_"):
-      inner = reading.called(eqn)
-      if inner is not None:
-        return run(inner, operands, plainly and name in _CALLS)
-    return [nothing] * len(eqn.outvars)
-
-  run(program, [frozenset([i]) for i in range(len(program.in_avals))], True)
-  return frozenset(found), frozenset(i for i, n in by_rows.items() if n == uses[i] == 1)
-
-
-class _Cut:
-  """Runs a program in which the rows of some arguments belong to several sums.
-
-  The scan that reads them is run as several, one after the other, each over layers that lie in one
-  run of every such argument. It reads the rows out of the argument itself, of which nothing is
-  copied; their cotangents go to the run's *place*, which nobody reads.
-
-  Attributes:
-    consts: How many arguments of the program stand before the leaves.
-    parts: The runs.
-    places: An array of the rows of each, to differentiate with respect to.
-    added: The leaves whose cotangents go to references; rows of others are copied.
-  """
-
-  def __init__(
-    self, consts: int, parts: Sequence[Tensor], places: Sequence[jax.Array], added: Collection[int]
-  ):
-    self.consts, self.added = consts, added
-    self.runs: dict[int, list[tuple[int, int, jax.Array]]] = {}
-    for t, place in zip(parts, places, strict=True):
-      self.runs.setdefault(t.leaf, []).append((*rows_of(t), place))
-
-  def run(self, program: Any, inputs: Sequence[jax.Array]) -> list[jax.Array]:
-    """The results of the program."""
-    marked = [(x, i - self.consts) for i, x in enumerate(inputs)]
-    return [x for x, _ in self._run(program, marked)]
-
-  def _run(self, program: Any, inputs: Sequence[Any]) -> list[Any]:
-    return reading.walk([program], inputs, self._operation, lambda numbers: (numbers[0], None))
-
-  def _operation(self, eqns: reading.Eqns, operands: list[Any]) -> list[Any]:
-    (eqn,) = eqns
-    if eqn.primitive.name in _CALLS:
-      return self._run(reading.called(eqn), operands)
-    arrays = [x for x, _ in operands]
-    if eqn.primitive.name == "scan":
-      consts, carried = reading.scan_counts(eqn)
-      if any(leaf in self.runs for _, leaf in operands[consts + carried :]):
-        start = consts + carried
-        results = self._scan(eqn, arrays[:consts], arrays[consts:start], operands[start:])
-        return [(x, None) for x in results]
-    return [(x, None) for x in reading.bind(eqn, arrays)]
-
-  def _scan(
-    self, eqn: Any, consts: list[jax.Array], carry: list[jax.Array], xs: list[Any]
-  ) -> list[jax.Array]:
-    body, numbers = reading.opened(eqn.params["jaxpr"])
-    ends = {0} | {end for _, leaf in xs for _, end, _ in self.runs.get(leaf, ())}
-    spans = list(itertools.pairwise(sorted(ends)))
-    reads = {x.shape for x, leaf in xs if leaf in self.runs or leaf in self.added}
-    policy = functools.partial(_is_kept, reads)
-    results, reverse = [], eqn.params["reverse"]
-    for start, end in reversed(spans) if reverse else spans:
-      turn = functools.partial(self._turn, body, numbers, consts, xs, start)
-      turn = jax.checkpoint(turn, policy=policy, prevent_cse=False)
-      copied = [None if leaf in self.runs or leaf in self.added else x[start:end] for x, leaf in xs]
-      counted = jnp.arange(start, end), copied
-      carry, ys = jax.lax.scan(turn, carry, counted, reverse=reverse, unroll=eqn.params["unroll"])
-      results.append(ys)
-    results = results[::-1] if reverse else results
-    return [*carry, *(jnp.concatenate(ys) for ys in zip(*results, strict=True))]
-
-  def _turn(
-    self,
-    body: Any,
-    numbers: Any,
-    consts: list[jax.Array],
-    xs: list[Any],
-    start: int,
-    carry: list[jax.Array],
-    counted: Any,
-  ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """One turn of the scan, at row i of every array."""
-    i, rows = counted
-    rows = list(rows)
-    for k, (x, leaf) in enumerate(xs):
-      if rows[k] is None:
-        rows[k] = jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
-      for first, end, place in self.runs.get(leaf, ()):
-        if first <= start < end:
-          rows[k] = _instead_of(
-            rows[k], jax.lax.dynamic_index_in_dim(place, i - first, keepdims=False)
-          )
-    results = jax.core.eval_jaxpr(body, numbers, *consts, *carry, *rows)
-    return results[: len(carry)], results[len(carry) :]
-
-
-def _is_kept(reads: Collection[Any], primitive: Any, operand: Any, *others: Any, **_: Any) -> bool:
-  """Whether the backward pass is given a result of the forward pass, and does not compute it again.
-
-  All but the rows of these arrays: there they can be read again, and would be copies.
-  """
-  del others
-  row_read = primitive.name == "dynamic_slice" and operand.shape in reads
-  bare = primitive.name == "squeeze" and any(operand.shape == (1, *x[1:]) for x in reads)
-  return not (row_read or bare)
-
-
-def rows_of(tensor: Tensor) -> tuple[int, int]:
-  """The first row of a leaf that is in a tensor that is a run of rows, and the first after it."""
-  assert isinstance(tensor.cut, Box)
-  return tensor.cut.intervals[0]
-
-
-@jax.custom_vjp
-def _instead_of(row: jax.Array, place: jax.Array) -> jax.Array:
-  """The row; its cotangent is that of the place."""
-  del place
-  return row
-
-
-_instead_of.defvjp(lambda row, _: (row, None), lambda _, cotangent: (None, cotangent))
 
 
 def _as_one_operation(fn: Callable[..., Any], instead: Callable[..., Any], operands: Any) -> Any:

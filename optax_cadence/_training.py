@@ -49,9 +49,13 @@ def training_step(
   that are leaves it saves nothing and costs nothing. The sums are equal to the last bit; where a
   leaf is used several times, up to rounding, since every use is added by itself.
 
-  Where that cannot be, the gradient is stored as ever, and `oc.describe(tx, params)` says why: of a
-  leaf of period 1 or in several regions, where a window is not of the parameter's dtype, where
-  something looks at the gradient (`nonfinite="skip"`, a policy such as `until_certain`,
+  Where layers have a period each (`oc.stacked`), the scan that reads them runs as several, one for
+  each run of layers with one period; layers of period 1 have a gradient of their own size. Nothing
+  but that scan may read the leaf.
+
+  Where it cannot be, the gradient is stored as ever, and `oc.describe(tx, params)` says why: of
+  leaves in other regions (bands, quadrants, masks), where a window is not of the parameter's dtype,
+  where something looks at the gradient (`nonfinite="skip"`, a policy such as `until_certain`,
   transformations before the cadence in an `oc.chain`), and in JAX before 0.10. So it is also, which
   only the call knows, under `jax.vmap` and differentiation, in `jax.shard_map`, on meshes with
   explicit axes, in a step that is not compiled, and for a loss with effects such as
@@ -181,7 +185,7 @@ def why_stored(
   for group in filter(lambda group: cadence.accumulates(group.every), layout.groups):
     for t in (*group.tensors, *group.masked):
       own = _why_stored(cadence, group, dtypes[t.leaf])
-      reason = "several regions that are no runs of layers" if t.leaf in scattered else own
+      reason = "regions that are no runs of layers" if t.leaf in scattered else own
       reasons[t.leaf] = reasons.get(t.leaf) or reason
   return reasons
 

@@ -53,7 +53,7 @@ def test_prints_as_a_table_with_aligned_columns():
   assert len({len(line) for line in lines[:5]}) == 1
   assert lines[6:] == [
     "cycle: 8 micro-steps",
-    "training_step stores the gradient of body: several regions",
+    "training_step stores the gradient of body: regions that are no runs of layers",
     "training_step stores the gradient of head: a window in float32 of a parameter in bfloat16",
   ]
 

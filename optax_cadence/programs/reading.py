@@ -232,61 +232,6 @@ def hoisted(program: Any) -> tuple[Any, list[Any]]:
   return jax.make_jaxpr(run)(consts, program.in_avals), consts
 
 
-def for_references(program: Any, referred: Sequence[bool]) -> Any:
-  """The program, such that the cotangents of some of its arguments can be added to references.
-
-  JAX before 0.12 mixes up the operands of a scan unless those with references stand before others,
-  and cannot transpose a slice of one without strides. Otherwise nothing is changed.
-
-  Args:
-    program: The program.
-    referred: For each argument whether it has a reference.
-  """
-  if jax.__version_info__ >= (0, 12):
-    return program
-  jaxpr, _ = opened(program)
-  marks = dict(zip(jaxpr.invars, referred, strict=True))
-  eqns = []
-  for eqn in jaxpr.eqns:
-    mine = [not is_literal(v) and marks.get(v, False) for v in eqn.invars]
-    eqns.append(_for_references(eqn, mine))
-  return _with(program, jaxpr.replace(eqns=eqns))
-
-
-def _for_references(eqn: Any, referred: list[bool]) -> Any:
-  """The same of an operation."""
-  if eqn.primitive.name == "slice" and eqn.params["strides"] is None:
-    strides = (1,) * len(eqn.params["start_indices"])
-    return eqn.replace(params=eqn.params | {"strides": strides})
-  if eqn.primitive.name == "scan":
-    consts, carried = scan_counts(eqn)
-    start = consts + carried
-    inside = [*referred[:consts], *[False] * carried, *referred[start:]]
-    # Constants first, what is carried in its order, then what is scanned over.
-    rank = [0] * consts + [1] * carried + [2] * (len(inside) - start)
-    order = sorted(range(len(inside)), key=lambda i: (rank[i], not inside[i]))
-    body, _ = opened(eqn.params["jaxpr"])
-    body = body.replace(invars=[body.invars[i] for i in order])
-    body = for_references(_with(eqn.params["jaxpr"], body), [inside[i] for i in order])
-    params = eqn.params | {"jaxpr": body}
-    return eqn.replace(invars=[eqn.invars[i] for i in order], params=params)
-  if eqn.primitive.name == "cond":
-    branches = tuple(for_references(b, referred[1:]) for b in eqn.params["branches"])
-    return eqn.replace(params=eqn.params | {"branches": branches})
-  inner = called(eqn)
-  if inner is None:
-    return eqn
-  changed = for_references(inner, referred)
-  return eqn.replace(params={k: changed if v is inner else v for k, v in eqn.params.items()})
-
-
-def _with(program: Any, jaxpr: Any) -> Any:
-  """A program with the constants of another."""
-  # What the names of arguments were is no longer true of them.
-  jaxpr = jaxpr.replace(debug_info=jaxpr.debug_info.with_unknown_names())
-  return program.replace(jaxpr=jaxpr) if hasattr(program, "consts") else jaxpr
-
-
 def evaluate(program: Any, inputs: Sequence[Any], all_branches: bool = False) -> list[Any]:
   """Runs a program, in which calls are opened, but for those with a derivative of their own.
 
