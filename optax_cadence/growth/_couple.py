@@ -89,15 +89,46 @@ def couple(
     for tie, ends in operation.labelled()
     if tie.summed
   ]
-  if not any(operation.name in primitives.PRODUCTS for operation, _ in sums):
+  outputs = tuple(_outputs(graph, members))
+  # A sum alone may be the statistics of a norm, after which the units are still there.
+  products = any(operation.name in primitives.PRODUCTS for operation, _ in sums)
+  if not sums or (outputs and not products):
     raise ValueError(
       f"nothing uses the units of {_paths.listed(m.path for m in members)}: no product sums over"
       " them, so widening would change the output"
     )
   of_weights = all(any(node.origin for node, _ in ends) for _, ends in sums)
   folds = of_weights and all(m.role != "both" for m in members)
-  outputs = tuple(_outputs(graph, members))
-  return Dimension(described.size, members, tuple(_contractions(graph)), folds, outputs)
+  contractions = tuple(_contractions(graph))
+  regroups = any(map(_regroups, graph.operations))
+  return Dimension(described.size, members, contractions, folds, outputs, regroups)
+
+
+def _regroups(operation: Operation) -> bool:
+  """Whether an operation merges axes that have labels, or splits one."""
+  if operation.name != "reshape" or operation.operands[0] is None:
+    return False
+  source, target = operation.operands[0], operation.results[0]
+  return any(
+    len(ins) + len(outs) > 2 and any(a in source.labels for a in ins)
+    for ins, outs in primitives.reshape_groups(source.shape, target.shape)
+  )
+
+
+def check_layout(graph: Graph, dimension: Dimension, what: str) -> None:
+  """Raises `ValueError` unless a program has the units where a dimension says.
+
+  Args:
+    graph: The program.
+    dimension: The dimension, as it is in this program.
+    what: What it is called in errors.
+  """
+  spread(graph, dimension, what)
+  expected = {(m.path, m.axis): m.labels for m in dimension.members}
+  for path, leaf in graph.leaves.items():
+    for axis, labels in leaf.labels.items():
+      if (path, axis) not in expected or (expected[path, axis] != labels).any():
+        raise ValueError(f"{_paths.join(path)!r} of shape {leaf.shape} has other units of {what}")
 
 
 def _check_complete(described: Dimension, members: Sequence[Member], graph: Graph) -> None:

@@ -1,7 +1,8 @@
 """A live NNX model as a tree of arrays and a function of it, and what its layers know of sizes."""
 
+import fnmatch
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -90,6 +91,87 @@ def fit(model: nnx.Module, keep_groups: bool = False) -> None:
         node.group_size = _features(node)["num_features"] // node.num_groups
       else:
         node.num_groups = _features(node)["num_features"] // node.group_size
+
+
+def set_sizes(model: nnx.Module, sizes: Mapping[str, Any] | None) -> None:
+  """Sets attributes in which classes of the user's hold sizes.
+
+  Args:
+    model: The model; it is changed in place.
+    sizes: For the name of an attribute, wherever it stands, or for its path, a glob perhaps, its
+      new value.
+
+  Raises:
+    ValueError: If there is no such attribute.
+  """
+  places = _sizes_of_users(model)
+  for name, value in (sizes or {}).items():
+    of_path = "/" in name
+    matching = [
+      (path, attribute)
+      for path, attribute in places
+      if fnmatch.fnmatchcase(_paths.join((*path, attribute)) if of_path else attribute, name)
+    ]
+    if not matching:
+      raise ValueError(
+        f"sizes: no attribute {name!r}: expected one of"
+        f" {_paths.listed((*path, attribute) for path, attribute in places)}"
+      )
+    for path, attribute in matching:
+      setattr(places[path, attribute][0], attribute, value)
+
+
+def sizes_to_name(model: nnx.Module, plan: Plan) -> str:
+  """Which attributes of the user's own classes are what has grown: a hint; empty if none is.
+
+  Args:
+    model: The model before it changes.
+    plan: The plan.
+  """
+  numbers: dict[int, int] = {}
+  for change in plan.changes:
+    for axis in change.positions:
+      numbers.setdefault((change.before or ())[axis], (change.after or ())[axis])
+  for units, more in plan.dimensions:
+    before, after = (0, more) if plan.grows else (more, 0)
+    numbers[units.size + before] = units.size + after
+  places = _sizes_of_users(model)
+  values: dict[str, set[str]] = {}
+  for (_, name), (_, value) in places.items():
+    values.setdefault(name, set()).add(str(value))
+  hints: dict[str, None] = {}
+  for (path, name), (node, value) in places.items():
+    expected = _resized(value, numbers)
+    if expected != value:
+      # The name alone stands for the attributes of all modules.
+      key = name if len(values[name]) == 1 else _paths.join((*path, name))
+      hints[
+        f"{type(node).__name__} holds {key!r}, {value}: if that is the size which has changed, pass"
+        f" sizes={{{key!r}: {expected}}}"
+      ] = None
+  return "; ".join([*hints][:8] + ["…"] * (len(hints) > 8))
+
+
+def _resized(value: Any, numbers: Mapping[int, int]) -> Any:
+  """A size, or sizes, of which those that have changed are other ones."""
+  if isinstance(value, tuple | list):
+    return type(value)(_resized(x, numbers) for x in value)
+  return numbers.get(value, value)
+
+
+def _sizes_of_users(model: nnx.Module) -> dict[tuple[_paths.Path, str], tuple[Any, Any]]:
+  """Attributes of the user's own modules that may hold sizes: the module and the value, by place.
+
+  Flax's own layers are told their sizes by `fit`.
+  """
+  found = {}
+  for path, node in nnx.iter_graph(model):
+    if isinstance(node, nnx.Module) and not type(node).__module__.startswith("flax."):
+      for name, value in vars(node).items():
+        numbers = value if isinstance(value, tuple | list) else [value]
+        if numbers and all(type(x) is int for x in numbers):
+          found[tuple(map(str, path)), name] = (node, value)
+  return found
 
 
 def pad_for_taps(model: nnx.Module, plan: Plan) -> None:
@@ -193,6 +275,15 @@ def _attention(m: Any) -> dict[str, Any]:
   }
 
 
+def _recurrent(m: Any) -> dict[str, Any]:
+  """Of a cell: by a layer that reads its input, and one that reads its state."""
+  of_input, of_state = (m.ii, m.hi) if hasattr(m, "ii") else (m.dense_i, m.dense_h)
+  return {
+    "in_features": _own(of_input, of_input.kernel)[0],
+    "hidden_features": _own(of_state, of_state.kernel)[0],
+  }
+
+
 _SIZES: dict[Any, Callable[[Any], dict[str, Any]]] = {
   nnx.Linear: _linear,
   nnx.LinearGeneral: _general,
@@ -201,6 +292,10 @@ _SIZES: dict[Any, Callable[[Any], dict[str, Any]]] = {
   nnx.LayerNorm: _features,
   nnx.RMSNorm: _features,
   nnx.MultiHeadAttention: _attention,
+  nnx.LSTMCell: _recurrent,
+  nnx.OptimizedLSTMCell: _recurrent,
+  nnx.SimpleCell: _recurrent,
+  nnx.GRUCell: _recurrent,
 }
 
 

@@ -1,5 +1,6 @@
 """Trees of variables: finding leaves by path, putting new ones in, telling arrays from flags."""
 
+import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,6 +38,29 @@ def find(known: Any, name: str) -> _paths.Path:
   if path not in known:
     raise ValueError(f"no leaf {name!r}: expected one of {_paths.listed(known)}")
   return path
+
+
+def layers(tree: Any, name: str) -> list[_paths.Path]:
+  """The paths of all layers, or leaves, that a path or a glob names, in the order of the tree.
+
+  As for `by_path`, `*` also crosses `/`; what is below a path that matches is not looked at.
+
+  Raises:
+    ValueError: If a glob matches nothing.
+  """
+  if not set("*?[") & set(name):
+    return [tuple(name.split("/"))]
+  found: dict[_paths.Path, None] = {}
+  for path in shapes(tree):
+    prefixes = (path[:n] for n in range(1, len(path) + 1))
+    matching = (prefix for prefix in prefixes if fnmatch.fnmatchcase(_paths.join(prefix), name))
+    if first := next(matching, None):
+      found[first] = None
+  if not found:
+    raise ValueError(
+      f"{name!r} matches nothing: expected layers or leaves of {_paths.listed(shapes(tree))}"
+    )
+  return list(found)
 
 
 def kernel(tree: Any, prefix: _paths.Path) -> _paths.Path:
