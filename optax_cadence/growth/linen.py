@@ -91,7 +91,7 @@ def widen(
     alpha=alpha,
   )
   merged = _trees.remove(grown.variables, grown.plan.alpha)
-  resized = network._replace(forward=new.apply, variables=merged)
+  resized = network._replace(forward=_apply(new, rngs), variables=merged)
   _driver.check_layout(resized, grown.plan, type(new).__name__)
   return _with_forward(old, new, grown)
 
@@ -187,7 +187,7 @@ def shrink(
   units = _driver.couple(network, producer, axis=axis, unit=unit, blocks=blocks)
   plan = _planners.shrinking(variables, units, keep=keep, remove=remove)
   smaller = plan.apply(variables)
-  resized = network._replace(forward=new.apply, variables=smaller)
+  resized = network._replace(forward=_apply(new), variables=smaller)
   _driver.check_runs(resized, type(new).__name__)
   _driver.check_layout(resized, plan, type(new).__name__)
   return smaller, plan
@@ -218,9 +218,19 @@ def _network(
     return jax.eval_shape(lambda: new.init(jax.random.key(0), *inputs, **of_init))
 
   shapes = defined if inputs and new is not None else None
-  # Dropout takes random numbers, which matter as little here as those of `init` matter there.
-  settings = {"rngs": jax.random.key(0) if rngs is None else rngs, **settings}
-  return Network(module.apply, variables, inputs, settings, "params/alpha", init, defined=shapes)
+  return Network(
+    _apply(module, rngs), variables, inputs, settings, "params/alpha", init, defined=shapes
+  )
+
+
+def _apply(module: Any, rngs: Any = None) -> Callable[..., Any]:
+  """The forward pass as it is traced; dropout gets random numbers, be it those of `init`."""
+  rngs = jax.random.key(0) if rngs is None else rngs
+
+  def forward(variables: Any, *inputs: Any, **settings: Any) -> Any:
+    return module.apply(variables, *inputs, **{"rngs": rngs, **settings})
+
+  return forward
 
 
 def _of_init(settings: Mapping[str, Any]) -> dict[str, Any]:
