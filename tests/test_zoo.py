@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import pathlib
 from typing import Any
 
 import growth_nets as nets
@@ -235,3 +236,8 @@ def test_it_trains_while_the_gate_opens_and_the_state_follows(name):
     entries[change.index] = False
     started = _trees.leaves(fresh)[change.path]
     assert (leaves[change.path] != started)[entries].any(), change.path
+
+
+def test_the_table_in_the_docs_is_what_is_tested():
+  page = (pathlib.Path(__file__).parents[1] / "docs" / "growth.md").read_text()
+  assert f"\n\n{zoo.table()}\n\n" in page  # python tests/zoo.py prints it

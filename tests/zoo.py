@@ -316,7 +316,7 @@ class UNet(nnx.Module):
     self.down = nnx.Conv(4, 6, (3, 3), strides=2, rngs=rngs)
     self.middle = nnx.Conv(6, 6, (3, 3), rngs=rngs)
     self.up = nnx.ConvTranspose(6, 4, (2, 2), strides=2, rngs=rngs)
-    self.norm = nnx.GroupNorm(8, num_groups=8, use_fast_variance=False, rngs=rngs)
+    self.norm = nnx.GroupNorm(8, num_groups=4, use_fast_variance=False, rngs=rngs)
     self.fuse = nnx.Conv(8, 4, (3, 3), rngs=rngs)
     self.leave = nnx.Conv(4, 1, (1, 1), rngs=rngs)
 
@@ -330,9 +330,9 @@ class UNet(nnx.Module):
 
 shows(
   "U-Net", UNet, IMAGES,
-  Units("hidden", "enter", 2, {
+  Units("hidden", "enter", 1, {  # one more group of the norm
     "enter/kernel": 3, "enter/bias": 0, "down/kernel": 2, "norm/scale": 0, "norm/bias": 0,
-    "fuse/kernel": 2}),
+    "fuse/kernel": 2}, how={"unit": 2}),
   Units("hidden", "fuse", 2, {"fuse/kernel": 3, "fuse/bias": 0, "leave/kernel": 2}),
   Units("residual", "down", 3, {
     "down/kernel": 3, "down/bias": 0, "middle/kernel": (2, 3), "middle/bias": 0, "up/kernel": 2}),
@@ -945,3 +945,27 @@ shows(
     "biases/kernel": 1, "biases/bias": 0, "weights?/kernel": 1, "weights?/bias": 0}),
   apart=True,
 )  # fmt: skip
+
+
+def table():
+  """The networks and what each is grown by, as `docs/growth.md` shows it."""
+  kinds = ("hidden", "residual", "heads")
+  rows = [
+    "| network | hidden units | residual stream, state | heads |",
+    "| --- | --- | --- | --- |",
+  ]
+  for net in ZOO:
+    cells = ["; ".join(_told(units) for units in net.units if units.kind == k) for k in kinds]
+    rows.append(f"| {net.name}{', Linen' if net.is_linen else ''} | {' | '.join(cells)} |")
+  return "\n".join(rows)
+
+
+def _told(units):
+  names = [units.producer] if isinstance(units.producer, str) else units.producer
+  told = [*names, *(f"{name}={value}" for name, value in units.how.items())]
+  told += [f"sizes={dict(units.sizes)}"] if units.sizes else []
+  return ", ".join(f"`{x}`" for x in told)
+
+
+if __name__ == "__main__":
+  print(table())
