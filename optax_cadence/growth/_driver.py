@@ -32,6 +32,7 @@ class Network(NamedTuple):
     settings: Further arguments of the forward pass.
     alpha: Path of the gate.
     init: A function that gives fresh values for new entries, as for `Plan.apply`.
+    notes: A function `notes(plan)` that says what `init` has to make up for it.
     defined: A function that gives the variables at the new size, as far as shapes go; None where
       they are not known beforehand.
     output: Where the network's output stands in what `forward` returns.
@@ -43,6 +44,7 @@ class Network(NamedTuple):
   settings: Mapping[str, Any] = {}
   alpha: str = "alpha"
   init: Callable[[], Any] = dict
+  notes: Callable[[Plan], tuple[str, ...]] = lambda plan: ()
   defined: Callable[[], Any] | None = None
   output: _paths.Path = ()
 
@@ -229,7 +231,8 @@ def grow(network: Network, plan: Plan, fresh: Any = None, alpha: float = 0.0) ->
   """Applies a plan; `fresh` and `alpha` as in `widen`."""
   if network.defined is not None:
     _check_defined(network.variables, network.defined(), plan)
-  fresh = network.init() if fresh is None else fresh
+  if fresh is None:
+    fresh, plan = network.init(), dataclasses.replace(plan, notes=network.notes(plan))
   return Grown(plan.apply(network.variables, fresh, alpha=alpha), plan)
 
 

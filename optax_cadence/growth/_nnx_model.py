@@ -1,18 +1,15 @@
 """A live NNX model as a tree of arrays and a function of it, and what its layers know of sizes."""
 
 import fnmatch
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from optax_cadence import _paths
 from optax_cadence.growth import _trees
-from optax_cadence.growth._fresh import Fresh
 from optax_cadence.growth._plan import Plan
 
 
@@ -297,43 +294,3 @@ _SIZES: dict[Any, Callable[[Any], dict[str, Any]]] = {
   nnx.SimpleCell: _recurrent,
   nnx.GRUCell: _recurrent,
 }
-
-
-def default_init(model: nnx.Module, rngs: nnx.Rngs | None = None) -> Fresh:
-  """Fresh values by the initializers that the layers' classes have by default.
-
-  A class of the user's takes part if its constructor has a parameter `<leaf>_init`.
-
-  Args:
-    model: The model before it grows.
-    rngs: Random numbers.
-
-  Returns:
-    A function `(path, shape, dtype) -> array` for `Plan.apply`; it raises a `ValueError` that
-    names a leaf for which no initializer is known.
-  """
-  nodes = {tuple(map(str, path)): node for path, node in nnx.iter_graph(model)}
-  rngs = nnx.Rngs(0) if rngs is None else rngs
-
-  def read(path: _paths.Path, shape: tuple[int, ...], dtype: Any) -> Any:
-    node = nodes[path[:-1]]
-    if isinstance(node, nnx.BatchNorm) and path[-1] in ("mean", "var"):
-      return (jnp.zeros if path[-1] == "mean" else jnp.ones)(shape, dtype)
-    parameter = inspect.signature(type(node).__init__).parameters.get(f"{path[-1]}_init")
-    if parameter is None or not callable(parameter.default):
-      raise ValueError(
-        f"no initializer is known for {_paths.join(path)!r} of {type(node).__name__}: give fresh="
-      )
-    kernel = path[-1] in ("kernel", "embedding")
-    axes = rank(node, getattr(node, path[-1])) if kernel else len(shape)
-    own = flat = shape[len(shape) - axes :]
-    if isinstance(node, nnx.LinearGeneral) and kernel:
-      n = len(node.in_features)
-      flat = (int(np.prod(own[:n])), int(np.prod(own[n:])))
-    if own == shape:
-      return parameter.default(rngs.params(), flat, dtype).reshape(shape)
-    # Layers that are stacked are initialized one by one.
-    keys = jax.random.split(rngs.params(), int(np.prod(shape[:-axes])))
-    return jnp.stack([parameter.default(key, flat, dtype) for key in keys]).reshape(shape)
-
-  return read

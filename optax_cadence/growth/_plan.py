@@ -77,6 +77,7 @@ class Plan:
     moved: For each leaf that stands elsewhere in the larger tree, as when a block is put before
       others: from its path in the smaller tree to that in the larger. All other paths of a plan
       are those of the larger tree.
+    notes: What else is to be known of it, in words: printed below the table.
   """
 
   changes: tuple[LeafChange, ...]
@@ -85,6 +86,7 @@ class Plan:
   flops: tuple[int, int] | None = None
   dimensions: tuple[tuple[Dimension, int], ...] = ()
   moved: Mapping[_paths.Path, _paths.Path] = dataclasses.field(default_factory=dict)
+  notes: tuple[str, ...] = ()
 
   @property
   def by_path(self) -> dict[_paths.Path, LeafChange]:
@@ -129,7 +131,8 @@ class Plan:
       flops = (self.flops[0], self.flops[1] + other.flops[1] - self.flops[0])
     dimensions = self.dimensions + other.dimensions
     moved = {**self.moved, **other.moved}
-    return Plan(changes, self.grows, self.alpha, flops, dimensions, moved)
+    notes = tuple(dict.fromkeys(self.notes + other.notes))
+    return Plan(changes, self.grows, self.alpha, flops, dimensions, moved, notes)
 
   def __str__(self) -> str:
     header = ("leaf", "role", "before", "after", "parameters")
@@ -149,6 +152,7 @@ class Plan:
     if self.grows:
       for dimension, more in self.dimensions:
         lines += [output.grown(more) for output in dimension.outputs]
+      lines += self.notes
       lines.append(f"gate: {_paths.join(self.alpha)}")
     return "\n".join(lines)
 

@@ -66,11 +66,15 @@ def layers(tree: Any, name: str) -> list[_paths.Path]:
 def kernel(tree: Any, prefix: _paths.Path) -> _paths.Path:
   """The path of a layer's kernel: of the leaves at or under a path the one with the most axes.
 
+  Of several it is the one that the layer itself has, to which those below are added, as of LoRA.
+
   Raises:
     ValueError: If there are none, or several.
   """
   under = {p: len(s) for p, s in shapes(tree).items() if p[: len(prefix)] == prefix}
   kernels = [path for path, axes in under.items() if axes == max(under.values())]
+  own = [path for path in kernels if len(path) == len(prefix) + 1]
+  kernels = own if len(own) == 1 else kernels
   if len(kernels) != 1:
     raise ValueError(
       f"{_paths.join(prefix)!r}: expected one kernel there, found"

@@ -18,6 +18,7 @@ from optax_cadence.growth import _dimension
 from optax_cadence.growth import _driver
 from optax_cadence.growth import _gate
 from optax_cadence.growth import _nnx_gate
+from optax_cadence.growth import _nnx_init
 from optax_cadence.growth import _nnx_model
 from optax_cadence.growth import _state
 from optax_cadence.growth import _trees
@@ -25,7 +26,7 @@ from optax_cadence.growth._dimension import Axis
 from optax_cadence.growth._dimension import Dimension
 from optax_cadence.growth._driver import Network
 from optax_cadence.growth._fresh import Fresh
-from optax_cadence.growth._nnx_model import default_init
+from optax_cadence.growth._nnx_init import default_init
 from optax_cadence.growth._nnx_model import forward
 from optax_cadence.growth._nnx_model import variables
 from optax_cadence.growth._plan import Plan
@@ -105,8 +106,7 @@ def widen(
     axis: The axis of the producer's kernel that holds the units.
     unit: Adjacent positions that make one unit.
     blocks: How often the units repeat along the axis: for the groups of a norm that grow.
-    fresh: Where new entries come from; by default from the initializer that the layer's class
-      has by default. (NNX layers do not keep the one they were made with.)
+    fresh: Where new entries come from; by default see `default_init`.
     rngs: Random numbers for those initializers.
     optimizer: The model's optimizer, whose state follows.
     alpha: Value of the gate.
@@ -341,7 +341,9 @@ def _network(
   tree = variables(model)
   _trees.check_concrete("growth", tree)
   init = functools.partial(default_init, model, rngs)
-  return Network(forward(model), tree, inputs, settings or {}, init=init, output=("0",))
+  notes = functools.partial(_nnx_init.notes, model)
+  settings = settings or {}
+  return Network(forward(model), tree, inputs, settings, init=init, notes=notes, output=("0",))
 
 
 def _paths_of(model: nnx.Module, producer: Producer | Sequence[Producer]) -> list[str]:
