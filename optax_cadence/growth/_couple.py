@@ -91,17 +91,44 @@ def couple(
   ]
   outputs = tuple(_outputs(graph, members))
   # A sum alone may be the statistics of a norm, after which the units are still there.
-  products = any(operation.name in primitives.PRODUCTS for operation, _ in sums)
+  products = any(primitives.product(operation.eqn) for operation, _ in sums)
   if not sums or (outputs and not products):
     raise ValueError(
       f"nothing uses the units of {_paths.listed(m.path for m in members)}: no product sums over"
-      " them, so widening would change the output"
+      f" them, so widening would change the output{_ends(graph)}"
     )
   of_weights = all(any(node.origin for node, _ in ends) for _, ends in sums)
   folds = of_weights and all(m.role != "both" for m in members)
   contractions = tuple(_contractions(graph))
   regroups = any(map(_regroups, graph.operations))
   return Dimension(described.size, members, contractions, folds, outputs, regroups)
+
+
+def _ends(graph: Graph) -> str:
+  """Where units cannot be followed any further, in words: what is done along their own axis."""
+  ends = [
+    f"{operation.name} of shapes {[node.shape for node in operation.operands if node is not None]}"
+    for operation in graph.operations
+    if operation.name not in ("concatenate", "reshape", "slice", "split") and _loses(operation)
+  ]
+  ends += [
+    f"a loop over the first axis of shape {outside.shape}"
+    for outside, _ in graph.slices
+    if 0 in outside.labels
+  ]
+  found = list(dict.fromkeys(ends))
+  return f". They end in {', '.join(found[:3])}" if found else ""
+
+
+def _loses(operation: Operation) -> bool:
+  """Whether an operation has units along an axis that it does not share with any other."""
+  tied = {end for tie in primitives.ties(operation.eqn) or [] for end in tie.operands}
+  return any(
+    (i, axis) not in tied
+    for i, node in enumerate(operation.operands)
+    if node is not None
+    for axis in node.labels
+  )
 
 
 def _regroups(operation: Operation) -> bool:
@@ -159,7 +186,7 @@ def _roles(graph: Graph) -> dict[tuple[_paths.Path, int], str]:
   """For axes of leaves whether products sum over them ("outgoing") or not ("incoming")."""
   roles: dict[tuple[_paths.Path, int], set[str]] = {}
   for operation in graph.operations:
-    if operation.name in primitives.PRODUCTS or operation.name == "gather":
+    if primitives.product(operation.eqn) or operation.name == "gather":
       for tie, ends in operation.labelled():
         for node, axis in ends:
           if node.origin is None:
