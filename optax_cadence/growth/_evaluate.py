@@ -44,7 +44,7 @@ class Evaluator:
       ValueError: If the programs do not have the same operations.
     """
     try:
-      return reading.walk([old, new], inputs, self._operation, self._constant)
+      return reading.walk([old, new], inputs, self._operation, self._constant, dead=False)
     except reading.DifferentProgramsError as error:
       raise ValueError(
         f"the programs before and after must have the same operations, found {error}; change one"

@@ -197,7 +197,7 @@ class Graph:
       shape = np.shape(numbers[0])
       return Node(shape, "a constant", fixed=0 not in shape) if shape else None
 
-    return reading.walk([program], inputs, operation, constant)
+    return reading.walk([program], inputs, operation, constant, dead=False)
 
   def _flatten_scan(self, eqn: Any, operands: list[Any], results: list[Node], repeat: int) -> None:
     consts, carried = reading.scan_counts(eqn)

@@ -159,6 +159,7 @@ def walk(
   operation: Callable[[Eqns, list[Any]], Sequence[Any]],
   constant: Callable[[tuple[Any, ...]], Any],
   unknown: Any = None,
+  dead: bool = True,
 ) -> list[Any]:
   """Walks programs with the same operations side by side, on values of any kind.
 
@@ -166,11 +167,12 @@ def walk(
     programs: The programs; most readers have one.
     inputs: A value for each argument, one for all programs together.
     operation: `operation(eqns, operands) -> results`: the values of the results of an operation,
-      which `eqns` has of each program. It is told of calls and loops as of any other operation, and
-      not of those that nothing needs. What has no entries needs nothing, and counts as a constant.
+      which `eqns` has of each program. It is told of calls and loops as of any other operation.
     constant: `constant(numbers) -> value`: from a constant or literal, which each program has one
       of, its value.
     unknown: The value of arguments that a part of a program leaves out; None if there are none.
+    dead: Whether operations count that no result needs. A result without entries needs nothing: if
+      they do not, it is a constant.
 
   Returns:
     The values of the results.
@@ -196,12 +198,12 @@ def walk(
       raise DifferentProgramsError("an operand that differs")
     return unknown
 
-  needed = _needed(jaxprs[0])
+  needed = None if dead else _needed(jaxprs[0])
   for i, eqns in enumerate(_columns(jaxprs, "eqns")):
-    if i not in needed:
+    if needed is not None and i not in needed:
       continue
     results = _columns(eqns, "outvars")
-    if all(map(_is_empty, eqns)):
+    if needed is not None and all(map(_is_empty, eqns)):
       values.update((atoms, constant(tuple(map(_empty, atoms)))) for atoms in results)
       continue
     operands = [read(atoms) for atoms in _columns(eqns, "invars")]
