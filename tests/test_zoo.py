@@ -71,10 +71,6 @@ def planned(net, model, variables):
   return growth.widening(variables, found, alpha=alpha)
 
 
-def keep_groups(net):
-  return any("blocks" in units.how for units in net.units)
-
-
 def sizes(net):
   return {name: size for units in net.units for name, size in units.sizes.items()}
 
@@ -134,9 +130,7 @@ def grow_nnx(net):
   model = nets.make(net.make)
   before = as_function(nnx.clone(model))
   plan = planned(net, model, before[1])
-  growth.nnx.grow(
-    model, plan, nets.fresh, inputs=net.inputs, keep_groups=keep_groups(net), sizes=sizes(net)
-  )
+  growth.nnx.grow(model, plan, nets.fresh, inputs=net.inputs, sizes=sizes(net))
   merged = nnx.clone(model)
   growth.nnx.set_alpha(merged, 1.0)
   growth.merge(merged)

@@ -98,7 +98,10 @@ def couple(
       f" them, so widening would change the output{_ends(graph)}"
     )
   of_weights = all(any(node.origin for node, _ in ends) for _, ends in sums)
-  folds = of_weights and all(m.role != "both" for m in members)
+  extrema = any(map(_loses, graph.operations))
+  folds = of_weights and not extrema and all(m.role != "both" for m in members)
+  for operation in graph.operations:
+    _check_counts(operation, described.size)
   contractions = tuple(_contractions(graph))
   regroups = any(map(_regroups, graph.operations))
   return Dimension(described.size, members, contractions, folds, outputs, regroups)
@@ -122,6 +125,8 @@ def _ends(graph: Graph) -> str:
 
 def _loses(operation: Operation) -> bool:
   """Whether an operation has units along an axis that it does not share with any other."""
+  if operation.name in ("concatenate", "reshape", "slice", "split"):
+    return False
   tied = {end for tie in primitives.ties(operation.eqn) or [] for end in tie.operands}
   return any(
     (i, axis) not in tied
@@ -129,6 +134,20 @@ def _loses(operation: Operation) -> bool:
     if node is not None
     for axis in node.labels
   )
+
+
+def _check_counts(operation: Operation, units: int) -> None:
+  """Raises `ValueError` if a program counts along units where new ones do not come last."""
+  along = operation.eqn.params.get("dimension")
+  if operation.name == "iota" and along in operation.results[0].labels:
+    labels = operation.results[0].labels[along]
+    last = labels == units - 1
+    if not (last[-1] and (np.diff(last.astype(int)) >= 0).all()):
+      raise ValueError(
+        f"the program counts along an axis of size {len(labels)} (iota) on which new units would"
+        " not come behind all old ones, so that those would have other numbers than before:"
+        " expected it not to; keep the numbers in a variable"
+      )
 
 
 def _regroups(operation: Operation) -> bool:

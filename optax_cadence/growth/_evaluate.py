@@ -30,11 +30,14 @@ class Evaluator:
 
   Attributes:
     alpha: The gate: scalar array.
+    counts: Whether the program may count along an axis that grows: whether it is known that new
+      entries lie behind all old ones there.
     mixes: How often old and new have met so far.
   """
 
-  def __init__(self, alpha: Any):
+  def __init__(self, alpha: Any, counts: bool = True):
     self.alpha = alpha
+    self.counts = counts
     self.mixes = 0
 
   def run(self, old: Any, new: Any, inputs: list[Parts]) -> list[Parts]:
@@ -130,6 +133,11 @@ class Evaluator:
       if old.primitive.name != "conv_general_dilated":
         return [_parts.passed(old, operands)]
       _parts.check_taps(old, new, *operands)
+    if old.primitive.name == "iota" and not self.counts:
+      raise ValueError(
+        "the program counts along an axis that grows (iota), which it must not unless it is known"
+        " where new entries lie there: expected inputs when the units were described"
+      )
     axes = _parts.Combinations(old, new, operands)
     results = [Parts(grown, {}) for grown in axes.result_axes]
     for kept_bits in itertools.product((0, 1), repeat=len(axes.kept)):
@@ -141,11 +149,14 @@ class Evaluator:
         outputs = _parts.bind(old, new, axes, at, axes.blocks(operands, at))
         if any(bits):
           self.mixes += 1
-          if not any(kept_bits):
-            outputs = [self.alpha.astype(y.dtype) * y for y in outputs]
-        totals = [a + b for a, b in zip(totals, outputs, strict=True)] if totals else outputs
+          alpha = None if any(kept_bits) else self.alpha
+          pairs = zip(totals, outputs, strict=True)
+          totals = [_parts.met(old, a, b, alpha) for a, b in pairs]
+        else:
+          totals = outputs
       for i, (result, total) in enumerate(zip(results, totals, strict=True)):
-        result.blocks[axes.result_bits(i, kept)] = total
+        if axes.gives(i, kept):
+          result.blocks[axes.result_bits(i, kept)] = total
     return results
 
   def _custom(
@@ -165,9 +176,11 @@ class Evaluator:
     name = old.primitive.name
     if any(_parts.TAPS in x.axes for x in operands):
       raise ValueError(f"a kernel whose taps grow goes through {name}")
-    inside = Evaluator(self.alpha)
+    inside = Evaluator(self.alpha, self.counts)
     taken = operands if inside_operands is None else inside_operands
     jax.eval_shape(_Body(inside, inner, taken), _arrays(taken))
+    if inside.mixes and reading.has_true_derivative(old):
+      return self.run(inner[0], inner[1], operands)
     if inside.mixes:
       raise ValueError(
         f"{name} {old.params.get('name', '')} combines old and new entries, and its own derivative"
