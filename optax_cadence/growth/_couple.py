@@ -156,7 +156,8 @@ def _regroups(operation: Operation) -> bool:
     return False
   source, target = operation.operands[0], operation.results[0]
   return any(
-    len(ins) + len(outs) > 2 and any(a in source.labels for a in ins)
+    any(a in source.labels for a in ins)
+    and sum(source.shape[a] > 1 for a in ins) + sum(target.shape[a] > 1 for a in outs) > 2
     for ins, outs in primitives.reshape_groups(source.shape, target.shape)
   )
 
