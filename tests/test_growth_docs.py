@@ -16,11 +16,17 @@ from optax_cadence import growth
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "growth.md"
 
 
+def block(word):
+  """The one block of code on the page that has a word."""
+  blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+  (found,) = [code for code in blocks if word in code]
+  return found
+
+
 def test_the_page_runs(capsys):
   if "model" not in inspect.signature(nnx.Optimizer.update).parameters:
     pytest.skip("the page is written for Flax 0.11: the optimizer's update takes the model")
-  code, _, _ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-  names = {"__name__": "page"}
+  code, names = block("class Net(nnx.Module)"), {"__name__": "page"}
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     exec(code, names)
   printed = capsys.readouterr().out
@@ -30,7 +36,7 @@ def test_the_page_runs(capsys):
 
 
 def test_a_train_state_follows():
-  _, code, _ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+  code = block("state.replace(apply_fn=forward")
   old, new, x = nets.Transformer(), nets.Transformer(hidden=32), nets.TOKENS
   with nets.relaxed():
     state = train_state.TrainState.create(
@@ -42,3 +48,19 @@ def test_a_train_state_follows():
     state = names["state"]
     nets.close(state.apply_fn({"params": state.params}, x), expected)
     state.apply_gradients(grads=state.params)
+
+
+def test_a_model_of_one_configuration_grows():
+  names = {"__name__": "page", "growth": growth, "jax": jax}
+  with nets.relaxed():
+    exec(block("class Config"), names)
+    nets.close(
+      names["forward"](names["grown"], names["x"]),
+      names["old"].apply(names["variables"], names["x"]),
+    )
+    assert "params/up_1/kernel" in str(names["plan"])
+    both = names["Model"](names["Config"](width=12, hidden=24))
+    growth.linen.widen(
+      names["old"], both, names["variables"], names["x"], producer=["params/embed", "params/up_*"],
+      by=[4, 8], fresh=nets.fresh,
+    )  # fmt: skip

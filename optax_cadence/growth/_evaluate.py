@@ -30,11 +30,14 @@ class Evaluator:
 
   Attributes:
     alpha: The gate: scalar array.
+    counts: Whether the program may count along an axis that grows: whether it is known that new
+      entries lie behind all old ones there.
     mixes: How often old and new have met so far.
   """
 
-  def __init__(self, alpha: Any):
+  def __init__(self, alpha: Any, counts: bool = True):
     self.alpha = alpha
+    self.counts = counts
     self.mixes = 0
 
   def run(self, old: Any, new: Any, inputs: list[Parts]) -> list[Parts]:
@@ -44,7 +47,7 @@ class Evaluator:
       ValueError: If the programs do not have the same operations.
     """
     try:
-      return reading.walk([old, new], inputs, self._operation, self._constant)
+      return reading.walk([old, new], inputs, self._operation, self._constant, dead=False)
     except reading.DifferentProgramsError as error:
       raise ValueError(
         f"the programs before and after must have the same operations, found {error}; change one"
@@ -54,6 +57,8 @@ class Evaluator:
   def _constant(self, numbers: tuple[Any, ...]) -> Parts:
     """A constant, between that of the old program and that of the new one."""
     old, new = numbers
+    if np.size(old) == np.size(new) == 0:
+      return _parts.empty(old, new)
     if np.shape(old) != np.shape(new):
       raise ValueError(
         f"a constant of the program grows from shape {np.shape(old)} to {np.shape(new)}: pass it"
@@ -107,6 +112,9 @@ class Evaluator:
       return self._while(old, new, operands)
     if name == "cond":
       return self._cond(old, new, operands)
+    if name == "custom_linear_solve":
+      (before, taken), (after, _) = reading.solver(old), reading.solver(new)
+      return self._custom(old, new, (before, after), operands, [operands[i] for i in taken])
     if inner[0] is None or inner[1] is None:
       return self._single(old, new, operands)
     if name.startswith("custom_"):
@@ -125,6 +133,11 @@ class Evaluator:
       if old.primitive.name != "conv_general_dilated":
         return [_parts.passed(old, operands)]
       _parts.check_taps(old, new, *operands)
+    if old.primitive.name == "iota" and not self.counts:
+      raise ValueError(
+        "the program counts along an axis that grows (iota), which it must not unless it is known"
+        " where new entries lie there: expected inputs when the units were described"
+      )
     axes = _parts.Combinations(old, new, operands)
     results = [Parts(grown, {}) for grown in axes.result_axes]
     for kept_bits in itertools.product((0, 1), repeat=len(axes.kept)):
@@ -136,24 +149,38 @@ class Evaluator:
         outputs = _parts.bind(old, new, axes, at, axes.blocks(operands, at))
         if any(bits):
           self.mixes += 1
-          if not any(kept_bits):
-            outputs = [self.alpha.astype(y.dtype) * y for y in outputs]
-        totals = [a + b for a, b in zip(totals, outputs, strict=True)] if totals else outputs
+          alpha = None if any(kept_bits) else self.alpha
+          pairs = zip(totals, outputs, strict=True)
+          totals = [_parts.met(old, a, b, alpha) for a, b in pairs]
+        else:
+          totals = outputs
       for i, (result, total) in enumerate(zip(results, totals, strict=True)):
-        result.blocks[axes.result_bits(i, kept)] = total
+        if axes.gives(i, kept):
+          result.blocks[axes.result_bits(i, kept)] = total
     return results
 
-  def _custom(self, old: Any, new: Any, inner: Any, operands: list[Parts]) -> list[Parts]:
+  def _custom(
+    self,
+    old: Any,
+    new: Any,
+    inner: Any,
+    operands: list[Parts],
+    inside_operands: list[Parts] | None = None,
+  ) -> list[Parts]:
     """A function with a derivative of its own, in which old and new entries must not meet.
 
     The old part is the old network's call. A new one lies among zeros in a call at the new
-    size, as the derivative was traced for shapes.
+    size, as the derivative was traced for shapes. `inner` are the programs of the function, of
+    these operands or of some of them.
     """
     name = old.primitive.name
     if any(_parts.TAPS in x.axes for x in operands):
       raise ValueError(f"a kernel whose taps grow goes through {name}")
-    inside = Evaluator(self.alpha)
-    jax.eval_shape(_Body(inside, inner, operands), _arrays(operands))
+    inside = Evaluator(self.alpha, self.counts)
+    taken = operands if inside_operands is None else inside_operands
+    jax.eval_shape(_Body(inside, inner, taken), _arrays(taken))
+    if inside.mixes and reading.has_true_derivative(old):
+      return self.run(inner[0], inner[1], operands)
     if inside.mixes:
       raise ValueError(
         f"{name} {old.params.get('name', '')} combines old and new entries, and its own derivative"

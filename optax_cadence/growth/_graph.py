@@ -52,7 +52,8 @@ class Node:
       if self.fixed:
         raise ValueError(
           f"{self.what} of shape {self.shape} has the units along its axis {axis} (found at"
-          f" {where}): it does not grow, so expected none there; name another axis"
+          f" {where}): it does not grow, so expected none there; name another axis, or pass it"
+          " among the variables"
         )
       self.labels[axis] = labels
       return True
@@ -176,6 +177,9 @@ class Graph:
       name, inner = eqn.primitive.name, reading.called(eqn)
       if inner is not None:
         return self._flatten(inner, operands, repeat)
+      if name == "custom_linear_solve":
+        inner, taken = reading.solver(eqn)
+        return self._flatten(inner, [operands[i] for i in taken], repeat)
       results = [Node(reading.shape(v)) for v in eqn.outvars]
       if name == "scan":
         self._flatten_scan(eqn, operands, results, repeat)
@@ -192,9 +196,9 @@ class Graph:
 
     def constant(numbers: tuple[Any, ...]) -> Node | None:
       shape = np.shape(numbers[0])
-      return Node(shape, "a constant", fixed=True) if shape else None
+      return Node(shape, "a constant", fixed=0 not in shape) if shape else None
 
-    return reading.walk([program], inputs, operation, constant)
+    return reading.walk([program], inputs, operation, constant, dead=False)
 
   def _flatten_scan(self, eqn: Any, operands: list[Any], results: list[Node], repeat: int) -> None:
     consts, carried = reading.scan_counts(eqn)

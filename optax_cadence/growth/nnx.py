@@ -6,7 +6,7 @@ at its new size.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from optax_cadence.growth import _dimension
 from optax_cadence.growth import _driver
 from optax_cadence.growth import _gate
 from optax_cadence.growth import _nnx_gate
+from optax_cadence.growth import _nnx_init
 from optax_cadence.growth import _nnx_model
 from optax_cadence.growth import _state
 from optax_cadence.growth import _trees
@@ -25,7 +26,7 @@ from optax_cadence.growth._dimension import Axis
 from optax_cadence.growth._dimension import Dimension
 from optax_cadence.growth._driver import Network
 from optax_cadence.growth._fresh import Fresh
-from optax_cadence.growth._nnx_model import default_init
+from optax_cadence.growth._nnx_init import default_init
 from optax_cadence.growth._nnx_model import forward
 from optax_cadence.growth._nnx_model import variables
 from optax_cadence.growth._plan import Plan
@@ -47,30 +48,38 @@ __all__ = [
 ]
 
 
+# What makes the units: a module of the model, or a path or glob of such.
+Producer = nnx.Module | str
+
+
 def couple(
-  model: nnx.Module, *inputs: Any, producer: nnx.Module, axis: int = -1, **kwargs: Any
+  model: nnx.Module,
+  *inputs: Any,
+  producer: Producer | Sequence[Producer],
+  axis: int = -1,
+  **kwargs: Any,
 ) -> Dimension:
   """As `growth.couple`, for a module of a live model: every axis that grows with one of its own.
 
   Args:
     model: The model.
     *inputs: Inputs of its forward pass, arrays or `jax.ShapeDtypeStruct`s.
-    producer: The module inside whose kernel (or embedding) has the units along `axis`.
+    producer: The module inside whose kernel (or embedding) has the units along `axis`, or its
+      path, or a glob; several of as many units are one dimension.
     axis: The axis of that leaf.
     **kwargs: As for `growth.couple`, or further arguments of the forward pass.
 
   Returns:
     The `Dimension`, for the tree `nnx.variables(model)`.
   """
-  network = _network(model, inputs)
-  return _driver.couple(network, network.kernel(_path(model, producer)), axis=axis, **kwargs)
+  return _driver.couple(_network(model, inputs), _paths_of(model, producer), axis=axis, **kwargs)
 
 
 def widen(
   model: nnx.Module,
   *inputs: Any,
-  by: int,
-  producer: nnx.Module | Dimension,
+  by: int | Sequence[int],
+  producer: Producer | Dimension | Sequence[Producer],
   consumers: Sequence[nnx.Module] | None = None,
   also: Sequence[nnx.Module] = (),
   axis: int = -1,
@@ -80,6 +89,8 @@ def widen(
   rngs: nnx.Rngs | None = None,
   optimizer: nnx.Optimizer | None = None,
   alpha: float = 0.0,
+  sizes: Mapping[str, Any] | None = None,
+  **kwargs: Any,
 ) -> Plan:
   """Gives a live model more units behind a gate.
 
@@ -87,18 +98,21 @@ def widen(
     model: The model; it is changed in place, or, on an error, not at all.
     *inputs: Inputs of its forward pass, arrays or `jax.ShapeDtypeStruct`s. With them, all
       that must grow along is found and checked.
-    by: Number of new units.
-    producer: The module whose kernel (or embedding) makes the units, or a `Dimension`.
+    by: Number of new units, of each producer; or a list, a number for each that is named.
+    producer: The module whose kernel (or embedding) makes the units, or its path; or several, as
+      a list or as a glob, "blocks/*/up"; or a `Dimension`.
     consumers: The modules whose kernels read them. Needed without `inputs`.
     also: Modules in between that have a number per unit (norms). With `consumers`.
     axis: The axis of the producer's kernel that holds the units.
     unit: Adjacent positions that make one unit.
     blocks: How often the units repeat along the axis: for the groups of a norm that grow.
-    fresh: Where new entries come from; by default from the initializer that the layer's class
-      has by default. (NNX layers do not keep the one they were made with.)
+    fresh: Where new entries come from; by default see `default_init`.
     rngs: Random numbers for those initializers.
     optimizer: The model's optimizer, whose state follows.
     alpha: Value of the gate.
+    sizes: New values of attributes of your own classes that hold a size, by name or by path, a glob
+      perhaps: `{"num_heads": 6}`. (Flax's layers are told.)
+    **kwargs: Further arguments of the forward pass (`train=True`).
 
   Returns:
     The `Plan` that was applied.
@@ -106,17 +120,16 @@ def widen(
   Raises:
     ValueError: If something does not fit; it names the path, the shapes, what is missing.
   """
-  network = _network(model, inputs, rngs)
+  network = _network(model, inputs, kwargs, rngs)
   units: Any = producer
-  if not isinstance(producer, Dimension):
-    if consumers is not None:
-      units = _described(model, producer, consumers, also, Axis(axis, blocks, unit))
-    else:
-      units = network.kernel(_path(model, producer))
+  if consumers is not None:
+    units = _described(model, producer, consumers, also, Axis(axis, blocks, unit))
+  elif not isinstance(producer, Dimension):
+    units = _paths_of(model, producer)
   grown = _driver.widen(
     network, units, by, axis=axis, unit=unit, blocks=blocks, fresh=fresh, alpha=alpha
   )
-  return _put(model, grown, inputs, optimizer, keep_groups=blocks > 1)
+  return _put(model, grown, network, optimizer, sizes=sizes)
 
 
 def enlarge(
@@ -128,6 +141,8 @@ def enlarge(
   rngs: nnx.Rngs | None = None,
   optimizer: nnx.Optimizer | None = None,
   alpha: float = 0.0,
+  sizes: Mapping[str, Any] | None = None,
+  **kwargs: Any,
 ) -> Plan:
   """Gives a convolution of a live model a larger kernel, its new taps behind a gate.
 
@@ -137,7 +152,7 @@ def enlarge(
   Raises:
     ValueError: If the kernel would become smaller, or its padding does not keep the taps.
   """
-  network = _network(model, inputs, rngs)
+  network = _network(model, inputs, kwargs, rngs)
   grown = _driver.enlarge(
     network,
     network.kernel(_path(model, conv)),
@@ -146,7 +161,7 @@ def enlarge(
     fresh=fresh,
     alpha=alpha,
   )
-  return _put(model, grown, inputs, optimizer)
+  return _put(model, grown, network, optimizer, sizes=sizes)
 
 
 def deepen(
@@ -156,6 +171,7 @@ def deepen(
   outgoing: Callable[[Any], Sequence[nnx.Module]] = lambda model: (),
   optimizer: nnx.Optimizer | None = None,
   alpha: float = 0.0,
+  **kwargs: Any,
 ) -> Plan:
   """Adds modules to a live model, what they add to its residual stream behind a gate.
 
@@ -172,6 +188,7 @@ def deepen(
       the identity as they are (Net2Deeper, `identity_kernel`).
     optimizer: The model's optimizer, whose state follows.
     alpha: Value of the gate.
+    **kwargs: Further arguments of the forward pass.
 
   Returns:
     The `Plan` that was applied.
@@ -179,7 +196,7 @@ def deepen(
   Raises:
     ValueError: If nothing is new, something is gone, or the model does not run with it.
   """
-  network = _network(model, inputs)
+  network = _network(model, inputs, kwargs)
   copy = nnx.clone(model)
   old = _nnx_model.paths_of_variables(copy)
   add(copy)
@@ -192,9 +209,9 @@ def deepen(
     )
   moved = {_paths.join(path): _paths.join(new[id(variable)]) for variable, path in old}
   names = [_paths.join(_path(copy, module)) for module in outgoing(copy)]
-  deeper = _network(copy, inputs)
+  deeper = _network(copy, inputs, kwargs)
   grown = _driver.deepen(network, deeper, outgoing=names, moved=moved, alpha=alpha)
-  return _put(model, grown, inputs, optimizer, add=add)
+  return _put(model, grown, network, optimizer, add=add)
 
 
 def grow(
@@ -205,16 +222,17 @@ def grow(
   inputs: Sequence[Any] = (),
   optimizer: nnx.Optimizer | None = None,
   alpha: float = 0.0,
-  keep_groups: bool = False,
+  sizes: Mapping[str, Any] | None = None,
+  **kwargs: Any,
 ) -> None:
   """Applies a plan for the tree `nnx.variables(model)` to the live model.
 
-  `plan` is one of `growth.widening` or `growth.enlarging`, or a sum of them; `keep_groups` says
-  that the groups of a `GroupNorm` get wider, instead of more. All other arguments are as for
-  `widen`.
+  `plan` is one of `growth.widening` or `growth.enlarging`, or a sum of them. All other arguments
+  are as for `widen`.
   """
-  grown = _driver.grow(_network(model), plan, fresh, alpha)
-  _put(model, grown, inputs, optimizer, keep_groups)
+  network = _network(model, inputs, kwargs)
+  grown = _driver.grow(network, plan, fresh, alpha)
+  _put(model, grown, network, optimizer, sizes)
 
 
 def shrink(
@@ -223,7 +241,8 @@ def shrink(
   *inputs: Any,
   take_out: Callable[[Any], Any] = lambda model: None,
   optimizer: nnx.Optimizer | None = None,
-  keep_groups: bool = False,
+  sizes: Mapping[str, Any] | None = None,
+  **kwargs: Any,
 ) -> None:
   """Applies a plan of `growth.shrinking`, or `plan.inverse()`, to a live model.
 
@@ -234,9 +253,11 @@ def shrink(
     take_out: Takes out the modules whose leaves the plan removes whole, which is what the
       inverse of `deepen` does: `lambda m: m.blocks.pop()`.
     optimizer: The model's optimizer, whose state follows.
-    keep_groups: Whether the groups of a `GroupNorm` get narrower, instead of fewer.
+    sizes: As for `widen`.
+    **kwargs: Further arguments of the forward pass.
   """
-  tree = plan.apply(_network(model).variables)
+  network = _network(model, inputs, kwargs)
+  tree = plan.apply(network.variables)
 
   def change(model: nnx.Module) -> None:
     take_out(model)
@@ -246,10 +267,11 @@ def shrink(
         f"the plan removes {_paths.listed(sorted(left))}: take the modules out with take_out="
       )
     _nnx_model.set_variables(model, tree)
-    _nnx_model.fit(model, keep_groups)
+    _nnx_model.fit(model, plan)
+    _nnx_model.set_sizes(model, sizes)
     _nnx_model.pad_for_taps(model, plan)
 
-  _change(model, plan, change, inputs, optimizer)
+  _change(model, plan, change, change, network, optimizer)
 
 
 def merge(model: nnx.Module, *, optimizer: nnx.Optimizer | None = None) -> None:
@@ -269,7 +291,7 @@ def merge(model: nnx.Module, *, optimizer: nnx.Optimizer | None = None) -> None:
     _nnx_gate.detach(model)
     _nnx_model.set_variables(model, tree)
 
-  _change(model, plan, change, (), optimizer)
+  _change(model, plan, change, change, None, optimizer)
 
 
 def set_alpha(model: nnx.Module, alpha: float) -> None:
@@ -301,7 +323,10 @@ def call(fn: Callable[..., Any], model: nnx.Module, *args: Any, **kwargs: Any) -
 
 
 def _network(
-  model: nnx.Module, inputs: Sequence[Any] = (), rngs: nnx.Rngs | None = None
+  model: nnx.Module,
+  inputs: Sequence[Any] = (),
+  settings: Mapping[str, Any] | None = None,
+  rngs: nnx.Rngs | None = None,
 ) -> Network:
   """A model without a gate, as the driver sees it."""
   name = type(model).__name__
@@ -312,7 +337,15 @@ def _network(
   tree = variables(model)
   _trees.check_concrete("growth", tree)
   init = functools.partial(default_init, model, rngs)
-  return Network(forward(model), tree, inputs, init=init, output=("0",))
+  notes = functools.partial(_nnx_init.notes, model)
+  settings = settings or {}
+  return Network(forward(model), tree, inputs, settings, init=init, notes=notes, output=("0",))
+
+
+def _paths_of(model: nnx.Module, producer: Producer | Sequence[Producer]) -> list[str]:
+  """The paths, or globs, of modules that were named."""
+  named = [producer] if isinstance(producer, str | nnx.Module) else list(producer)
+  return [x if isinstance(x, str) else _paths.join(_path(model, x)) for x in named]
 
 
 def _path(model: nnx.Module, module: Any) -> _paths.Path:
@@ -362,9 +395,9 @@ def _described(
 def _put(
   model: nnx.Module,
   grown: _driver.Grown,
-  inputs: Sequence[Any],
+  network: Network,
   optimizer: nnx.Optimizer | None,
-  keep_groups: bool = False,
+  sizes: Mapping[str, Any] | None = None,
   add: Callable[[Any], None] = lambda model: None,
 ) -> Plan:
   """Puts grown variables into a live model, and attaches its gate.
@@ -372,9 +405,9 @@ def _put(
   Args:
     model: The model.
     grown: Its grown variables and the plan.
-    inputs: Inputs of the forward pass, to check the result.
+    network: The model as it was, with its inputs, to check the result.
     optimizer: The model's optimizer, whose state follows.
-    keep_groups: Whether the groups of a `GroupNorm` get wider, instead of more.
+    sizes: New values of attributes of the user's own classes.
     add: Puts new modules into the model.
 
   Returns:
@@ -384,30 +417,52 @@ def _put(
   alpha = _trees.leaves(grown.variables)[plan.alpha]
   tree = _trees.remove(grown.variables, plan.alpha)
 
-  def change(model: nnx.Module) -> None:
+  def resize(model: nnx.Module) -> dict[Any, Any]:
+    """Puts in what is new; returns the attributes that had to follow, as they were."""
     add(model)
     _nnx_model.set_variables(model, tree)
-    sizes = _nnx_gate.attributes(model)
-    _nnx_model.fit(model, keep_groups)
+    before = _nnx_gate.attributes(model)
+    _nnx_model.fit(model, plan)
+    _nnx_model.set_sizes(model, sizes)
     _nnx_model.pad_for_taps(model, plan)
-    before = _nnx_gate.changed(sizes, _nnx_gate.attributes(model))
-    _nnx_gate.attach(model, plan, alpha, before)
+    return _nnx_gate.changed(before, _nnx_gate.attributes(model))
 
-  _change(model, plan, change, inputs, optimizer)
+  def change(model: nnx.Module) -> None:
+    _nnx_gate.attach(model, plan, alpha, resize(model))
+
+  _change(model, plan, change, resize, network, optimizer)
   return plan
 
 
 def _change(
   model: nnx.Module,
   plan: Plan,
-  change: Callable[[Any], None],
-  inputs: Sequence[Any],
+  change: Callable[[Any], Any],
+  resize: Callable[[Any], Any],
+  network: Network | None,
   optimizer: nnx.Optimizer | None,
 ) -> None:
-  """Changes a model and its optimizer's state, or, on an error, neither."""
+  """Changes a model and its optimizer's state, or, on an error, neither.
+
+  Args:
+    model: The model.
+    plan: The plan by which it changes.
+    change: Changes a model, gate included.
+    resize: Changes it without a gate.
+    network: The model as it was, with the inputs on which the changed one has to run.
+    optimizer: The model's optimizer.
+  """
   changed = nnx.clone(model)
   change(changed)
-  _driver.check_runs(Network(forward(changed), variables(changed), inputs), type(model).__name__)
+  if network is not None:
+    name, hint = type(model).__name__, _nnx_model.sizes_to_name(model, plan)
+    if any(dimension.regroups for dimension, _ in plan.dimensions):
+      plain = nnx.clone(model)
+      resize(plain)
+      resized = network._replace(forward=forward(plain), variables=variables(plain))
+      _driver.check_layout(resized, plan, name, hint)
+    resized = network._replace(forward=forward(changed), variables=variables(changed))
+    _driver.check_runs(resized, name, hint)
   if optimizer is None:
     change(model)
     return
