@@ -34,14 +34,19 @@ from optax_cadence.growth._planners import widening
 from optax_cadence.growth._pruned import fold_pruned
 from optax_cadence.growth._pruned import follow_pruned
 from optax_cadence.growth._pruned import pruned_units
+from optax_cadence.growth._stacking import stacking
 from optax_cadence.growth._state import grow_state
+from optax_cadence.growth._vocabulary import adding_tokens
+from optax_cadence.growth._vocabulary import mean_tokens
 
 _FLAX = {
   "CKConv": "ckconv",
   "deepen": "nnx",
   "enlarge": "nnx",
   "shrink": "nnx",
+  "stack": "nnx",
   "to_continuous": "ckconv",
+  "vocabulary": "nnx",
   "widen": "nnx",
 }
 
@@ -80,6 +85,52 @@ def merge(variables: Any, plan: Plan | None = None, *, optimizer: Any = None) ->
   return _gate.merge(variables, plan)
 
 
+def undo(
+  variables: Any, plan: Plan | None = None, *, sizes: Any = None, optimizer: Any = None
+) -> Any:
+  """Takes a growth back, whatever α is, and whether or not its gate is merged.
+
+  What comes back is the tree as it was before: its structure, paths and shapes, with the entries
+  that were there, as they stand now. What these have learned since they keep; what new entries
+  have learned is gone. So where nothing was trained since, or α was held at 0, it is the old tree
+  bit for bit, or what training without the growth would have made of it (see docs/growth.md for
+  what that is bit for bit). At another α the outputs jump, as what new entries gave is missing.
+
+  The optimizer's state goes back by `growth.grow_state` with `plan.inverse()`: for a live model,
+  give its optimizer.
+
+  Args:
+    variables: The grown tree, with or without the gate; or a live NNX model, changed in place.
+    plan: The plan by which it has grown. A live model with a gate knows its own.
+    sizes: Attributes of a live model without a gate, see `growth.nnx.undo`.
+    optimizer: The live model's optimizer, whose state goes back too.
+
+  Returns:
+    The tree as it was; None for a live model.
+
+  Raises:
+    ValueError: If the tree is not as the plan has left it, or the plan is one that shrinks.
+
+  >>> import jax.numpy as jnp
+  >>> from optax_cadence import growth
+  >>> params = {"a": jnp.ones((1, 2)), "b": jnp.ones((2, 1))}
+  >>> plan = growth.widening(params, growth.dimension(params, {"a": -1, "b": 0}), by=1)
+  >>> grown = plan.apply(params, lambda path, shape, dtype: jnp.zeros(shape, dtype), alpha=0.5)
+  >>> print(growth.undo(grown, plan))
+  {'a': Array([[1., 1.]], dtype=float32), 'b': Array([[1.],
+         [1.]], dtype=float32)}
+  """
+  flax = sys.modules.get("flax.nnx")
+  if flax is not None and isinstance(variables, flax.Module):
+    importlib.import_module(f"{__name__}.nnx").undo(
+      variables, plan, sizes=sizes, optimizer=optimizer
+    )
+    return None
+  if plan is None:
+    raise ValueError("expected the plan by which the tree has grown: growth.undo(variables, plan)")
+  return _gate.undo(variables, plan)
+
+
 __all__ = [
   "Axis",
   "Dimension",
@@ -87,6 +138,7 @@ __all__ = [
   "Member",
   "PhaseInState",
   "Plan",
+  "adding_tokens",
   "copies",
   "couple",
   "deepening",
@@ -100,11 +152,14 @@ __all__ = [
   "gradmax",
   "grow_state",
   "identity_kernel",
+  "mean_tokens",
   "merge",
   "outer_product",
   "periods",
   "phase_in",
   "pruned_units",
   "shrinking",
+  "stacking",
+  "undo",
   "widening",
 ]

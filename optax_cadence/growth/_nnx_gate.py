@@ -19,8 +19,10 @@ from flax import nnx
 
 from optax_cadence import _paths
 from optax_cadence.growth import _gate
+from optax_cadence.growth import _nnx_contents
 from optax_cadence.growth import _nnx_model
 from optax_cadence.growth import _plan
+from optax_cadence.growth._nnx_contents import Contents
 from optax_cadence.growth._plan import Plan
 
 ALPHA = "alpha"
@@ -39,11 +41,13 @@ class Gate:
     cls: The model's class.
     plan: The plan by which it has grown.
     before: Attributes of its layers that repeat sizes, as they were before.
+    contents: What its modules held before that hold something else now.
   """
 
   cls: type
   plan: Plan
   before: Mapping[_PLACE, Any]
+  contents: Contents
 
   def call(self, model: Any, what: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """`fn(model, *args, **kwargs)` through the gate; `what` is what it is called in errors."""
@@ -68,7 +72,15 @@ class Gate:
     return output
 
   def __reduce__(self) -> Any:
-    return _gate_of_pickle, (self.cls, self.plan, self.before)
+    return _gate_of_pickle, (self.cls, self.plan, self.before, self.contents)
+
+  def put_back(self, model: Any) -> None:
+    """Puts back what was there before the growth, but for the arrays, and takes the gate away."""
+    modules = _modules(model)
+    detach(model)
+    for (path, name), value in self.before.items():
+      setattr(modules[path], name, value)
+    _nnx_contents.restore(model, self.contents)
 
   def __repr__(self) -> str:
     return f"Gate({self.cls.__name__})"
@@ -101,9 +113,11 @@ class Inside:
     return _inside_of_pickle, (self.cls, self.path, self.model)
 
 
-def _gate_of_pickle(cls: type, plan: Plan, before: Mapping[_PLACE, Any]) -> Gate:
+def _gate_of_pickle(
+  cls: type, plan: Plan, before: Mapping[_PLACE, Any], contents: Contents
+) -> Gate:
   _look_for_marks(cls)
-  return Gate(cls, plan, before)
+  return Gate(cls, plan, before, contents)
 
 
 def _inside_of_pickle(cls: type, path: str, model: str) -> Inside:
@@ -116,13 +130,15 @@ def mark_of(module: Any) -> Gate | Inside | None:
   return vars(module).get(_MARK)
 
 
-def attach(model: nnx.Module, plan: Plan, alpha: Any, before: Mapping[_PLACE, Any]) -> None:
+def attach(
+  model: nnx.Module, plan: Plan, alpha: Any, before: Mapping[_PLACE, Any], contents: Contents
+) -> None:
   """Attaches the gate to a model whose arrays have grown: a parameter, and the marks."""
   floats = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
   grown = {change.path[:n] for change in plan.changes for n in range(len(change.path))}
   for path, module in _modules(model).items():
     if path == ():
-      setattr(module, _MARK, Gate(type(module), plan, before))
+      setattr(module, _MARK, Gate(type(module), plan, before, contents))
     elif path in grown:
       name = type(model).__name__
       setattr(module, _MARK, Inside(type(module), _paths.join(path), name))

@@ -138,24 +138,31 @@ def placed(large: Any, index: Any, small: Any, what: str) -> Any:
 
 def taken(large: Any, index: Any, what: str) -> Any:
   """What lies at an index of `large`, by way of the host too, laid out over devices as it is."""
+  if jax.dtypes.issubdtype(jnp.asarray(large).dtype, jax.dtypes.prng_key):
+    return large[index]
   return like(np.asarray(large)[index], large, what)
 
 
-def like(value: Any, other: Any, what: str) -> Any:
+def like(value: Any, other: Any, what: str, *, adds_axis: bool = False) -> Any:
   """The value as an array that lies on devices as another does, whose shape may differ.
 
   Args:
     value: The value.
     other: The other array.
     what: What the value is called in errors.
+    adds_axis: Whether the value has one more axis, the first, which is not divided.
 
   Raises:
     ValueError: If its size cannot be divided among the devices as that of the other is.
   """
   if not isinstance(other, jax.Array) or not other.committed:
     return jnp.asarray(value)
+  sharding: Any = other.sharding
+  if adds_axis and isinstance(sharding, jax.sharding.NamedSharding):
+    spec = jax.sharding.PartitionSpec(None, *sharding.spec)
+    sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
   try:
-    return jax.device_put(value, other.sharding)
+    return jax.device_put(value, sharding)
   except ValueError as error:
     raise ValueError(
       f"{what} is laid out over devices by {other.sharding}: expected a shape that divides among"

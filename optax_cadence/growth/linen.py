@@ -13,6 +13,8 @@ import jax
 from optax_cadence.growth import _driver
 from optax_cadence.growth import _gate
 from optax_cadence.growth import _planners
+from optax_cadence.growth import _stacking
+from optax_cadence.growth import _trees
 from optax_cadence.growth._dimension import Dimension
 from optax_cadence.growth._driver import Network
 from optax_cadence.growth._plan import Plan
@@ -148,6 +150,61 @@ def deepen(
   return _with_forward(old, new, grown)
 
 
+def stack(
+  old: Any,
+  new: Any,
+  variables: Any,
+  *inputs: Any,
+  layers: str,
+  times: int | None = None,
+  by: int | None = None,
+  where: str | int = "end",
+  outgoing: Iterable[str] = (),
+  copy_state: bool | None = None,
+  rngs: Any = None,
+  fresh: Any = None,
+  alpha: float = 0.0,
+  **kwargs: Any,
+) -> Grown:
+  """Adds layers to a stack that `nn.scan` or `nn.vmap` has made along axis 0.
+
+  `layers` is the path of the stack, "params/blocks". `times` or `by`, `where`, `outgoing` (layers
+  through which a layer adds to its residual stream: α multiplies what is new in them; none: no
+  gate) and `copy_state` are as for `growth.stacking`. New layers are copies of old ones, unless
+  `rngs` or `fresh` say where they come from. All other arguments, and what is returned, are as for
+  `widen`; without a gate the forward pass is `new.apply`.
+
+  Raises:
+    ValueError: If `new` does not run with more layers, or as `growth.stacking` does.
+  """
+  network = _network(old, variables, inputs, kwargs, new, rngs)
+  copies = rngs is None and fresh is None
+  plan = _stacking.stacking(
+    variables,
+    layers,
+    times=times,
+    by=by,
+    where=where,
+    outgoing=outgoing,
+    copy=copies,
+    copy_state=copy_state,
+    alpha=network.alpha,
+  )
+  grown = _driver.grow(network, plan, {} if copies else fresh, alpha)
+  _check_new(new, grown, inputs, kwargs)
+  return _with_forward(old, new, grown)
+
+
+def _check_new(
+  new: Any, grown: _driver.Grown, inputs: Sequence[Any], settings: Mapping[str, Any]
+) -> None:
+  """Raises `ValueError` unless the new module runs with the grown variables."""
+  variables = grown.variables
+  if grown.plan.gate:
+    variables = _trees.remove(variables, grown.plan.alpha)
+  _driver.check_runs(_network(new, variables, inputs, settings), type(new).__name__)
+
+
 def shrink(
   old: Any,
   new: Any,
@@ -212,4 +269,6 @@ def _kernel(network: Network, name: str) -> str:
 
 def _with_forward(old: Any, new: Any, grown: _driver.Grown) -> Grown:
   """The result of a growth: the variables, the forward pass with its gate, and the plan."""
+  if not grown.plan.gate:
+    return grown.variables, new.apply, grown.plan
   return grown.variables, _gate.gated(new.apply, grown.plan, old=old.apply), grown.plan

@@ -6,7 +6,7 @@ at its new size.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +17,13 @@ from optax_cadence import _paths
 from optax_cadence.growth import _dimension
 from optax_cadence.growth import _driver
 from optax_cadence.growth import _gate
+from optax_cadence.growth import _nnx_contents
 from optax_cadence.growth import _nnx_gate
 from optax_cadence.growth import _nnx_model
+from optax_cadence.growth import _stacking
 from optax_cadence.growth import _state
 from optax_cadence.growth import _trees
+from optax_cadence.growth import _vocabulary
 from optax_cadence.growth._dimension import Axis
 from optax_cadence.growth._dimension import Dimension
 from optax_cadence.growth._driver import Network
@@ -42,7 +45,10 @@ __all__ = [
   "plan_of",
   "set_alpha",
   "shrink",
+  "stack",
+  "undo",
   "variables",
+  "vocabulary",
   "widen",
 ]
 
@@ -197,6 +203,97 @@ def deepen(
   return _put(model, grown, inputs, optimizer, add=add)
 
 
+def stack(
+  model: nnx.Module,
+  *inputs: Any,
+  layers: nnx.Module,
+  times: int | None = None,
+  by: int | None = None,
+  where: str | int = "end",
+  outgoing: Sequence[nnx.Module] = (),
+  fresh: Fresh | None = None,
+  copy_state: bool | None = None,
+  sizes: Mapping[str, Any] | None = None,
+  optimizer: nnx.Optimizer | None = None,
+  alpha: float = 0.0,
+) -> Plan:
+  """Gives a live model more layers in a stack that `nnx.vmap` has made.
+
+  Args:
+    model: The model; it is changed in place, or, on an error, not at all.
+    *inputs: Inputs of its forward pass; with them the result is checked.
+    layers: The module inside whose variables are stacked along axis 0.
+    times: By how much the number of layers is multiplied; or else `by`.
+    by: Number of new layers.
+    where: Where they stand, see `growth.stacking`.
+    outgoing: The modules in `layers` through which a layer adds to its residual stream: α
+      multiplies what is new in them. None: there is no gate, and the function changes at once.
+    fresh: Where new layers come from, such as `growth.nnx.default_init(model, rngs)`. By default
+      they are copies of old ones.
+    copy_state: Whether the optimizer's state is copied with the layers, see `growth.stacking`.
+    sizes: Attributes that hold the number of layers, and their new values: `{"depth": 6}` of the
+      model itself, `{"encoder/depth": 6}` of a module inside.
+    optimizer: The model's optimizer, whose state follows.
+    alpha: Value of the gate.
+
+  Returns:
+    The `Plan` that was applied.
+
+  Raises:
+    ValueError: If something does not fit; it names the path, the shapes, what is missing.
+  """
+  network = _network(model, inputs)
+  plan = _stacking.stacking(
+    network.variables,
+    _paths.join(_path(model, layers)),
+    times=times,
+    by=by,
+    where=where,
+    outgoing=[_paths.join(_path(model, module)) for module in outgoing],
+    copy=fresh is None,
+    copy_state=copy_state,
+  )
+  grown = _driver.grow(network, plan, {} if fresh is None else fresh, alpha)
+  return _put(model, grown, inputs, optimizer, resize=_sizes_setter(sizes))
+
+
+def vocabulary(
+  model: nnx.Module,
+  *inputs: Any,
+  by: int,
+  embed: nnx.Module,
+  head: nnx.Module | None = None,
+  given: Mapping[str, Any] | None = None,
+  sizes: Mapping[str, Any] | None = None,
+  optimizer: nnx.Optimizer | None = None,
+) -> Plan:
+  """Gives a live model more tokens, after the last one. Logits of old ones stay; there is no gate.
+
+  Args:
+    model: The model; it is changed in place, or, on an error, not at all.
+    *inputs: Inputs of its forward pass; with them the result is checked.
+    by: Number of new tokens.
+    embed: The `nnx.Embed` inside.
+    head: The layer that makes the logits; None for a tied one, which reads the embedding.
+    given: New entries by the path of their leaf, `{"embed/embedding": rows}`. By default a new
+      token is the mean of the old ones, see `growth.mean_tokens`.
+    sizes: Attributes that hold the number of tokens, as for `stack`: `{"vocab_size": 50304}`.
+    optimizer: The model's optimizer, whose state follows.
+
+  Returns:
+    The `Plan` that was applied; `growth.undo(model, plan)` takes it back.
+
+  Raises:
+    ValueError: If something does not fit; it names the path, the shapes, what is missing.
+  """
+  network = _network(model, inputs)
+  names = [None if m is None else _paths.join(_path(model, m)) for m in (embed, head)]
+  plan = _vocabulary.adding_tokens(network.variables, by, embed=names[0] or "", head=names[1])
+  fresh = _vocabulary.mean_tokens(network.variables, plan, given)
+  grown = _driver.grow(network, plan, fresh)
+  return _put(model, grown, inputs, optimizer, resize=_sizes_setter(sizes))
+
+
 def grow(
   model: nnx.Module,
   plan: Plan,
@@ -272,6 +369,50 @@ def merge(model: nnx.Module, *, optimizer: nnx.Optimizer | None = None) -> None:
   _change(model, plan, change, (), optimizer)
 
 
+def undo(
+  model: nnx.Module,
+  plan: Plan | None = None,
+  *,
+  sizes: Mapping[str, Any] | None = None,
+  optimizer: nnx.Optimizer | None = None,
+) -> None:
+  """Takes the growth of a live model back, whatever α is; see `growth.undo`.
+
+  Args:
+    model: The grown model; it is changed in place, or, on an error, not at all. Modules that were
+      there before stay the objects that they are.
+    plan: The plan by which it has grown. A model with a gate knows its own, and all else that was
+      changed.
+    sizes: Without a gate, attributes to set: as for the growth, with the values of before.
+    optimizer: The model's optimizer, whose state goes back too.
+
+  Raises:
+    ValueError: If there is no gate and no plan, or the model is not as the plan has left it.
+  """
+  mark = _nnx_gate.mark_of(model)
+  if mark is None:
+    if plan is None:
+      raise ValueError(
+        f"{type(model).__name__} has no gate, which would know the growth: expected plan=, by which"
+        " it has grown"
+      )
+    resize = _sizes_setter(sizes)
+    back = plan.inverse()
+    shrink(model, back, take_out=resize, optimizer=optimizer)
+    return
+  plan = plan_of(model)
+  back = plan.inverse()
+  tree = back.apply(_trees.remove(variables(model), plan.alpha))
+
+  def change(model: nnx.Module) -> None:
+    gate = _nnx_gate.mark_of(model)
+    assert isinstance(gate, _nnx_gate.Gate)
+    gate.put_back(model)
+    _nnx_model.set_variables(model, tree)
+
+  _change(model, back, change, (), optimizer)
+
+
 def set_alpha(model: nnx.Module, alpha: float) -> None:
   """Sets the gate of a grown model by hand."""
   plan_of(model)
@@ -298,6 +439,27 @@ def call(fn: Callable[..., Any], model: nnx.Module, *args: Any, **kwargs: Any) -
   if mark is None:
     return fn(model, *args, **kwargs)
   return mark.call(model, getattr(fn, "__name__", "the function"), fn, args, kwargs)
+
+
+def _sizes_setter(sizes: Mapping[str, Any] | None) -> Callable[[Any], None]:
+  """A function that sets attributes of a model's modules, by their paths.
+
+  It raises a `ValueError` for one that is not there.
+  """
+
+  def resize(model: nnx.Module) -> None:
+    modules = {tuple(map(str, path)): node for path, node in nnx.iter_graph(model)}
+    for name, value in (sizes or {}).items():
+      *path, attribute = name.split("/")
+      module = modules.get(tuple(path))
+      if not isinstance(module, nnx.Module) or attribute not in vars(module):
+        raise ValueError(
+          f"sizes {name!r}: expected an attribute of {type(model).__name__}, or, after its path,"
+          " of a module inside, found none"
+        )
+      setattr(module, attribute, value)
+
+  return resize
 
 
 def _network(
@@ -366,8 +528,9 @@ def _put(
   optimizer: nnx.Optimizer | None,
   keep_groups: bool = False,
   add: Callable[[Any], None] = lambda model: None,
+  resize: Callable[[Any], None] = lambda model: None,
 ) -> Plan:
-  """Puts grown variables into a live model, and attaches its gate.
+  """Puts grown variables into a live model, and attaches its gate if the plan has one.
 
   Args:
     model: The model.
@@ -376,22 +539,28 @@ def _put(
     optimizer: The model's optimizer, whose state follows.
     keep_groups: Whether the groups of a `GroupNorm` get wider, instead of more.
     add: Puts new modules into the model.
+    resize: Sets attributes of the user's own modules that repeat sizes.
 
   Returns:
     The plan.
   """
-  plan = grown.plan
-  alpha = _trees.leaves(grown.variables)[plan.alpha]
-  tree = _trees.remove(grown.variables, plan.alpha)
+  plan, tree, alpha = grown.plan, grown.variables, None
+  if plan.gate:
+    alpha = _trees.leaves(tree)[plan.alpha]
+    tree = _trees.remove(tree, plan.alpha)
 
   def change(model: nnx.Module) -> None:
+    held = _nnx_contents.snapshot(model)
     add(model)
+    contents = _nnx_contents.changes(held, model)
     _nnx_model.set_variables(model, tree)
     sizes = _nnx_gate.attributes(model)
     _nnx_model.fit(model, keep_groups)
     _nnx_model.pad_for_taps(model, plan)
+    resize(model)
     before = _nnx_gate.changed(sizes, _nnx_gate.attributes(model))
-    _nnx_gate.attach(model, plan, alpha, before)
+    if plan.gate:
+      _nnx_gate.attach(model, plan, alpha, before, contents)
 
   _change(model, plan, change, inputs, optimizer)
   return plan
