@@ -71,7 +71,7 @@ class LeafChange:
     """Where the smaller leaf lies in the larger, for `numpy`'s indexing."""
     small = min((s for s in (self.before, self.after) if s is not None), key=math.prod)
     if self.adds_axis:
-      return (int(self.positions[0][0]), *np.ix_(*map(np.arange, small)))
+      return (np.asarray(self.positions[0][0]), *np.ix_(*map(np.arange, small)))
     return np.ix_(*(self.positions.get(a, np.arange(n)) for a, n in enumerate(small)))
 
   def new(self, axis: int) -> np.ndarray:
@@ -326,10 +326,10 @@ def copied(change: LeafChange, old: Any, axis: int = 0) -> Any:
   if is_key:
     impl = jax.random.key_impl(old)
     for i in change.new(axis).tolist():
-      keys = jax.random.wrap_key_data(value[i], impl=impl)
+      keys = jax.random.wrap_key_data(jnp.asarray(value[i]), impl=impl)
       folded = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys.reshape(-1))
       value[i] = jax.random.key_data(folded).reshape(value[i].shape)
-    return jax.random.wrap_key_data(value, impl=impl)
+    return jax.random.wrap_key_data(jnp.asarray(value), impl=impl)
   return _trees.like(value, old, repr(_paths.join(change.path)), adds_axis=change.adds_axis)
 
 

@@ -107,14 +107,16 @@ def _stacked(variables: Any, layers: str) -> Mapping[_paths.Path, Any]:
   stack = {path: leaf for path, leaf in leaves.items() if path[: len(prefix)] == prefix}
   if not stack:
     raise ValueError(f"layers {layers!r}: expected one of {_paths.listed(leaves)}")
-  sizes = {path: np.shape(leaf)[:1] for path, leaf in stack.items()}
-  if len(set(sizes.values())) != 1 or () in sizes.values():
-    listed = ", ".join(f"{_paths.join(p)!r} of shape {np.shape(x)}" for p, x in stack.items())
+  floats = {path: np.shape(leaf) for path, leaf in stack.items() if _is_float(leaf)}
+  sizes = {shape[:1] for shape in floats.values()}
+  if len(sizes) != 1 or () in sizes:
+    listed = ", ".join(f"{_paths.join(path)!r} of shape {shape}" for path, shape in floats.items())
     raise ValueError(
       f"layers {layers!r}: expected leaves with as many layers along axis 0, as `vmap` stacks them,"
-      f" found {listed}"
+      f" found {listed or 'no weights'}"
     )
-  return stack
+  # Random keys and counters may be one for all layers.
+  return {path: leaf for path, leaf in stack.items() if np.shape(leaf)[:1] in sizes}
 
 
 def _number(old: int, times: int | None, by: int | None) -> int:

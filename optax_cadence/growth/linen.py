@@ -15,6 +15,7 @@ from optax_cadence.growth import _gate
 from optax_cadence.growth import _planners
 from optax_cadence.growth import _stacking
 from optax_cadence.growth import _trees
+from optax_cadence.growth import _vocabulary
 from optax_cadence.growth._dimension import Dimension
 from optax_cadence.growth._driver import Network
 from optax_cadence.growth._plan import Plan
@@ -193,6 +194,42 @@ def stack(
   grown = _driver.grow(network, plan, {} if copies else fresh, alpha)
   _check_new(new, grown, inputs, kwargs)
   return _with_forward(old, new, grown)
+
+
+def vocabulary(
+  new: Any,
+  variables: Any,
+  *inputs: Any,
+  by: int,
+  embed: str,
+  head: str | None = None,
+  given: Mapping[str, Any] | None = None,
+  **kwargs: Any,
+) -> Grown:
+  """Adds tokens after the last one. Logits of old ones stay; there is no gate.
+
+  Args:
+    new: The module, defined with more tokens.
+    variables: The variables of the old one.
+    *inputs: Inputs of the module.
+    by: Number of new tokens.
+    embed: Path of the `nn.Embed`, "params/embed".
+    head: Path of the layer that makes the logits; None for a tied one.
+    given: New entries by the path of their leaf. By default a new token is the mean of the old
+      ones, see `growth.mean_tokens`.
+    **kwargs: Further arguments of the forward pass.
+
+  Returns:
+    The grown variables, `new.apply`, and the plan.
+
+  Raises:
+    ValueError: If `new` does not run with them, or as `growth.adding_tokens` does.
+  """
+  network = _network(new, variables, inputs, kwargs)
+  plan = _vocabulary.adding_tokens(variables, by, embed=embed, head=head, alpha=network.alpha)
+  grown = _driver.grow(network, plan, _vocabulary.mean_tokens(variables, plan, given))
+  _check_new(new, grown, inputs, kwargs)
+  return grown.variables, new.apply, plan
 
 
 def _check_new(
