@@ -7,8 +7,9 @@ gets labels, the number of the unit behind each of its positions; they pass from
 that are tied to it, forward and backward, until nothing changes. No parameter is changed here.
 """
 
+import heapq
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from optax_cadence.growth._dimension import Output
 from optax_cadence.growth._graph import Graph
 from optax_cadence.growth._graph import Node
 from optax_cadence.growth._graph import Operation
+from optax_cadence.growth._graph import Pair
 from optax_cadence.programs import primitives
 from optax_cadence.programs import reading
 
@@ -80,7 +82,7 @@ def couple(
     described = dimension(variables, {name: Axis(axis, blocks, unit) for name in names})
   graph = _graph.read(fn, variables, *args, **kwargs)
   spread(graph, described, "the description")
-  members = tuple(_members(graph, described.size))
+  members = tuple(members_of(graph, described.size, graph.operations))
   if producer is described:
     _check_complete(described, members, graph)
   sums = [
@@ -96,7 +98,7 @@ def couple(
     )
   of_weights = all(any(node.origin for node, _ in ends) for _, ends in sums)
   folds = of_weights and all(m.role != "both" for m in members)
-  outputs = tuple(_outputs(graph, members))
+  outputs = tuple(outputs_of(graph, members))
   return Dimension(described.size, members, tuple(_contractions(graph)), folds, outputs)
 
 
@@ -111,9 +113,9 @@ def _check_complete(described: Dimension, members: Sequence[Member], graph: Grap
       )
 
 
-def _members(graph: Graph, units: int) -> Iterator[Member]:
-  """The axes of leaves that have units, and what they do with them."""
-  roles = _roles(graph)
+def members_of(graph: Graph, units: int, operations: Iterable[Operation]) -> Iterator[Member]:
+  """The axes of leaves that have units, and what operations do with them."""
+  roles = _roles(graph, operations)
   for path, leaf in graph.leaves.items():
     for axis, labels in sorted(leaf.labels.items()):
       if units == 1 and (labels == 0).sum() > 1:
@@ -124,10 +126,12 @@ def _members(graph: Graph, units: int) -> Iterator[Member]:
       yield Member(path, axis, labels, roles.get((path, axis), "follows"))
 
 
-def _roles(graph: Graph) -> dict[tuple[_paths.Path, int], str]:
+def _roles(
+  graph: Graph, operations: Iterable[Operation]
+) -> dict[tuple[_paths.Path, int], str]:
   """For axes of leaves whether products sum over them ("outgoing") or not ("incoming")."""
   roles: dict[tuple[_paths.Path, int], set[str]] = {}
-  for operation in graph.operations:
+  for operation in operations:
     if operation.name in primitives.PRODUCTS or operation.name == "gather":
       for tie, ends in operation.labelled():
         for node, axis in ends:
@@ -149,7 +153,7 @@ def _contractions(graph: Graph) -> Iterator[Contraction]:
       yield Contraction(flops, tuple((len(labels), int((labels == 0).sum())) for labels in axes))
 
 
-def _outputs(graph: Graph, members: Sequence[Member]) -> Iterator[Output]:
+def outputs_of(graph: Graph, members: Sequence[Member]) -> Iterator[Output]:
   """The outputs that have units, but for variables that the program returns anew."""
   variables = {m.path for m in members}
   for path, node in zip(graph.output_paths, graph.outputs, strict=True):
@@ -172,22 +176,53 @@ def spread(graph: Graph, units: Dimension, what: str) -> None:
   """
   for member in units.members:
     graph.leaves[member.path].put(member.axis, member.labels, what)
-  changed = True
-  while changed:
-    changed = False
-    for operation in graph.operations:
-      changed |= _spread_through(operation)
-    for outside, inside in graph.slices:
-      for a in range(len(inside.shape)):
-        changed |= _spread_among([(outside, a + 1), (inside, a)], "a loop")
-    for node, other in graph.same:
-      for a in range(len(node.shape)):
-        changed |= _spread_among([(node, a), (other, a)], "a branch or loop")
+  spread_from(graph, [graph.leaves[member.path] for member in units.members])
+
+
+def spread_from(graph: Graph, nodes: Sequence[Node]) -> list[Operation]:
+  """Labels all axes of the program that run over the units of some nodes.
+
+  Only what touches an axis with new labels is looked at again: in the order of the program, and
+  then from its start.
+
+  Args:
+    graph: The program.
+    nodes: The nodes that have labels.
+
+  Returns:
+    The operations that the units go through, in the order of the program.
+
+  Raises:
+    ValueError: If the units cannot be followed.
+  """
+  waiting = {i for node in nodes for i in graph.links_of[id(node)]}
+  seen = set(waiting)
+  queue = [(0, i) for i in sorted(waiting)]
+  while queue:
+    turn, i = heapq.heappop(queue)
+    waiting.discard(i)
+    link = graph.links[i]
+    changed = _spread_through(link) if isinstance(link, Operation) else _spread_between(link)
+    touched = {j for node in link.nodes for j in graph.links_of[id(node)]} if changed else set()
+    for j in touched - waiting:
+      heapq.heappush(queue, (turn if j > i else turn + 1, j))
+    waiting |= touched
+    seen |= touched
+  links = [graph.links[i] for i in sorted(seen)]
+  return [link for link in links if isinstance(link, Operation)]
+
+
+def _spread_between(pair: Pair) -> bool:
+  """Spreads labels between two nodes of which one lies in the other."""
+  where, changed = "a loop" if pair.shift else "a branch or loop", False
+  for a in range(len(pair.inner.shape)):
+    changed |= _spread_among([(pair.outer, a + pair.shift), (pair.inner, a)], where)
+  return changed
 
 
 def _spread_through(operation: Operation) -> bool:
   """Spreads labels through an operation; returns whether any is new."""
-  nodes = [node for node in [*operation.operands, *operation.results] if node is not None]
+  nodes = operation.nodes
   if not any(node.labels for node in nodes):
     return False
   where = f"{operation.name} of shapes {[node.shape for node in nodes]}"
@@ -274,7 +309,7 @@ def _regroup(source: Node, ins: list[int], target: Node, outs: list[int], where:
 
 def _cuts(operation: Operation) -> Iterator[tuple[Node | None, Node | None, int, np.ndarray]]:
   """What an operation cuts or joins: whole, part, the axis, and where in the whole it lies."""
-  eqn, operands, results, _ = operation
+  eqn, operands, results = operation.eqn, operation.operands, operation.results
   p = eqn.params
   if operation.name == "slice":
     sizes = reading.shape(eqn.outvars[0])
