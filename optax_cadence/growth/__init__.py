@@ -21,6 +21,7 @@ from optax_cadence.growth._fresh import gradmax
 from optax_cadence.growth._fresh import outer_product
 from optax_cadence.growth._gate import gated
 from optax_cadence.growth._graph import flops
+from optax_cadence.growth._heads import couple_heads
 from optax_cadence.growth._phase_in import periods
 from optax_cadence.growth._phase_in import phase_in
 from optax_cadence.growth._phase_in import PhaseInState
@@ -43,6 +44,7 @@ _FLAX = {
   "CKConv": "ckconv",
   "deepen": "nnx",
   "enlarge": "nnx",
+  "heads": "nnx",
   "shrink": "nnx",
   "stack": "nnx",
   "to_continuous": "ckconv",
@@ -141,6 +143,7 @@ __all__ = [
   "adding_tokens",
   "copies",
   "couple",
+  "couple_heads",
   "deepening",
   "dimension",
   "enlarging",

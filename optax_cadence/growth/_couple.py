@@ -82,9 +82,19 @@ def couple(
     described = dimension(variables, {name: Axis(axis, blocks, unit) for name in names})
   graph = _graph.read(fn, variables, *args, **kwargs)
   spread(graph, described, "the description")
-  members = tuple(members_of(graph, described.size, graph.operations))
+  found = of_labels(graph, described.size)
   if producer is described:
-    _check_complete(described, members, graph)
+    _check_complete(described, found.members, graph)
+  return found
+
+
+def of_labels(graph: Graph, units: int) -> Dimension:
+  """The dimension of so many units that a program has been labelled with.
+
+  Raises:
+    ValueError: If no product sums over them.
+  """
+  members = tuple(members_of(graph, units, graph.operations))
   sums = [
     (operation, ends)
     for operation in graph.operations
@@ -99,7 +109,7 @@ def couple(
   of_weights = all(any(node.origin for node, _ in ends) for _, ends in sums)
   folds = of_weights and all(m.role != "both" for m in members)
   outputs = tuple(outputs_of(graph, members))
-  return Dimension(described.size, members, tuple(_contractions(graph)), folds, outputs)
+  return Dimension(units, members, tuple(_contractions(graph)), folds, outputs)
 
 
 def _check_complete(described: Dimension, members: Sequence[Member], graph: Graph) -> None:
@@ -126,9 +136,7 @@ def members_of(graph: Graph, units: int, operations: Iterable[Operation]) -> Ite
       yield Member(path, axis, labels, roles.get((path, axis), "follows"))
 
 
-def _roles(
-  graph: Graph, operations: Iterable[Operation]
-) -> dict[tuple[_paths.Path, int], str]:
+def _roles(graph: Graph, operations: Iterable[Operation]) -> dict[tuple[_paths.Path, int], str]:
   """For axes of leaves whether products sum over them ("outgoing") or not ("incoming")."""
   roles: dict[tuple[_paths.Path, int], set[str]] = {}
   for operation in operations:

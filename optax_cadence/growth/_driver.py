@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from optax_cadence import _paths
 from optax_cadence.growth import _couple
 from optax_cadence.growth import _graph
+from optax_cadence.growth import _heads
 from optax_cadence.growth import _planners
 from optax_cadence.growth import _trees
 from optax_cadence.growth._dimension import Dimension
@@ -179,3 +180,41 @@ def check_runs(network: Network, name: str) -> None:
       f"{name} does not run at its new size, so nothing was changed. A shared dimension may lack"
       f" a member, or a module keep its size in an attribute of its own. ({error})"
     ) from error
+
+
+def heads(
+  network: Network,
+  attn: str,
+  by: int,
+  of: str,
+  *,
+  fresh: Any = None,
+  alpha: float = 0.0,
+) -> Grown:
+  """More heads, queries of each group, or entries of a head.
+
+  Args:
+    network: The network, with inputs.
+    attn: Path of the attention layer.
+    by: Their number.
+    of: See `growth.couple_heads`.
+    fresh: See `widen`.
+    alpha: See `widen`.
+  """
+  units, entries = find_heads(network, attn, of)
+  if not isinstance(by, int) or isinstance(by, bool) or by < 1 or by % entries:
+    raise ValueError(
+      f"by: expected a positive integer{f' that {entries} divides' if entries > 1 else ''}, found"
+      f" {by!r}"
+    )
+  plan = _planners.widening(network.variables, units, by // entries, alpha=network.alpha)
+  return grow(network, plan, fresh, alpha)
+
+
+def find_heads(network: Network, attn: str, of: str) -> tuple[Dimension, int]:
+  """The units of an attention layer, and how many entries of a head one is."""
+  if not network.inputs:
+    raise ValueError("heads are found in the program: expected inputs of the forward pass")
+  return _heads.find(
+    network.forward, network.variables, *network.inputs, attn=attn, of=of, **network.settings
+  )

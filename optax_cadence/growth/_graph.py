@@ -211,7 +211,9 @@ class Graph:
         found[node].append(i)
     return found
 
-  def _flatten(self, program: Any, inputs: list[Any], repeat: int, at: tuple[int, ...]) -> list[Any]:
+  def _flatten(
+    self, program: Any, inputs: list[Any], repeat: int, at: tuple[int, ...]
+  ) -> list[Any]:
     """Adds the operations of a program that stands at `at` and runs `repeat` times.
 
     Returns:

@@ -92,6 +92,33 @@ def fit(model: nnx.Module, keep_groups: bool = False) -> None:
         node.num_groups = _features(node)["num_features"] // node.group_size
 
 
+def fit_heads(layer: Any, of: str, units: int, more: int) -> None:
+  """Makes attributes of an attention layer of the user's agree with its heads, by their names.
+
+  Args:
+    layer: The layer; it is changed in place.
+    of: What it has got more of: "heads", "queries" or "size".
+    units: How many there were: of one group, of queries.
+    more: How many are new.
+  """
+  own = {} if isinstance(layer, nnx.MultiHeadAttention) else dict(vars(layer))
+  for name, value in own.items():
+    if not isinstance(value, int) or isinstance(value, bool) or value % units:
+      continue
+    counts_entries = any(word in name for word in ("dim", "size", "width", "features"))
+    of_heads = "head" in name
+    if of == "size":
+      follows = counts_entries and (of_heads or "qkv" in name or "inner" in name)
+    elif of == "heads":
+      follows = (of_heads and not counts_entries) or (counts_entries and "qkv" in name)
+    else:
+      of_keys = "kv" in name or "key" in name
+      of_group = value == units and any(word in name for word in ("group", "rep"))
+      follows = of_group or (of_heads and not counts_entries and not of_keys)
+    if follows:
+      setattr(layer, name, value // units * (units + more))
+
+
 def pad_for_taps(model: nnx.Module, plan: Plan) -> None:
   """Makes convolutions whose padding is written out pad for kernels of another size.
 

@@ -196,6 +196,34 @@ def stack(
   return _with_forward(old, new, grown)
 
 
+def heads(
+  old: Any,
+  new: Any,
+  variables: Any,
+  *inputs: Any,
+  attn: str,
+  by: int,
+  of: str = "heads",
+  rngs: Any = None,
+  fresh: Any = None,
+  alpha: float = 0.0,
+  **kwargs: Any,
+) -> Grown:
+  """Gives an attention layer more heads, or larger ones, behind a gate.
+
+  `attn` is the path of the layer, "params/attention"; `by` how many more there are of its "heads"
+  (with the queries that they serve), of the "queries" of each group, or of the entries of a head,
+  its "size", as `of` says. All other arguments, and what is returned, are as for `widen`.
+
+  Raises:
+    ValueError: As `growth.couple_heads`, `growth.widening` and `Plan.apply` do.
+  """
+  network = _network(old, variables, inputs, kwargs, new, rngs)
+  grown = _driver.heads(network, attn, by, of, fresh=fresh, alpha=alpha)
+  _check_new(new, grown, inputs, kwargs)
+  return _with_forward(old, new, grown)
+
+
 def vocabulary(
   new: Any,
   variables: Any,

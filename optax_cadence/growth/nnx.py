@@ -41,6 +41,7 @@ __all__ = [
   "enlarge",
   "forward",
   "grow",
+  "heads",
   "merge",
   "plan_of",
   "set_alpha",
@@ -255,6 +256,64 @@ def stack(
   )
   grown = _driver.grow(network, plan, {} if fresh is None else fresh, alpha)
   return _put(model, grown, inputs, optimizer, resize=_sizes_setter(sizes))
+
+
+def heads(
+  model: nnx.Module,
+  *inputs: Any,
+  attn: nnx.Module,
+  by: int,
+  of: str = "heads",
+  sizes: Mapping[str, Any] | None = None,
+  fresh: Fresh | None = None,
+  rngs: nnx.Rngs | None = None,
+  optimizer: nnx.Optimizer | None = None,
+  alpha: float = 0.0,
+) -> Plan:
+  """Gives an attention layer of a live model more heads, or larger ones, behind a gate.
+
+  They are found in the program, whether or not the layer is Flax's. Attributes of a layer of your
+  own that hold their number or size follow if their names say it (`num_heads`, `n_kv_heads`,
+  `head_dim`, `qkv_features`); others are set by `sizes`. What comes out is checked.
+
+  Args:
+    model: The model; it is changed in place, or, on an error, not at all.
+    *inputs: Inputs of its forward pass, arrays or `jax.ShapeDtypeStruct`s.
+    attn: The attention layer inside.
+    by: How many more.
+    of: What is added: "heads", with the queries that they serve where there are several for a
+      key; "queries", to each group; or entries to every head, its "size".
+    sizes: Attributes of your own classes and their new values, as for `stack`.
+    fresh: Where new entries come from, as for `widen`.
+    rngs: Random numbers for the initializers, as for `widen`.
+    optimizer: The model's optimizer, whose state follows.
+    alpha: Value of the gate.
+
+  Returns:
+    The `Plan` that was applied.
+
+  Raises:
+    ValueError: If the heads cannot be found or grow; it says why.
+  """
+  network = _network(model, inputs, rngs)
+  name = _paths.join(_path(model, attn))
+  grown = _driver.heads(network, name, by, of, fresh=fresh, alpha=alpha)
+  ((units, more),) = grown.plan.dimensions
+
+  def resize(model: nnx.Module) -> None:
+    modules = {_paths.join(tuple(map(str, path))): node for path, node in nnx.iter_graph(model)}
+    _nnx_model.fit_heads(modules[name], of, units.size, more)
+    _sizes_setter(sizes)(model)
+    larger = network._replace(forward=forward(model), variables=variables(model))
+    _driver.check_runs(larger, type(model).__name__)
+    found = _driver.find_heads(larger, name, of)[0].size
+    if found != units.size + more:
+      raise ValueError(
+        f"attn {name!r}: expected {units.size + more} of its {of} after the growth, found {found}:"
+        " set the attributes of the layer that hold their number with sizes="
+      )
+
+  return _put(model, grown, inputs, optimizer, resize=resize)
 
 
 def vocabulary(

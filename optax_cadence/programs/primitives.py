@@ -206,6 +206,18 @@ def _concatenate(eqn: Any) -> list[Tie]:
   return [Tie(tuple((i, a) for i in range(len(eqn.invars))), ((0, a),)) for a in axes]
 
 
+def _stack(eqn: Any) -> list[Tie]:
+  axis, operands = eqn.params["axis"], range(len(eqn.invars))
+  axes = range(len(shape(eqn.invars[0])))
+  return [Tie(tuple((i, a) for i in operands), ((0, a + (a >= axis)),)) for a in axes]
+
+
+def _unstack(eqn: Any) -> list[Tie]:
+  axis, results = eqn.params["axis"], range(len(eqn.outvars))
+  axes = range(len(shape(eqn.outvars[0])))
+  return [Tie(((0, a + (a >= axis)),), tuple((i, a) for i in results)) for a in axes]
+
+
 def _split(eqn: Any) -> list[Tie]:
   axes = [a for a in range(len(shape(eqn.invars[0]))) if a != eqn.params["axis"]]
   return [Tie(((0, a),), tuple((i, a) for i in range(len(eqn.outvars)))) for a in axes]
@@ -336,11 +348,13 @@ _RULES: dict[str, Callable[[Any], list[Tie]]] = {
   "slice": _whole_axes,
   "split": _split,
   "squeeze": _squeeze,
+  "stack": _stack,
   "svd": _matrix,
   "tile": _whole_axes,
   "top_k": _top_k,
   "transpose": _transpose,
   "triangular_solve": _triangular_solve,
+  "unstack": _unstack,
 }
 
 
