@@ -37,24 +37,29 @@ from optax_cadence.growth._pruned import follow_pruned
 from optax_cadence.growth._pruned import pruned_units
 from optax_cadence.growth._stacking import stacking
 from optax_cadence.growth._state import grow_state
+from optax_cadence.growth._upcycling import load_balance
+from optax_cadence.growth._upcycling import mixture_of_experts
+from optax_cadence.growth._upcycling import upcycling
 from optax_cadence.growth._vocabulary import adding_tokens
 from optax_cadence.growth._vocabulary import mean_tokens
 
 _FLAX = {
   "CKConv": "ckconv",
   "deepen": "nnx",
+  "MixtureOfExperts": "moe",
   "enlarge": "nnx",
   "heads": "nnx",
   "shrink": "nnx",
   "stack": "nnx",
   "to_continuous": "ckconv",
+  "upcycle": "moe",
   "vocabulary": "nnx",
   "widen": "nnx",
 }
 
 
 def __getattr__(name: str) -> Any:
-  if name in ("ckconv", "linen", "nnx"):
+  if name in ("ckconv", "linen", "moe", "nnx"):
     return importlib.import_module(f"{__name__}.{name}")
   if name in _FLAX:
     return getattr(importlib.import_module(f"{__name__}.{_FLAX[name]}"), name)
@@ -87,9 +92,7 @@ def merge(variables: Any, plan: Plan | None = None, *, optimizer: Any = None) ->
   return _gate.merge(variables, plan)
 
 
-def undo(
-  variables: Any, plan: Plan | None = None, *, sizes: Any = None, optimizer: Any = None
-) -> Any:
+def undo(variables: Any, plan: Plan | None = None, **kwargs: Any) -> Any:
   """Takes a growth back, whatever α is, and whether or not its gate is merged.
 
   What comes back is the tree as it was before: its structure, paths and shapes, with the entries
@@ -104,8 +107,8 @@ def undo(
   Args:
     variables: The grown tree, with or without the gate; or a live NNX model, changed in place.
     plan: The plan by which it has grown. A live model with a gate knows its own.
-    sizes: Attributes of a live model without a gate, see `growth.nnx.undo`.
-    optimizer: The live model's optimizer, whose state goes back too.
+    **kwargs: For a live model, as for `growth.nnx.undo`: its `optimizer`, whose state goes back
+      too, and, without a gate, `take_out` and `sizes`.
 
   Returns:
     The tree as it was; None for a live model.
@@ -124,9 +127,7 @@ def undo(
   """
   flax = sys.modules.get("flax.nnx")
   if flax is not None and isinstance(variables, flax.Module):
-    importlib.import_module(f"{__name__}.nnx").undo(
-      variables, plan, sizes=sizes, optimizer=optimizer
-    )
+    importlib.import_module(f"{__name__}.nnx").undo(variables, plan, **kwargs)
     return None
   if plan is None:
     raise ValueError("expected the plan by which the tree has grown: growth.undo(variables, plan)")
@@ -155,8 +156,10 @@ __all__ = [
   "gradmax",
   "grow_state",
   "identity_kernel",
+  "load_balance",
   "mean_tokens",
   "merge",
+  "mixture_of_experts",
   "outer_product",
   "periods",
   "phase_in",
@@ -164,5 +167,6 @@ __all__ = [
   "shrinking",
   "stacking",
   "undo",
+  "upcycling",
   "widening",
 ]

@@ -4,12 +4,13 @@ A growth may put modules into lists and attributes. What stood there before is k
 not as objects, so that a clone of the model puts back its own.
 """
 
-from collections.abc import Mapping, MutableSequence
+from collections.abc import Callable, Mapping, MutableSequence
 from typing import Any, NamedTuple
 
 from flax import nnx
 
 from optax_cadence import _paths
+from optax_cadence.growth._plan import Plan
 
 _OBJECTS: Any = getattr(nnx, "Pytree", nnx.Object)
 _NODES = (_OBJECTS, nnx.Variable, list, dict)
@@ -91,6 +92,40 @@ def restore(model: Any, contents: Contents) -> None:
     )
   for path, items in contents.items():
     _put(nodes[path], {name: decoded(value) for name, value in items.items()})
+
+
+def replace(model: Any, path: _paths.Path, new: Callable[[Any], Any]) -> None:
+  """Puts something else, made of it, in the place of a module inside a model."""
+  *outer, name = path
+  parent = model
+  for step in outer:
+    parent = _items(parent)[_key(parent, step)]
+  key = _key(parent, name)
+  _put(parent, {**_items(parent), key: new(_items(parent)[key])})
+
+
+def unwrap(model: Any, plan: Plan) -> None:
+  """Puts modules that a growth has put inside others, as experts, back in the places of these."""
+  inside = {}
+  for change in plan.changes:
+    if change.adds_axis:
+      ((old, new),) = [pair for pair in plan.moved.items() if pair[1] == change.path]
+      same = [a == b for a, b in zip(old[::-1], new[::-1], strict=False)]
+      kept = same.index(False) if False in same else len(same)
+      inside[old[: len(old) - kept]] = new[len(old) - kept : len(new) - kept]
+  for path, rest in inside.items():
+
+    def innermost(node: Any, rest: _paths.Path = rest) -> Any:
+      for step in rest:
+        node = _items(node)[_key(node, step)]
+      return node
+
+    replace(model, path, innermost)
+
+
+def _key(node: Any, name: str) -> Any:
+  """The key of what a module, list or dict holds under a name."""
+  return next(key for key in _items(node) if str(key) == name)
 
 
 def _items(node: Any) -> dict[Any, Any]:

@@ -109,9 +109,9 @@ def grow_state(
     change = changes.get(path if plan.grows else source)
     if change is not None and plan.grows and change.adds_axis and not change.copies_state:
       return new
+    packed = _is_packed(keys, new, path, after[path])
     some_layers = change is not None and change.layers and _is_cut(old_value, before[source])
-    if old_value is not None and not (in_regions and change) and not some_layers:
-      packed = _is_packed(keys, new, path, after[path])
+    if old_value is not None and not (in_regions and change) and (packed or not some_layers):
       value = packing.unpack(old_value, before[source]) if packed else old_value
       new = packing.unpack(new, after[path]) if packed else new
       index = _index(change, np.shape(value), np.shape(new), plan.grows)

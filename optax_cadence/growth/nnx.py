@@ -432,6 +432,7 @@ def undo(
   model: nnx.Module,
   plan: Plan | None = None,
   *,
+  take_out: Callable[[Any], Any] = lambda model: None,
   sizes: Mapping[str, Any] | None = None,
   optimizer: nnx.Optimizer | None = None,
 ) -> None:
@@ -442,6 +443,7 @@ def undo(
       there before stay the objects that they are.
     plan: The plan by which it has grown. A model with a gate knows its own, and all else that was
       changed.
+    take_out: Without a gate, takes out modules that were added, as for `shrink`.
     sizes: Without a gate, attributes to set: as for the growth, with the values of before.
     optimizer: The model's optimizer, whose state goes back too.
 
@@ -455,9 +457,14 @@ def undo(
         f"{type(model).__name__} has no gate, which would know the growth: expected plan=, by which"
         " it has grown"
       )
-    resize = _sizes_setter(sizes)
-    back = plan.inverse()
-    shrink(model, back, take_out=resize, optimizer=optimizer)
+    grown = plan
+
+    def back_to_old(model: nnx.Module) -> None:
+      _nnx_contents.unwrap(model, grown)
+      take_out(model)
+      _sizes_setter(sizes)(model)
+
+    shrink(model, plan.inverse(), take_out=back_to_old, optimizer=optimizer)
     return
   plan = plan_of(model)
   back = plan.inverse()

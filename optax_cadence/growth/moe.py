@@ -1,0 +1,165 @@
+"""Mixtures of experts of live NNX models."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from optax_cadence import _paths
+from optax_cadence.growth import _driver
+from optax_cadence.growth import _nnx_contents
+from optax_cadence.growth import _nnx_model
+from optax_cadence.growth import _upcycling
+from optax_cadence.growth import nnx as live
+from optax_cadence.growth._plan import Plan
+
+
+class Router(nnx.Module):
+  """The weights of a router, [features, experts]."""
+
+  def __init__(self, features: int, experts: int, *, rngs: nnx.Rngs):
+    """Small random weights, as Komatsuzaki et al. have them."""
+    self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), (features, experts)))
+
+
+class MixtureOfExperts(nnx.Module):
+  """Experts, all of one kind, and a router that sends each token to some of them.
+
+  See `growth.mixture_of_experts` for `top_k` and `capacity`.
+  """
+
+  def __init__(
+    self, experts: nnx.Module, router: Router, *, top_k: int = 2, capacity: float | None = None
+  ):
+    """Makes a mixture.
+
+    Args:
+      experts: A module whose variables have a first axis of experts, as `nnx.vmap` makes it.
+      router: The router.
+      top_k: Number of experts for each token.
+      capacity: Places of every expert; None: one for every token.
+    """
+    self.experts = experts
+    self.router = router
+    self.top_k = top_k
+    self.capacity = capacity
+
+  def __call__(self, x: Any) -> jax.Array:
+    """What the experts make of tokens [..., features]."""
+
+    def run(tokens: Any) -> Any:
+      return nnx.vmap(lambda expert, x: expert(x), in_axes=(0, 0))(self.experts, tokens)
+
+    kernel = _nnx_model.get_array(self.router.kernel)
+    return _upcycling.mixture_of_experts(run, kernel, x, top_k=self.top_k, capacity=self.capacity)
+
+  def load_balance(self, x: Any) -> jax.Array:
+    """How unevenly the experts are loaded by these tokens, see `growth.load_balance`."""
+    return _upcycling.load_balance(_nnx_model.get_array(self.router.kernel), x)
+
+
+def upcycle(
+  model: nnx.Module,
+  *inputs: Any,
+  mlp: nnx.Module | Sequence[nnx.Module],
+  experts: int = 8,
+  top_k: int = 2,
+  capacity: float | None = None,
+  features: int | None = None,
+  copy_state: bool = True,
+  given: Mapping[str, Any] | None = None,
+  rngs: nnx.Rngs | None = None,
+  optimizer: nnx.Optimizer | None = None,
+) -> Plan:
+  """Makes mixtures of experts of MLPs in a live model (arXiv:2212.05055); its outputs stay.
+
+  Args:
+    model: The model; it is changed in place, or, on an error, not at all.
+    *inputs: Inputs of its forward pass; with them the result is checked.
+    mlp: The module inside that becomes a mixture, or several; each reads [..., features].
+    experts: Number of experts, each of which begins as a copy.
+    top_k: Number of experts for each token, see `growth.mixture_of_experts`.
+    capacity: Places of every expert; None: one for every token. With fewer, tokens that find no
+      place pass by, and outputs are not what they were.
+    features: Number of entries that the MLPs read; found by trying if it is not given.
+    copy_state: Whether the optimizer's state is copied to all experts, or begins anew in them.
+    given: Weights of routers by the path of their leaf; by default they are small and random.
+    rngs: Random numbers for them.
+    optimizer: The model's optimizer, whose state follows.
+
+  Returns:
+    The `Plan` that was applied; `growth.undo(model, plan)` leaves the first expert of each.
+
+  Raises:
+    ValueError: If an MLP is not inside the model, or the model does not run with it.
+  """
+  modules = [mlp] if isinstance(mlp, nnx.Module) else list(mlp)
+  network = live._network(model, inputs)
+  paths = [live._path(model, module) for module in modules]
+  if () in paths:
+    raise ValueError("mlp: expected a module inside the model, found the model itself")
+  features = _features(modules[0]) if features is None else features
+  plan = _upcycling.upcycling(
+    network.variables,
+    [_paths.join(path) for path in paths],
+    experts=experts,
+    features=features,
+    copy_state=copy_state,
+  )
+  rngs = nnx.Rngs(0) if rngs is None else rngs
+  routers = {
+    (*path, "router", "kernel"): Router(features, experts, rngs=rngs).kernel for path in paths
+  }
+  values = {tuple(name.split("/")): value for name, value in (given or {}).items()}
+  unknown = values.keys() - routers.keys()
+  if unknown:
+    raise ValueError(f"given {_paths.listed(unknown)}: expected some of {_paths.listed(routers)}")
+
+  def fresh(path: _paths.Path, shape: Any, dtype: Any) -> Any:
+    del shape, dtype
+    return jnp.asarray(values.get(path, _nnx_model.get_array(routers[path])))
+
+  grown = _driver.grow(network, plan, fresh)
+
+  def mixture(inside: nnx.Module) -> nnx.Module:
+    router = Router(features, experts, rngs=nnx.Rngs(0))
+    return MixtureOfExperts(inside, router, top_k=top_k, capacity=capacity)
+
+  def add(model: nnx.Module) -> None:
+    for path in paths:
+      _nnx_contents.replace(model, path, mixture)
+
+  return live._put(model, grown, inputs, optimizer, add=add)
+
+
+def _features(mlp: Any) -> int:
+  """The number of entries that an MLP reads: of the inputs of its layers the one that it runs on.
+
+  Raises:
+    ValueError: If it runs on none, or several.
+  """
+  sizes = sorted(
+    {
+      int(_nnx_model.get_array(node).shape[-2])
+      for path, node in nnx.iter_graph(mlp)
+      if isinstance(node, nnx.Param) and _nnx_model.get_array(node).ndim > 1
+    }
+  )
+  found = []
+  for n in sizes:
+    network = _driver.Network(
+      _nnx_model.forward(mlp), _nnx_model.variables(mlp), [jax.ShapeDtypeStruct((1, n), "float32")]
+    )
+    try:
+      _driver.check_runs(network, "")
+    except ValueError:
+      continue
+    found.append(n)
+  if len(found) != 1:
+    raise ValueError(
+      f"mlp {type(mlp).__name__}: expected it to read one of {sizes} entries, found that it runs on"
+      f" {found or 'none'}: say which with features="
+    )
+  return found[0]
