@@ -277,7 +277,7 @@ def test_a_live_model_gets_deeper(copies):
 class LinenBlock(nn.Module):
   @nn.compact
   def __call__(self, x, _):
-    y = nn.relu(nn.Dense(8, name="up")(x))
+    y = nn.BatchNorm(use_running_average=True, name="norm")(nn.Dense(8, name="up")(x))
     return x + nn.Dense(x.shape[-1], name="down")(y), None
 
 
@@ -286,9 +286,8 @@ class LinenNet(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    stack = nn.scan(
-      LinenBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth
-    )
+    axes = {"params": 0, "batch_stats": 0}
+    stack = nn.scan(LinenBlock, variable_axes=axes, split_rngs={"params": True}, length=self.depth)
     return stack(name="blocks")(x, None)[0]
 
 
@@ -311,6 +310,7 @@ def test_a_linen_module_gets_deeper(copies):
   close(new.apply(growth.merge(grown, plan), X), forward(grown, X))
   assert jnp.abs(forward(grown, X) - old.apply(variables, X)).max() > 1e-2
   equal(growth.undo(grown, plan), variables)
+  assert grown["batch_stats"]["blocks"]["norm"]["mean"].shape == (5, 8)
   kernel = grown["params"]["blocks"]["up"]["kernel"]
   assert bool((kernel[1:3] == kernel[3:]).all()) == copies
   doubled, forward, _ = growth.linen.stack(

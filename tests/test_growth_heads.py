@@ -1,5 +1,7 @@
 """Heads of attention layers of every make: more of them, more queries of a group, larger ones."""
 
+import inspect
+
 import growth_nets as nets
 import jax
 import jax.numpy as jnp
@@ -171,6 +173,11 @@ class Normed(nnx.MultiHeadAttention):
     super().__init__(2, 6, qkv_features=8, decode=False, normalize_qk=True, rngs=rngs)
 
 
+class FlaxGroups(nnx.MultiHeadAttention):
+  def __init__(self, rngs):
+    super().__init__(4, 6, num_kv_heads=2, qkv_features=8, decode=False, rngs=rngs)
+
+
 class Net(nnx.Module):
   """Two layers, of which the second grows."""
 
@@ -186,6 +193,9 @@ class Net(nnx.Module):
 GROWTHS = {
   "Flax, heads": (Flax, "heads", 2, {"num_heads": 4, "qkv_features": 16}),
   "Flax, size": (Flax, "size", 3, {"head_dim": 7, "qkv_features": 14}),
+  "groups of Flax, heads": (FlaxGroups, "heads", 1, {"num_heads": 6, "num_kv_heads": 3}),
+  "groups of Flax, queries": (FlaxGroups, "queries", 1, {"num_heads": 6, "num_kv_heads": 2}),
+  "groups of Flax, size": (FlaxGroups, "size", 1, {"num_heads": 4, "head_dim": 3}),
   "queries and keys normed, heads": (Normed, "heads", 1, {"num_heads": 3}),
   "three of all heads, heads": (Fused, "heads", 2, {"num_heads": 4, "head_dim": 4}),
   "three of all heads, size": (Fused, "size", 2, {"num_heads": 2, "head_dim": 6}),
@@ -209,11 +219,27 @@ GROWTHS = {
 }
 
 
+if "num_kv_heads" not in inspect.signature(nnx.MultiHeadAttention.__init__).parameters:
+  GROWTHS = {kind: how for kind, how in GROWTHS.items() if how[0] is not FlaxGroups}
+# What tells most; the rest is for CI.
+FIRST = {
+  "Flax, heads",
+  "three of all heads, size",
+  "three in a head, heads",
+  "groups, queries",
+  "repeated keys, with their queries",
+  "rotary with frequencies kept, size",
+  "relative positions, heads",
+}
+
+
 def fresh(path, shape, dtype):
   return nets.fresh(path, shape, dtype)
 
 
-@pytest.mark.parametrize("kind", list(GROWTHS))
+@pytest.mark.parametrize(
+  "kind", [pytest.param(kind, marks=[pytest.mark.ci] * (kind not in FIRST)) for kind in GROWTHS]
+)
 def test_heads_grow(kind):
   layer, of, by, attributes = GROWTHS[kind]
   model, twin = nets.make(Net, layer), nets.make(Net, layer)
@@ -308,6 +334,23 @@ def test_errors(kind, arguments, message):
   with nets.relaxed(), pytest.raises(ValueError, match=message):
     growth.heads(model, X, attn=model.attn, **arguments)
   nets.equal(growth.nnx.variables(model), before)
+
+
+def test_heads_of_stacked_layers_grow():
+  class Stacked(nnx.Module):
+    def __init__(self, rngs):
+      self.layers = nnx.split_rngs(splits=3)(nnx.vmap(Fused, in_axes=0))(rngs)
+
+    def __call__(self, x):
+      scan = nnx.scan(lambda x, m: x + m(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+      return scan(x, self.layers)
+
+  model, twin = nets.make(Stacked), nets.make(Stacked)
+  growth.heads(model, X, attn=model.layers, by=1, fresh=fresh)
+  assert model.layers.qkv.kernel.shape == (3, 6, 36)
+  assert model.layers.num_heads == 3
+  close(model(X), twin(X))
+  nets.opens_and_merges(model, twin, X)
 
 
 def test_what_is_no_attention_layer():

@@ -330,7 +330,7 @@ def copied(change: LeafChange, old: Any, axis: int = 0) -> Any:
       folded = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys.reshape(-1))
       value[i] = jax.random.key_data(folded).reshape(value[i].shape)
     return jax.random.wrap_key_data(jnp.asarray(value), impl=impl)
-  return _trees.like(value, old, repr(_paths.join(change.path)), adds_axis=change.adds_axis)
+  return _trees.like(value, old, repr(_paths.join(change.path)))
 
 
 def _smaller(change: LeafChange, leaf: Any) -> Any:

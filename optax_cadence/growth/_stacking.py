@@ -6,7 +6,7 @@ that grows. New layers are copies of old ones (depthwise stacking, Du et al. 202
 arXiv:2405.15319), or fresh.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ WHERE = ("end", "middle", "between")
 
 def stacking(
   variables: Any,
-  layers: str,
+  layers: str | Sequence[str],
   *,
   times: int | None = None,
   by: int | None = None,
@@ -37,7 +37,8 @@ def stacking(
 
   Args:
     variables: Tree of arrays or `jax.ShapeDtypeStruct`.
-    layers: Path of what holds the stacked leaves.
+    layers: Path of what holds the stacked leaves, or several for one stack: of its parameters and
+      of its running statistics.
     times: By how much the number of layers is multiplied; or else `by`.
     by: Number of new layers.
     where: Where the new layers stand: at the "end", in the "middle", "between" the old ones (so
@@ -100,13 +101,15 @@ def stacking(
   return Plan(tuple(changes), True, tuple(alpha.split("/")), flops, gate=bool(names))
 
 
-def _stacked(variables: Any, layers: str) -> Mapping[_paths.Path, Any]:
+def _stacked(variables: Any, layers: str | Sequence[str]) -> Mapping[_paths.Path, Any]:
   """The leaves of a stack, by path, which all have as many layers."""
-  prefix = tuple(layers.split("/"))
-  leaves = _trees.leaves(variables)
-  stack = {path: leaf for path, leaf in leaves.items() if path[: len(prefix)] == prefix}
-  if not stack:
-    raise ValueError(f"layers {layers!r}: expected one of {_paths.listed(leaves)}")
+  leaves, stack = _trees.leaves(variables), {}
+  for name in [layers] if isinstance(layers, str) else layers:
+    prefix = tuple(name.split("/"))
+    under = {path: leaf for path, leaf in leaves.items() if path[: len(prefix)] == prefix}
+    if not under:
+      raise ValueError(f"layers {name!r}: expected one of {_paths.listed(leaves)}")
+    stack.update(under)
   floats = {path: np.shape(leaf) for path, leaf in stack.items() if _is_float(leaf)}
   sizes = {shape[:1] for shape in floats.values()}
   if len(sizes) != 1 or () in sizes:

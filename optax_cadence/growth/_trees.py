@@ -143,14 +143,15 @@ def taken(large: Any, index: Any, what: str) -> Any:
   return like(np.asarray(large)[index], large, what)
 
 
-def like(value: Any, other: Any, what: str, *, adds_axis: bool = False) -> Any:
+def like(value: Any, other: Any, what: str) -> Any:
   """The value as an array that lies on devices as another does, whose shape may differ.
+
+  It may also have one axis more, or less, than the other: the first, which is not divided.
 
   Args:
     value: The value.
     other: The other array.
     what: What the value is called in errors.
-    adds_axis: Whether the value has one more axis, the first, which is not divided.
 
   Raises:
     ValueError: If its size cannot be divided among the devices as that of the other is.
@@ -158,9 +159,10 @@ def like(value: Any, other: Any, what: str, *, adds_axis: bool = False) -> Any:
   if not isinstance(other, jax.Array) or not other.committed:
     return jnp.asarray(value)
   sharding: Any = other.sharding
-  if adds_axis and isinstance(sharding, jax.sharding.NamedSharding):
-    spec = jax.sharding.PartitionSpec(None, *sharding.spec)
-    sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
+  more = np.ndim(value) - other.ndim
+  if more and isinstance(sharding, jax.sharding.NamedSharding):
+    axes = (None, *sharding.spec) if more > 0 else sharding.spec[1:]
+    sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*axes))
   try:
     return jax.device_put(value, sharding)
   except ValueError as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from optax_cadence import _paths
 from optax_cadence.growth import _driver
 from optax_cadence.growth import _gate
 from optax_cadence.growth import _planners
@@ -180,9 +181,16 @@ def stack(
   """
   network = _network(old, variables, inputs, kwargs, new, rngs)
   copies = rngs is None and fresh is None
+  # What a stack has in other collections, such as running statistics, is at the same path there.
+  inside = tuple(layers.split("/"))[1:]
+  others = {
+    _paths.join((path[0], *inside))
+    for path in _trees.shapes(variables)
+    if path[1 : 1 + len(inside)] == inside and inside
+  }
   plan = _stacking.stacking(
     variables,
-    layers,
+    [layers, *sorted(others - {layers})],
     times=times,
     by=by,
     where=where,
