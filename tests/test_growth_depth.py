@@ -274,6 +274,38 @@ def test_a_live_model_gets_deeper(copies):
   nets.opens_and_merges(model, twin, X)
 
 
+class Loud(nnx.Module):
+  """Layers that also change the stream in another way than by adding to it."""
+
+  def __init__(self, rngs):
+    self.blocks = nnx.split_rngs(splits=3)(nnx.vmap(LoudBlock, in_axes=0))(rngs)
+
+  def __call__(self, x):
+    scan = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    return scan(x, self.blocks)
+
+
+class LoudBlock(nnx.Module):
+  def __init__(self, rngs):
+    self.one, self.two = nnx.Linear(3, 3, rngs=rngs), nnx.Linear(3, 3, rngs=rngs)
+    self.norm = nnx.LayerNorm(3, rngs=rngs)
+
+  def __call__(self, x):
+    return self.norm(x + self.one(x) + self.two(x))
+
+
+def test_layers_that_count_behind_a_closed_gate_are_refused():
+  model = nets.make(Loud)
+  before = growth.nnx.variables(model)
+  blocks = model.blocks
+  for outgoing in ([blocks.one], [blocks.one, blocks.two]):
+    with pytest.raises(ValueError, match="the output still depends on the new layers"):
+      growth.stack(model, X, layers=blocks, times=2, outgoing=outgoing)
+  equal(growth.nnx.variables(model), before)
+  growth.stack(model, X, layers=blocks, times=2)
+  assert blocks.one.kernel.shape == (6, 3, 3)
+
+
 class LinenBlock(nn.Module):
   @nn.compact
   def __call__(self, x, _):

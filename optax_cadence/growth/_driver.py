@@ -10,8 +10,13 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from optax_cadence import _paths
 from optax_cadence.growth import _couple
+from optax_cadence.growth import _gate
 from optax_cadence.growth import _graph
 from optax_cadence.growth import _heads
 from optax_cadence.growth import _planners
@@ -218,3 +223,42 @@ def find_heads(network: Network, attn: str, of: str) -> tuple[Dimension, int]:
   return _heads.find(
     network.forward, network.variables, *network.inputs, attn=attn, of=of, **network.settings
   )
+
+
+def check_closed(larger: Network, grown: Grown) -> None:
+  """Raises `ValueError` if new layers count although the gate is closed.
+
+  The output must be the same whatever their weights are. Nothing is looked at if α multiplies none
+  of them, or if it is not known on which arrays the network runs.
+
+  Args:
+    larger: The network at its new size, without its gate.
+    grown: The grown variables and their plan.
+  """
+  plan, inputs = grown.plan, larger.inputs
+  known = inputs and not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(inputs))
+  if not known or not any(change.scaled for change in plan.changes):
+    return
+  gated = _gate.gated(larger.forward, plan)
+  leaves = _trees.leaves(grown.variables)
+  closed = {plan.alpha: jnp.zeros_like(leaves[plan.alpha])}
+  others = dict(closed)
+  for change in plan.changes:
+    leaf = leaves[change.path]
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+      at = change.new(0) if change.layers else ...
+      others[change.path] = leaf.at[at].add(jnp.asarray(0.5, leaf.dtype))
+
+  @jax.jit
+  def run(variables: Any) -> list[Any]:
+    found = _trees.leaves(gated(variables, *inputs, **larger.settings))
+    n = len(larger.output)
+    return [x for path, x in found.items() if path[:n] == larger.output]
+
+  first, second = (run(_trees.with_leaves(grown.variables, x)) for x in (closed, others))
+  if not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(first, second, strict=True)):
+    raise ValueError(
+      "outgoing: with the gate closed the output still depends on the new layers, so nothing was"
+      " changed. Expected all layers through which they add to a residual stream, and that they do"
+      " nothing else to it, as x + f(norm(x)) does; without outgoing= new layers count at once"
+    )

@@ -144,11 +144,12 @@ def deepen(
   is the one that has its name. All other arguments, and what is returned, are as for `widen`.
 
   Raises:
-    ValueError: As `growth.deepening` does.
+    ValueError: If what is new counts although the gate is closed, or as `growth.deepening` does.
   """
   network = _network(old, variables, inputs, kwargs, new, rngs)
   deeper = _network(new, network.init() if fresh is None else fresh, inputs, kwargs)
   grown = _driver.deepen(network, deeper, outgoing=outgoing, moved=moved, alpha=alpha)
+  _driver.check_closed(_check_new(new, grown, inputs, kwargs), grown)
   return _with_forward(old, new, grown)
 
 
@@ -177,7 +178,8 @@ def stack(
   `widen`; without a gate the forward pass is `new.apply`.
 
   Raises:
-    ValueError: If `new` does not run with more layers, or as `growth.stacking` does.
+    ValueError: If `new` does not run with more layers, if these count although the gate is closed,
+      or as `growth.stacking` does.
   """
   network = _network(old, variables, inputs, kwargs, new, rngs)
   copies = rngs is None and fresh is None
@@ -200,7 +202,7 @@ def stack(
     alpha=network.alpha,
   )
   grown = _driver.grow(network, plan, {} if copies else fresh, alpha)
-  _check_new(new, grown, inputs, kwargs)
+  _driver.check_closed(_check_new(new, grown, inputs, kwargs), grown)
   return _with_forward(old, new, grown)
 
 
@@ -270,12 +272,19 @@ def vocabulary(
 
 def _check_new(
   new: Any, grown: _driver.Grown, inputs: Sequence[Any], settings: Mapping[str, Any]
-) -> None:
-  """Raises `ValueError` unless the new module runs with the grown variables."""
+) -> Network:
+  """The new module with the grown variables, without their gate.
+
+  Raises:
+    ValueError: If it does not run.
+  """
   variables = grown.variables
   if grown.plan.gate:
     variables = _trees.remove(variables, grown.plan.alpha)
-  _driver.check_runs(_network(new, variables, inputs, settings), type(new).__name__)
+  network = _network(new, variables, inputs, settings)
+  _driver.check_runs(network, type(new).__name__)
+  # With `mutable` the output stands before what has changed.
+  return network._replace(output=("0",) if settings.get("mutable") else ())
 
 
 def shrink(

@@ -173,7 +173,8 @@ def deepen(
     model: The model; it is changed in place, or, on an error, not at all.
     add: Puts the new modules where the forward pass finds them: `lambda m: m.blocks.append(...)`,
       or `m.blocks.insert(1, ...)`. It must keep those that are there.
-    *inputs: Inputs of its forward pass; with them FLOPs are counted and the result checked.
+    *inputs: Inputs of its forward pass. With them FLOPs are counted and the result is checked, and,
+      if they are arrays, that new modules do not count while the gate is closed.
     outgoing: The modules, of those that are new, whose parameters α multiplies: the last
       layer of a residual block, or the norm it ends in. None of them: the new modules are
       the identity as they are (Net2Deeper, `identity_kernel`).
@@ -184,7 +185,8 @@ def deepen(
     The `Plan` that was applied.
 
   Raises:
-    ValueError: If nothing is new, something is gone, or the model does not run with it.
+    ValueError: If nothing is new, something is gone, the model does not run with it, or what is new
+      counts although the gate is closed.
   """
   network = _network(model, inputs)
   copy = nnx.clone(model)
@@ -201,7 +203,11 @@ def deepen(
   names = [_paths.join(_path(copy, module)) for module in outgoing(copy)]
   deeper = _network(copy, inputs)
   grown = _driver.deepen(network, deeper, outgoing=names, moved=moved, alpha=alpha)
-  return _put(model, grown, inputs, optimizer, add=add)
+
+  def check(model: nnx.Module) -> None:
+    _driver.check_closed(network._replace(forward=forward(model)), grown)
+
+  return _put(model, grown, inputs, optimizer, add=add, check=check)
 
 
 def stack(
@@ -222,7 +228,8 @@ def stack(
 
   Args:
     model: The model; it is changed in place, or, on an error, not at all.
-    *inputs: Inputs of its forward pass; with them the result is checked.
+    *inputs: Inputs of its forward pass. With them the result is checked, and, if they are arrays,
+      that new layers do not count while the gate is closed.
     layers: The module inside whose variables are stacked along axis 0.
     times: By how much the number of layers is multiplied; or else `by`.
     by: Number of new layers.
@@ -255,7 +262,13 @@ def stack(
     copy_state=copy_state,
   )
   grown = _driver.grow(network, plan, {} if fresh is None else fresh, alpha)
-  return _put(model, grown, inputs, optimizer, resize=_sizes_setter(sizes))
+
+  def check(model: nnx.Module) -> None:
+    larger = network._replace(forward=forward(model), variables=variables(model))
+    _driver.check_runs(larger, type(model).__name__)
+    _driver.check_closed(larger, grown)
+
+  return _put(model, grown, inputs, optimizer, resize=_sizes_setter(sizes), check=check)
 
 
 def heads(
@@ -304,6 +317,8 @@ def heads(
     modules = {_paths.join(tuple(map(str, path))): node for path, node in nnx.iter_graph(model)}
     _nnx_model.fit_heads(modules[name], of, units.size, more)
     _sizes_setter(sizes)(model)
+
+  def check(model: nnx.Module) -> None:
     larger = network._replace(forward=forward(model), variables=variables(model))
     _driver.check_runs(larger, type(model).__name__)
     found = _driver.find_heads(larger, name, of)[0].size
@@ -313,7 +328,7 @@ def heads(
         " set the attributes of the layer that hold their number with sizes="
       )
 
-  return _put(model, grown, inputs, optimizer, resize=resize)
+  return _put(model, grown, inputs, optimizer, resize=resize, check=check)
 
 
 def vocabulary(
@@ -595,6 +610,7 @@ def _put(
   keep_groups: bool = False,
   add: Callable[[Any], None] = lambda model: None,
   resize: Callable[[Any], None] = lambda model: None,
+  check: Callable[[Any], None] = lambda model: None,
 ) -> Plan:
   """Puts grown variables into a live model, and attaches its gate if the plan has one.
 
@@ -606,11 +622,14 @@ def _put(
     keep_groups: Whether the groups of a `GroupNorm` get wider, instead of more.
     add: Puts new modules into the model.
     resize: Sets attributes of the user's own modules that repeat sizes.
+    check: Raises a `ValueError` if something is wrong with the model at its new size, before it has
+      a gate.
 
   Returns:
     The plan.
   """
   plan, tree, alpha = grown.plan, grown.variables, None
+  unchecked = [check]  # until a copy of the model has been changed
   if plan.gate:
     alpha = _trees.leaves(tree)[plan.alpha]
     tree = _trees.remove(tree, plan.alpha)
@@ -624,6 +643,8 @@ def _put(
     _nnx_model.fit(model, keep_groups)
     _nnx_model.pad_for_taps(model, plan)
     resize(model)
+    while unchecked:
+      unchecked.pop()(model)
     before = _nnx_gate.changed(sizes, _nnx_gate.attributes(model))
     if plan.gate:
       _nnx_gate.attach(model, plan, alpha, before, contents)
