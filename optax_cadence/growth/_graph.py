@@ -24,6 +24,10 @@ from optax_cadence.programs import primitives
 from optax_cadence.programs import reading
 
 
+class FixedAxisError(ValueError):
+  """Units were followed to an axis that cannot grow: of an argument, or of a constant."""
+
+
 @dataclasses.dataclass(eq=False)
 class Node:
   """A value of the program.
@@ -53,7 +57,7 @@ class Node:
       if (labels == NO_UNIT).all():
         return False
       if self.fixed:
-        raise ValueError(
+        raise FixedAxisError(
           f"{self.what} of shape {self.shape} has the units along its axis {axis} (found at"
           f" {where}): it does not grow, so expected none there; name another axis"
         )

@@ -79,14 +79,20 @@ def find(
     raise ValueError(f"of: expected one of {', '.join(map(repr, _STARTS))}, found {of!r}")
   graph = _graph.read(fn, variables, *args, **kwargs)
   attention = _Attention(graph, attn)
-  reasons = []
+  reasons, fixed = [], set()
   for start in _STARTS[of](attention):
+    place = id(start.ends[0][0]), start.ends[0][1]
+    if place in fixed:
+      continue
     attention.clear()
     try:
       for node, axis in start.ends:
         node.put(axis, start.labels, "an attention layer")
       _couple.spread_from(graph, [node for node, _ in start.ends])
       found = _couple.of_labels(graph, int(start.labels.max()) + 1)
+    except _graph.FixedAxisError:  # an axis of the batch, or of positions
+      fixed.add(place)
+      continue
     except ValueError as error:
       reasons.append(str(error))
       continue
@@ -94,12 +100,10 @@ def find(
     of_queries, of_keys = (labelled & attention.behind(x) for x in attention.scores.operands[:2])
     if labelled & attention.leaves and not (of == "queries" and of_queries and of_keys):
       return found, int((start.labels == 0).sum()) if of == "size" else 1
-  # Of axes that are not those of heads it is not said why they cannot grow.
-  told = [reason for reason in reasons if "does not grow" not in reason]
   raise ValueError(
     f"attn {attn!r}: its queries and keys, of shapes"
     f" {[node.shape for node in attention.scores.nodes[:2]]}, have no axis that can grow as its"
-    f" {of}{': ' + told[0] if told else ''}"
+    f" {of}{': ' + reasons[0] if reasons else ''}"
   )
 
 
