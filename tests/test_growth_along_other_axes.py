@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from growth_nets import close
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from optax_cadence import growth
 
@@ -79,6 +80,23 @@ FORWARD = {
   "triangular solve": lambda h: lax.linalg.triangular_solve(
     jnp.eye(ROWS) + 0.1, h, left_side=True, lower=True
   ),
+  "padded by its edges": lambda h: jnp.pad(h, ((1, 2), (0, 0)), mode="edge"),
+  "images padded by their edges": lambda h: jnp.pad(
+    h.reshape(1, 2, 3, -1), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge"
+  ).reshape(20, -1),
+  "padded by a ramp": lambda h: jnp.pad(h, ((1, 2), (0, 0)), mode="linear_ramp"),
+  "padded by maxima": lambda h: jnp.pad(h, ((1, 2), (0, 0)), mode="maximum"),
+  "linear solve": lambda h: jnp.linalg.solve(jnp.eye(ROWS) + 0.1, h),
+  "linear solve, mapped": by_unit(lambda c: jnp.linalg.solve(jnp.eye(ROWS) + 0.1, c)),
+  "tridiagonal solve": lambda h: lax.linalg.tridiagonal_solve(
+    jnp.full(ROWS, 0.1), jnp.full(ROWS, 2.0), jnp.full(ROWS, 0.1), h
+  ),
+  "stacked": lambda h: jnp.stack([h, h * 2], 1).sum(1),
+  "named": lambda h: checkpoint_name(h, "h"),
+  "behind a barrier": lambda h: lax.optimization_barrier((h, h.T))[1].T,
+  "in groups of rows": lambda h: (
+    lax.ragged_dot(h, jnp.ones((2, h.shape[1], 1)), jnp.array([2, 4])) + h
+  ),
   "constrained": lambda h: lax.with_sharding_constraint(
     h, jax.sharding.SingleDeviceSharding(jax.devices()[0])
   ),
@@ -132,3 +150,48 @@ def test_integers_that_are_sizes():
   forward, tree = grown(fn(lambda h, n: lax.dynamic_slice_in_dim(h, n - 2, 2)))
   with pytest.raises(ValueError, match="integer that is 2 in the program before and 4 in the one"):
     forward(tree, X)
+
+
+@pytest.mark.parametrize(
+  ("along", "where"),
+  [
+    (lambda h: h[:, ::-1], r"rev of shapes \[\(6, 4\)\]"),
+    (lambda h: lax.map(jnp.sin, h.T).T, r"a loop over the first axis of shape \(4, 6\)"),
+    (lambda h: jnp.sort(h, 1), r"sort of shapes \[\(6, 4\)\]"),
+  ],
+)
+def test_where_units_end_is_said(along, where):
+  with pytest.raises(ValueError, match=rf"nothing uses the units of 'a'.* They end in {where}"):
+    growth.couple(lambda p, x: along(x @ p["a"]) @ p["b"], PARAMS, X, producer="a")
+
+
+def test_experts_whose_tokens_are_sorted_grow():
+  params = {"up": jnp.ones((2, 3, UNITS)) * 0.3, "down": jnp.ones((2, UNITS, 2)) * 0.2}
+  sizes = jnp.array([2, 4])
+
+  def fn(p, x):
+    return lax.ragged_dot(jnp.tanh(lax.ragged_dot(x, p["up"], sizes)), p["down"], sizes)
+
+  units = growth.couple(fn, params, X, producer="up")
+  assert [(m.path[0], m.axis, m.role) for m in units.members] == [
+    ("down", 1, "outgoing"), ("up", 2, "incoming"),
+  ]  # fmt: skip
+  plan = growth.widening(params, units, 3)
+  grown = plan.apply(params, lambda path, shape, dtype: np.full(shape, 0.7, dtype))
+  forward = jax.jit(growth.gated(fn, plan))
+  close(forward(grown, X), fn(params, X))
+  half = {**grown, "alpha": jnp.float32(0.5)}
+  close(fn(growth.merge(half, plan), X), forward(half, X))
+
+
+def test_the_derivative_of_a_linear_solve_is_its_own():
+  matrix = jnp.eye(ROWS) + 0.1
+
+  def fn(p, x):
+    return jnp.linalg.solve(p["m"], x @ p["a"]) @ p["b"]
+
+  params = {**PARAMS, "m": matrix}
+  plan = growth.widening(params, growth.couple(fn, params, X, producer="a"), 2)
+  grown = plan.apply(params, lambda path, shape, dtype: np.full(shape, 0.7, dtype))
+  gradient = lambda fn, p: jax.grad(lambda p: jnp.sin(fn(p, X)).sum())(p)["m"]
+  close(gradient(growth.gated(fn, plan), grown), gradient(fn, params))

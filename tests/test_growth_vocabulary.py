@@ -121,7 +121,7 @@ def test_linen_and_its_train_state():
   np.testing.assert_array_equal(moments[:7], state[0].mu["embed"]["embedding"])
   assert not moments[7:].any()
   equal(growth.undo(grown, plan), variables)
-  with pytest.raises(ValueError, match="Linen does not run at its new size"):
+  with pytest.raises(ValueError, match="the new module has another size than the plan"):
     growth.linen.vocabulary(old, variables, TOKENS, by=3, embed="params/embed")
 
 

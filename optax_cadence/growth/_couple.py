@@ -101,15 +101,73 @@ def of_labels(graph: Graph, units: int) -> Dimension:
     for tie, ends in operation.labelled()
     if tie.summed
   ]
-  if not any(operation.name in primitives.PRODUCTS for operation, _ in sums):
+  outputs = tuple(outputs_of(graph, members))
+  # A sum alone may be the statistics of a norm, after which the units are still there.
+  products = any(primitives.product(operation.eqn) for operation, _ in sums)
+  if not sums or (outputs and not products):
     raise ValueError(
       f"nothing uses the units of {_paths.listed(m.path for m in members)}: no product sums over"
-      " them, so widening would change the output"
+      f" them, so widening would change the output{_ends(graph)}"
     )
   of_weights = all(any(node.origin for node, _ in ends) for _, ends in sums)
   folds = of_weights and all(m.role != "both" for m in members)
-  outputs = tuple(outputs_of(graph, members))
-  return Dimension(units, members, tuple(_contractions(graph)), folds, outputs)
+  contractions = tuple(_contractions(graph))
+  regroups = any(map(_regroups, graph.operations))
+  return Dimension(units, members, contractions, folds, outputs, regroups)
+
+
+def _ends(graph: Graph) -> str:
+  """Where units cannot be followed any further, in words: what is done along their own axis."""
+  ends = [
+    f"{operation.name} of shapes {[node.shape for node in operation.operands if node is not None]}"
+    for operation in graph.operations
+    if operation.name not in ("concatenate", "reshape", "slice", "split") and _loses(operation)
+  ]
+  ends += [
+    f"a loop over the first axis of shape {pair.outer.shape}"
+    for pair in graph.slices
+    if 0 in pair.outer.labels
+  ]
+  found = list(dict.fromkeys(ends))
+  return f". They end in {', '.join(found[:3])}" if found else ""
+
+
+def _loses(operation: Operation) -> bool:
+  """Whether an operation has units along an axis that it does not share with any other."""
+  tied = {end for tie in primitives.ties(operation.eqn) or [] for end in tie.operands}
+  return any(
+    (i, axis) not in tied
+    for i, node in enumerate(operation.operands)
+    if node is not None
+    for axis in node.labels
+  )
+
+
+def _regroups(operation: Operation) -> bool:
+  """Whether an operation merges axes that have labels, or splits one."""
+  if operation.name != "reshape" or operation.operands[0] is None:
+    return False
+  source, target = operation.operands[0], operation.results[0]
+  return any(
+    len(ins) + len(outs) > 2 and any(a in source.labels for a in ins)
+    for ins, outs in primitives.reshape_groups(source.shape, target.shape)
+  )
+
+
+def check_layout(graph: Graph, dimension: Dimension, what: str) -> None:
+  """Raises `ValueError` unless a program has the units where a dimension says.
+
+  Args:
+    graph: The program.
+    dimension: The dimension, as it is in this program.
+    what: What it is called in errors.
+  """
+  spread(graph, dimension, what)
+  expected = {(m.path, m.axis): m.labels for m in dimension.members}
+  for path, leaf in graph.leaves.items():
+    for axis, labels in leaf.labels.items():
+      if (path, axis) not in expected or (expected[path, axis] != labels).any():
+        raise ValueError(f"{_paths.join(path)!r} of shape {leaf.shape} has other units of {what}")
 
 
 def _check_complete(described: Dimension, members: Sequence[Member], graph: Graph) -> None:
@@ -140,7 +198,7 @@ def _roles(graph: Graph, operations: Iterable[Operation]) -> dict[tuple[_paths.P
   """For axes of leaves whether products sum over them ("outgoing") or not ("incoming")."""
   roles: dict[tuple[_paths.Path, int], set[str]] = {}
   for operation in operations:
-    if operation.name in primitives.PRODUCTS or operation.name == "gather":
+    if primitives.product(operation.eqn) or operation.name == "gather":
       for tie, ends in operation.labelled():
         for node, axis in ends:
           if node.origin is None:

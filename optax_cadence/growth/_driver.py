@@ -16,12 +16,15 @@ import numpy as np
 
 from optax_cadence import _paths
 from optax_cadence.growth import _couple
+from optax_cadence.growth import _dimension
 from optax_cadence.growth import _gate
 from optax_cadence.growth import _graph
 from optax_cadence.growth import _heads
 from optax_cadence.growth import _planners
 from optax_cadence.growth import _trees
+from optax_cadence.growth._dimension import Axis
 from optax_cadence.growth._dimension import Dimension
+from optax_cadence.growth._plan import float_dtype
 from optax_cadence.growth._plan import Plan
 
 
@@ -36,6 +39,9 @@ class Network(NamedTuple):
     settings: Further arguments of the forward pass.
     alpha: Path of the gate.
     init: A function that gives fresh values for new entries, as for `Plan.apply`.
+    notes: A function `notes(plan)` that says what `init` has to make up for it.
+    defined: A function that gives the variables at the new size, as far as shapes go; None where
+      they are not known beforehand.
     output: Where the network's output stands in what `forward` returns.
   """
 
@@ -45,7 +51,16 @@ class Network(NamedTuple):
   settings: Mapping[str, Any] = {}
   alpha: str = "alpha"
   init: Callable[[], Any] = dict
+  notes: Callable[[Plan], tuple[str, ...]] = lambda plan: ()
+  defined: Callable[[], Any] | None = None
   output: _paths.Path = ()
+
+  def kernels(self, layers: str) -> list[str]:
+    """The paths of the kernels, or embeddings, of all layers that a path or glob names."""
+    return [
+      _paths.join(_trees.kernel(self.variables, layer))
+      for layer in _trees.layers(self.variables, layers)
+    ]
 
   def kernel(self, layer: _paths.Path) -> str:
     """The path of a layer's kernel, or embedding."""
@@ -63,8 +78,14 @@ class Grown(NamedTuple):
   plan: Plan
 
 
-def couple(network: Network, producer: str | Dimension, **kwargs: Any) -> Dimension:
-  """As `growth.couple`, whose further arguments `kwargs` are."""
+def couple(network: Network, producer: str | Sequence[str] | Dimension, **kwargs: Any) -> Dimension:
+  """As `growth.couple`, whose further arguments `kwargs` are; several producers are one dimension.
+
+  A producer is the path of a layer, or of a leaf, or a glob for several.
+  """
+  if not isinstance(producer, Dimension):
+    names = [producer] if isinstance(producer, str) else producer
+    producer = [kernel for name in names for kernel in network.kernels(name)]
   settings = {**network.settings, **kwargs}
   units = _couple.couple(
     network.forward, network.variables, *network.inputs, producer=producer, **settings
@@ -76,8 +97,8 @@ def couple(network: Network, producer: str | Dimension, **kwargs: Any) -> Dimens
 
 def widen(
   network: Network,
-  producer: str | Dimension,
-  by: int,
+  producer: str | Sequence[str] | Dimension,
+  by: int | Sequence[int],
   *,
   axis: int = -1,
   unit: int = 1,
@@ -89,23 +110,68 @@ def widen(
 
   Args:
     network: The network.
-    producer: Path of the kernel (or embedding) that makes the units, or a `Dimension`, which is
-      checked if there are inputs.
-    by: Number of new units.
+    producer: What makes the units: the path of a layer, or of a leaf, or a glob for several; or
+      a list of them; or a `Dimension`, which is checked if there are inputs.
+    by: Number of new units, of each producer; or a list, a number for each that is named.
     axis: The axis of the producer's kernel that holds the units.
     unit: Adjacent positions that make one unit.
     blocks: How often the units repeat along the axis: for the groups of a norm that grow.
     fresh: Where new entries come from, as for `Plan.apply`; by default from `network.init`.
     alpha: Value of the gate.
   """
-  if network.inputs:
-    units = couple(network, producer, axis=axis, unit=unit, blocks=blocks)
-  elif isinstance(producer, Dimension):
-    units = producer
+  if isinstance(producer, Dimension):
+    units: dict[Dimension, Any] = {couple(network, producer) if network.inputs else producer: by}
+  elif network.inputs:
+    units = _of_producers(network, producer, by, Axis(axis, blocks, unit))
   else:
     raise ValueError("widen needs inputs, to find what reads the units, or consumers=[...]")
-  plan = _planners.widening(network.variables, units, by, alpha=network.alpha)
+  plan = _planners.widening(network.variables, units, alpha=network.alpha)
   return grow(network, plan, fresh, alpha)
+
+
+def _of_producers(
+  network: Network, producer: str | Sequence[str], by: Any, axis: Axis
+) -> dict[Dimension, Any]:
+  """The dimensions of some producers, each with its number of new units.
+
+  Those of as many units that get as many new ones are one dimension, whether the program ties
+  them or not: it is followed through the program once.
+  """
+  names = [producer] if isinstance(producer, str) else list(producer)
+  numbers = list(by) if isinstance(by, Sequence) else [by] * len(names)
+  if len(numbers) != len(names) or not names:
+    raise ValueError(
+      f"by: expected a number of new units, or one for each of {len(names)} producers, found {by}"
+    )
+  shapes = _trees.shapes(network.variables)
+  alike: dict[tuple[int, Any], list[str]] = {}
+  for name, more in zip(names, numbers, strict=True):
+    for kernel in network.kernels(name):
+      units = _dimension.dimension(network.variables, {kernel: axis})
+      alike.setdefault((units.size, more), []).append(kernel)
+  found: dict[Dimension, Any] = {}
+  for (_, more), kernels in alike.items():
+    known = {(m.path, m.axis): n for units, n in found.items() for m in units.members}
+    new = []
+    for kernel in kernels:
+      path = tuple(kernel.split("/"))
+      other = known.get((path, axis.axis % len(shapes[path])))
+      if other is None:
+        new.append(kernel)
+      elif other != more:
+        raise ValueError(
+          f"producer {kernel!r} has units of a dimension that gets {other} new ones, and would get"
+          f" {more}: expected one number"
+        )
+    if new:
+      number, outer, inner = axis
+      settings = {"axis": number, "unit": inner, "blocks": outer}
+      units = couple(network, new, **settings)
+      if units.outputs:  # then one of them may be read by nothing
+        for kernel in new:
+          couple(network, [kernel], **settings)
+      found[units] = more
+  return found
 
 
 def enlarge(
@@ -170,20 +236,74 @@ def deepen(
 
 def grow(network: Network, plan: Plan, fresh: Any = None, alpha: float = 0.0) -> Grown:
   """Applies a plan; `fresh` and `alpha` as in `widen`."""
-  fresh = network.init() if fresh is None else fresh
+  if network.defined is not None:
+    _check_defined(network.variables, network.defined(), plan)
+  if fresh is None:
+    fresh, plan = network.init(), dataclasses.replace(plan, notes=network.notes(plan))
   return Grown(plan.apply(network.variables, fresh, alpha=alpha), plan)
 
 
-def check_runs(network: Network, name: str) -> None:
-  """Raises `ValueError` unless a network runs at its new size, if it is known on what."""
+def _check_defined(variables: Any, defined: Any, plan: Plan) -> None:
+  """Raises `ValueError` unless a plan leads to the shapes of a definition at the new size."""
+  shapes = {plan.moved.get(path, path): shape for path, shape in _trees.shapes(variables).items()}
+  shapes.update((change.path, change.after or ()) for change in plan.changes)
+  expected = _trees.shapes(defined)
+  wrong = [
+    f"{_paths.join(path)!r} {expected[path]}, but {shape} by the plan"
+    for path, shape in shapes.items()
+    if path in expected and expected[path] != shape
+  ]
+  if wrong:
+    listed = "; ".join(wrong[:8] + ["…"] * (len(wrong) > 8))
+    raise ValueError(
+      "the new module has another size than the plan, so nothing was changed. It has the shapes"
+      f" {listed}. Expected the same: where the new module is larger, name what makes those units"
+      " too (a producer for each layer, or a glob), and by how many; where it is smaller, it lacks"
+      " what grows along"
+    )
+
+
+def check_layout(network: Network, plan: Plan, name: str, hint: str = "") -> None:
+  """Raises `ValueError` unless a network has its units where a plan has put them.
+
+  It may run all the same, if it cuts an axis into heads or groups by a number that is not read
+  from an array: into wider ones, where more of them were added.
+
+  Args:
+    network: The network at its new size, without a gate.
+    plan: The plan.
+    name: What the network is called in errors.
+    hint: What may be the reason.
+  """
+  if not network.inputs:
+    return
+  for dimension in plan.after():
+    if dimension.regroups:
+      try:
+        graph = _graph.read(network.forward, network.variables, *network.inputs, **network.settings)
+        _couple.check_layout(graph, dimension, "the dimension")
+      except ValueError as error:
+        raise ValueError(
+          f"{name} does not run at its new size with its units where they were, so nothing was"
+          f" changed. {hint or _HINT}. ({error})"
+        ) from error
+
+
+_HINT = "A shared dimension may lack a member, or a module keep its size in an attribute of its own"
+
+
+def check_runs(network: Network, name: str, hint: str = "") -> None:
+  """Raises `ValueError` unless a network runs at its new size, if it is known on what.
+
+  `name` is what it is called in the error, `hint` what may be the reason.
+  """
   if not network.inputs:
     return
   try:
     _graph.trace(network.forward, network.variables, *network.inputs, **network.settings)
   except ValueError as error:
     raise ValueError(
-      f"{name} does not run at its new size, so nothing was changed. A shared dimension may lack"
-      f" a member, or a module keep its size in an attribute of its own. ({error})"
+      f"{name} does not run at its new size, so nothing was changed. {hint or _HINT}. ({error})"
     ) from error
 
 
@@ -225,7 +345,7 @@ def find_heads(network: Network, attn: str, of: str) -> tuple[Dimension, int]:
   )
 
 
-def check_closed(larger: Network, grown: Grown) -> None:
+def check_closed(larger: Network, plan: Plan) -> None:
   """Raises `ValueError` if new layers count although the gate is closed.
 
   The output must be the same whatever their weights are. Nothing is looked at if α multiplies none
@@ -233,16 +353,15 @@ def check_closed(larger: Network, grown: Grown) -> None:
 
   Args:
     larger: The network at its new size, without its gate.
-    grown: The grown variables and their plan.
+    plan: The plan by which it has grown.
   """
-  plan, inputs = grown.plan, larger.inputs
+  inputs = larger.inputs
   known = inputs and not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(inputs))
-  if not known or not any(change.scaled for change in plan.changes):
+  if not known or not plan.grows or not any(change.scaled for change in plan.changes):
     return
   gated = _gate.gated(larger.forward, plan)
-  leaves = _trees.leaves(grown.variables)
-  closed = {plan.alpha: jnp.zeros_like(leaves[plan.alpha])}
-  others = dict(closed)
+  leaves = _trees.leaves(larger.variables)
+  others = {}
   for change in plan.changes:
     leaf = leaves[change.path]
     if jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -255,7 +374,8 @@ def check_closed(larger: Network, grown: Grown) -> None:
     n = len(larger.output)
     return [x for path, x in found.items() if path[:n] == larger.output]
 
-  first, second = (run(_trees.with_leaves(grown.variables, x)) for x in (closed, others))
+  closed = _trees.insert(larger.variables, plan.alpha, jnp.zeros((), float_dtype(leaves.values())))
+  first, second = run(closed), run(_trees.with_leaves(closed, others))
   if not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(first, second, strict=True)):
     raise ValueError(
       "outgoing: with the gate closed the output still depends on the new layers, so nothing was"

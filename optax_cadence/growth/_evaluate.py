@@ -44,7 +44,7 @@ class Evaluator:
       ValueError: If the programs do not have the same operations.
     """
     try:
-      return reading.walk([old, new], inputs, self._operation, self._constant)
+      return reading.walk([old, new], inputs, self._operation, self._constant, dead=False)
     except reading.DifferentProgramsError as error:
       raise ValueError(
         f"the programs before and after must have the same operations, found {error}; change one"
@@ -54,6 +54,8 @@ class Evaluator:
   def _constant(self, numbers: tuple[Any, ...]) -> Parts:
     """A constant, between that of the old program and that of the new one."""
     old, new = numbers
+    if np.size(old) == np.size(new) == 0:
+      return _parts.empty(old, new)
     if np.shape(old) != np.shape(new):
       raise ValueError(
         f"a constant of the program grows from shape {np.shape(old)} to {np.shape(new)}: pass it"
@@ -107,6 +109,9 @@ class Evaluator:
       return self._while(old, new, operands)
     if name == "cond":
       return self._cond(old, new, operands)
+    if name == "custom_linear_solve":
+      (before, taken), (after, _) = reading.solver(old), reading.solver(new)
+      return self._custom(old, new, (before, after), operands, [operands[i] for i in taken])
     if inner[0] is None or inner[1] is None:
       return self._single(old, new, operands)
     if name.startswith("custom_"):
@@ -143,17 +148,26 @@ class Evaluator:
         result.blocks[axes.result_bits(i, kept)] = total
     return results
 
-  def _custom(self, old: Any, new: Any, inner: Any, operands: list[Parts]) -> list[Parts]:
+  def _custom(
+    self,
+    old: Any,
+    new: Any,
+    inner: Any,
+    operands: list[Parts],
+    inside_operands: list[Parts] | None = None,
+  ) -> list[Parts]:
     """A function with a derivative of its own, in which old and new entries must not meet.
 
     The old part is the old network's call. A new one lies among zeros in a call at the new
-    size, as the derivative was traced for shapes.
+    size, as the derivative was traced for shapes. `inner` are the programs of the function, of
+    these operands or of some of them.
     """
     name = old.primitive.name
     if any(_parts.TAPS in x.axes for x in operands):
       raise ValueError(f"a kernel whose taps grow goes through {name}")
     inside = Evaluator(self.alpha)
-    jax.eval_shape(_Body(inside, inner, operands), _arrays(operands))
+    taken = operands if inside_operands is None else inside_operands
+    jax.eval_shape(_Body(inside, inner, taken), _arrays(taken))
     if inside.mixes:
       raise ValueError(
         f"{name} {old.params.get('name', '')} combines old and new entries, and its own derivative"

@@ -12,7 +12,7 @@ from optax_cadence.growth import _couple
 from optax_cadence.growth import _graph
 from optax_cadence.growth import _parts
 from optax_cadence.growth import _trees
-from optax_cadence.growth._dimension import extended
+from optax_cadence.growth._dimension import extended_together
 from optax_cadence.growth._evaluate import Evaluator
 from optax_cadence.growth._plan import LeafChange
 from optax_cadence.growth._plan import Plan
@@ -149,14 +149,23 @@ def _does_not_run(plan: Plan, variables: Any, error: Exception) -> ValueError:
 
 def _output_positions(traced: _graph.Traced, plan: Plan) -> list[dict[int, np.ndarray]]:
   """For each output and grown axis, where the old entries lie."""
+  graphs = []
+  for dimension, _ in plan.dimensions:
+    graphs.append(_graph.Graph(traced))
+    _couple.spread(graphs[-1], dimension, "the plan")
   positions: list[dict[int, np.ndarray]] = []
-  for dimension, more in plan.dimensions:
-    graph = _graph.Graph(traced)
-    _couple.spread(graph, dimension, "the plan")
-    positions = positions or [{} for _ in graph.outputs]
-    for at, node in zip(positions, graph.outputs, strict=True):
-      for axis, labels in node.labels.items():
-        at[axis] = np.flatnonzero(extended(labels, dimension.size, more) < dimension.size)
+  for nodes in zip(*(graph.outputs for graph in graphs), strict=True):
+    positions.append({})
+    for axis in range(len(nodes[0].shape)):
+      described = [
+        (node.labels[axis], dimension.size, more)
+        for node, (dimension, more) in zip(nodes, plan.dimensions, strict=True)
+        if axis in node.labels
+      ]
+      if described:
+        labels, units, more = zip(*described, strict=True)
+        pairs = zip(extended_together(labels, units, more), units, strict=True)
+        positions[-1][axis] = np.flatnonzero(np.all([x < n for x, n in pairs], axis=0))
   return positions
 
 

@@ -230,6 +230,9 @@ class Graph:
       name, inner = eqn.primitive.name, reading.called(eqn)
       if inner is not None:
         return self._flatten(inner, operands, repeat, here)
+      if name == "custom_linear_solve":
+        inner, taken = reading.solver(eqn)
+        return self._flatten(inner, [operands[i] for i in taken], repeat, here)
       results = [Node(reading.shape(v)) for v in eqn.outvars]
       if name == "scan":
         self._flatten_scan(eqn, operands, results, repeat, here)
@@ -246,9 +249,9 @@ class Graph:
 
     def constant(numbers: tuple[Any, ...]) -> Node | None:
       shape = np.shape(numbers[0])
-      return Node(shape, "a constant", fixed=True) if shape else None
+      return Node(shape, "a constant", fixed=0 not in shape) if shape else None
 
-    return reading.walk([program], inputs, operation, constant)
+    return reading.walk([program], inputs, operation, constant, dead=False)
 
   def _flatten_scan(
     self,

@@ -1,17 +1,15 @@
 """A live NNX model as a tree of arrays and a function of it, and what its layers know of sizes."""
 
-import inspect
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from optax_cadence import _paths
 from optax_cadence.growth import _trees
-from optax_cadence.growth._fresh import Fresh
 from optax_cadence.growth._plan import Plan
 
 
@@ -119,6 +117,87 @@ def fit_heads(layer: Any, of: str, units: int, more: int) -> None:
       setattr(layer, name, value // units * (units + more))
 
 
+def set_sizes(model: nnx.Module, sizes: Mapping[str, Any] | None) -> None:
+  """Sets attributes in which classes of the user's hold sizes.
+
+  Args:
+    model: The model; it is changed in place.
+    sizes: For the name of an attribute, wherever it stands, or for its path, a glob perhaps, its
+      new value.
+
+  Raises:
+    ValueError: If there is no such attribute.
+  """
+  places = _sizes_of_users(model)
+  for name, value in (sizes or {}).items():
+    of_path = "/" in name
+    matching = [
+      (path, attribute)
+      for path, attribute in places
+      if fnmatch.fnmatchcase(_paths.join((*path, attribute)) if of_path else attribute, name)
+    ]
+    if not matching:
+      raise ValueError(
+        f"sizes: no attribute {name!r}: expected one of"
+        f" {_paths.listed((*path, attribute) for path, attribute in places)}"
+      )
+    for path, attribute in matching:
+      setattr(places[path, attribute][0], attribute, value)
+
+
+def sizes_to_name(model: nnx.Module, plan: Plan) -> str:
+  """Which attributes of the user's own classes are what has grown: a hint; empty if none is.
+
+  Args:
+    model: The model before it changes.
+    plan: The plan.
+  """
+  numbers: dict[int, int] = {}
+  for change in (c for c in plan.changes if not c.adds_axis):
+    for axis in change.positions:
+      numbers.setdefault((change.before or ())[axis], (change.after or ())[axis])
+  for units, more in plan.dimensions:
+    before, after = (0, more) if plan.grows else (more, 0)
+    numbers[units.size + before] = units.size + after
+  places = _sizes_of_users(model)
+  values: dict[str, set[str]] = {}
+  for (_, name), (_, value) in places.items():
+    values.setdefault(name, set()).add(str(value))
+  hints: dict[str, None] = {}
+  for (path, name), (node, value) in places.items():
+    expected = _resized(value, numbers)
+    if expected != value:
+      # The name alone stands for the attributes of all modules.
+      key = name if len(values[name]) == 1 else _paths.join((*path, name))
+      hints[
+        f"{type(node).__name__} holds {key!r}, {value}: if that is the size which has changed, pass"
+        f" sizes={{{key!r}: {expected}}}"
+      ] = None
+  return "; ".join([*hints][:8] + ["…"] * (len(hints) > 8))
+
+
+def _resized(value: Any, numbers: Mapping[int, int]) -> Any:
+  """A size, or sizes, of which those that have changed are other ones."""
+  if isinstance(value, tuple | list):
+    return type(value)(_resized(x, numbers) for x in value)
+  return numbers.get(value, value)
+
+
+def _sizes_of_users(model: nnx.Module) -> dict[tuple[_paths.Path, str], tuple[Any, Any]]:
+  """Attributes of the user's own modules that may hold sizes: the module and the value, by place.
+
+  Flax's own layers are told their sizes by `fit`.
+  """
+  found = {}
+  for path, node in nnx.iter_graph(model):
+    if isinstance(node, nnx.Module) and not type(node).__module__.startswith("flax."):
+      for name, value in vars(node).items():
+        numbers = value if isinstance(value, tuple | list) else [value]
+        if numbers and all(type(x) is int for x in numbers):
+          found[tuple(map(str, path)), name] = (node, value)
+  return found
+
+
 def pad_for_taps(model: nnx.Module, plan: Plan) -> None:
   """Makes convolutions whose padding is written out pad for kernels of another size.
 
@@ -220,6 +299,15 @@ def _attention(m: Any) -> dict[str, Any]:
   }
 
 
+def _recurrent(m: Any) -> dict[str, Any]:
+  """Of a cell: by a layer that reads its input, and one that reads its state."""
+  of_input, of_state = (m.ii, m.hi) if hasattr(m, "ii") else (m.dense_i, m.dense_h)
+  return {
+    "in_features": _own(of_input, of_input.kernel)[0],
+    "hidden_features": _own(of_state, of_state.kernel)[0],
+  }
+
+
 _SIZES: dict[Any, Callable[[Any], dict[str, Any]]] = {
   nnx.Linear: _linear,
   nnx.LinearGeneral: _general,
@@ -228,44 +316,8 @@ _SIZES: dict[Any, Callable[[Any], dict[str, Any]]] = {
   nnx.LayerNorm: _features,
   nnx.RMSNorm: _features,
   nnx.MultiHeadAttention: _attention,
+  nnx.LSTMCell: _recurrent,
+  nnx.OptimizedLSTMCell: _recurrent,
+  nnx.SimpleCell: _recurrent,
+  nnx.GRUCell: _recurrent,
 }
-
-
-def default_init(model: nnx.Module, rngs: nnx.Rngs | None = None) -> Fresh:
-  """Fresh values by the initializers that the layers' classes have by default.
-
-  A class of the user's takes part if its constructor has a parameter `<leaf>_init`.
-
-  Args:
-    model: The model before it grows.
-    rngs: Random numbers.
-
-  Returns:
-    A function `(path, shape, dtype) -> array` for `Plan.apply`; it raises a `ValueError` that
-    names a leaf for which no initializer is known.
-  """
-  nodes = {tuple(map(str, path)): node for path, node in nnx.iter_graph(model)}
-  rngs = nnx.Rngs(0) if rngs is None else rngs
-
-  def read(path: _paths.Path, shape: tuple[int, ...], dtype: Any) -> Any:
-    node = nodes[path[:-1]]
-    if isinstance(node, nnx.BatchNorm) and path[-1] in ("mean", "var"):
-      return (jnp.zeros if path[-1] == "mean" else jnp.ones)(shape, dtype)
-    parameter = inspect.signature(type(node).__init__).parameters.get(f"{path[-1]}_init")
-    if parameter is None or not callable(parameter.default):
-      raise ValueError(
-        f"no initializer is known for {_paths.join(path)!r} of {type(node).__name__}: give fresh="
-      )
-    kernel = path[-1] in ("kernel", "embedding")
-    axes = rank(node, getattr(node, path[-1])) if kernel else len(shape)
-    own = flat = shape[len(shape) - axes :]
-    if isinstance(node, nnx.LinearGeneral) and kernel:
-      n = len(node.in_features)
-      flat = (int(np.prod(own[:n])), int(np.prod(own[n:])))
-    if own == shape:
-      return parameter.default(rngs.params(), flat, dtype).reshape(shape)
-    # Layers that are stacked are initialized one by one.
-    keys = jax.random.split(rngs.params(), int(np.prod(shape[:-axes])))
-    return jnp.stack([parameter.default(key, flat, dtype) for key in keys]).reshape(shape)
-
-  return read

@@ -4,6 +4,7 @@ An operation that runs over grown axes is run once for each combination of old a
 along them, at the sizes of that combination. See `_evaluate` for whole programs.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -48,6 +49,18 @@ class Parts(NamedTuple):
 def whole(x: Any) -> Parts:
   """A value that has not grown."""
   return Parts((), {(): x})
+
+
+def empty(old: Any, new: Any) -> Parts:
+  """A value without entries, which may have grown along any axis."""
+  axes = tuple(a for a, (n, m) in enumerate(zip(old.shape, new.shape, strict=True)) if n != m)
+  blocks = {}
+  for bits in itertools.product((0, 1), repeat=len(axes)):
+    shape = list(old.shape)
+    for axis, bit in zip(axes, bits, strict=True):
+      shape[axis] = new.shape[axis] - shape[axis] if bit else shape[axis]
+    blocks[bits] = jnp.zeros(shape, old.dtype)
+  return Parts(axes, blocks)
 
 
 def cut(leaf: Any, change: LeafChange) -> Parts:

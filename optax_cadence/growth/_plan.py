@@ -17,6 +17,7 @@ from optax_cadence import _paths
 from optax_cadence import _tables
 from optax_cadence.growth import _trees
 from optax_cadence.growth._dimension import Dimension
+from optax_cadence.growth._dimension import extended_together
 
 Shape = tuple[int, ...]
 
@@ -89,11 +90,13 @@ class Plan:
     alpha: Path of the gate in the tree, or where it would be.
     flops: Multiplications and additions of one forward pass of the traced program before and
       after; None where no program was read.
-    dimensions: The dimensions that are widened, each with its number of new units.
+    dimensions: The dimensions that change, as they are in the smaller tree, each with the number of
+      units that the larger one has more.
     gate: Whether there is a gate. Without it new entries count at once.
     moved: For each leaf that stands elsewhere in the larger tree, as when a block is put before
       others: from its path in the smaller tree to that in the larger. All other paths of a plan
       are those of the larger tree.
+    notes: What else is to be known of it, in words: printed below the table.
   """
 
   changes: tuple[LeafChange, ...]
@@ -102,12 +105,36 @@ class Plan:
   flops: tuple[int, int] | None = None
   dimensions: tuple[tuple[Dimension, int], ...] = ()
   moved: Mapping[_paths.Path, _paths.Path] = dataclasses.field(default_factory=dict)
+  notes: tuple[str, ...] = ()
   gate: bool = True
 
   @property
   def by_path(self) -> dict[_paths.Path, LeafChange]:
     """The changes, by path."""
     return {change.path: change for change in self.changes}
+
+  def after(self) -> list[Dimension]:
+    """The dimensions as they are when the plan has been applied."""
+    if not self.grows:
+      return [dimension for dimension, _ in self.dimensions]
+    along: dict[tuple[_paths.Path, int], list[tuple[Dimension, int, Any]]] = {}
+    for dimension, more in self.dimensions:
+      for member in dimension.members:
+        place = member.path, member.axis
+        along.setdefault(place, []).append((dimension, more, member))
+    members: dict[Dimension, list[Any]] = {dimension: [] for dimension, _ in self.dimensions}
+    for described in along.values():
+      labels = extended_together(
+        [member.labels for _, _, member in described],
+        [dimension.size for dimension, _, _ in described],
+        [more for _, more, _ in described],
+      )
+      for (dimension, _, member), new in zip(described, labels, strict=True):
+        members[dimension].append(dataclasses.replace(member, labels=new))
+    return [
+      dataclasses.replace(dimension, size=dimension.size + more, members=tuple(members[dimension]))
+      for dimension, more in self.dimensions
+    ]
 
   def __add__(self, other: "Plan") -> "Plan":
     """Both changes at once, behind one gate.
@@ -124,7 +151,10 @@ class Plan:
       flops = (self.flops[0], self.flops[1] + other.flops[1] - self.flops[0])
     dimensions = self.dimensions + other.dimensions
     moved = {**self.moved, **other.moved}
-    return Plan(changes, self.grows, self.alpha, flops, dimensions, moved, self.gate)
+    notes = tuple(dict.fromkeys(self.notes + other.notes))
+    return Plan(
+      changes, self.grows, self.alpha, flops, dimensions, moved, notes=notes, gate=self.gate
+    )
 
   def __str__(self) -> str:
     header = ("leaf", "role", "before", "after", "parameters")
@@ -141,9 +171,10 @@ class Plan:
     if self.flops:
       before, after = self.flops
       lines.append(f"FLOPs of a forward pass: {before} before, {after} after ({after - before:+d})")
-    for dimension, more in self.dimensions:
-      lines += [output.grown(more) for output in dimension.outputs]
     if self.grows:
+      for dimension, more in self.dimensions:
+        lines += [output.grown(more) for output in dimension.outputs]
+      lines += self.notes
       lines.append(f"gate: {_paths.join(self.alpha) if self.gate else 'none'}")
     return "\n".join(lines)
 
@@ -198,7 +229,8 @@ class Plan:
       for c in self.changes
     )
     flops = self.flops and self.flops[::-1]
-    return Plan(tuple(changes), False, self.alpha, flops, moved=self.moved, gate=self.gate)
+    dimensions = self.dimensions
+    return Plan(tuple(changes), False, self.alpha, flops, dimensions, self.moved, gate=self.gate)
 
   def check(self, variables: Any, when: str) -> None:
     """Raises `ValueError` unless the leaves have their shapes "before" or "after"."""

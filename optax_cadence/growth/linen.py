@@ -24,21 +24,23 @@ from optax_cadence.growth._plan import Plan
 Grown = tuple[Any, Callable[..., Any], Plan]
 
 
-def couple(module: Any, variables: Any, *inputs: Any, producer: str, **kwargs: Any) -> Dimension:
+def couple(
+  module: Any, variables: Any, *inputs: Any, producer: str | Sequence[str], **kwargs: Any
+) -> Dimension:
   """As `growth.couple`, for the path of a layer: every axis that grows with one of its own.
 
   Args:
     module: The module.
     variables: Its variables.
     *inputs: Its inputs, arrays or `jax.ShapeDtypeStruct`s.
-    producer: Path of the layer, or leaf, that makes the units.
+    producer: Path of the layer, or leaf, that makes the units, or a glob; several of as many units
+      are one dimension.
     **kwargs: As for `growth.couple` (`axis`, `unit`, `blocks`), or of the forward pass.
 
   Returns:
     The `Dimension`, for the tree `variables`.
   """
-  network = _network(module, variables, inputs, {})
-  return _driver.couple(network, _kernel(network, producer), **kwargs)
+  return _driver.couple(_network(module, variables, inputs, {}), producer, **kwargs)
 
 
 def widen(
@@ -46,8 +48,8 @@ def widen(
   new: Any,
   variables: Any,
   *inputs: Any,
-  producer: str,
-  by: int,
+  producer: str | Sequence[str],
+  by: int | Sequence[int],
   axis: int = -1,
   unit: int = 1,
   blocks: int = 1,
@@ -64,8 +66,8 @@ def widen(
     variables: The variables of `old`: {"params": …, "batch_stats": …}.
     *inputs: Inputs of the module, arrays.
     producer: Path of the leaf that makes the units, or of a layer with one kernel:
-      "params/Dense_0".
-    by: Number of new units.
+      "params/Dense_0"; or several, as a list or as a glob: "params/block_*/up".
+    by: Number of new units, of each producer; or a list, a number for each that is named.
     axis: The axis of the leaf that holds the units.
     unit: Adjacent positions that make one unit.
     blocks: How often the units repeat along the axis.
@@ -83,7 +85,7 @@ def widen(
   network = _network(old, variables, inputs, kwargs, new, rngs)
   grown = _driver.widen(
     network,
-    _kernel(network, producer),
+    producer,
     by,
     axis=axis,
     unit=unit,
@@ -91,6 +93,9 @@ def widen(
     fresh=fresh,
     alpha=alpha,
   )
+  merged = _trees.remove(grown.variables, grown.plan.alpha)
+  resized = network._replace(forward=_apply(new, rngs), variables=merged)
+  _driver.check_layout(resized, grown.plan, type(new).__name__)
   return _with_forward(old, new, grown)
 
 
@@ -118,7 +123,12 @@ def enlarge(
   """
   network = _network(old, variables, inputs, kwargs, new, rngs)
   grown = _driver.enlarge(
-    network, _kernel(network, conv), kernel_size, causal=causal, fresh=fresh, alpha=alpha
+    network,
+    network.kernel(tuple(conv.split("/"))),
+    kernel_size,
+    causal=causal,
+    fresh=fresh,
+    alpha=alpha,
   )
   return _with_forward(old, new, grown)
 
@@ -149,7 +159,7 @@ def deepen(
   network = _network(old, variables, inputs, kwargs, new, rngs)
   deeper = _network(new, network.init() if fresh is None else fresh, inputs, kwargs)
   grown = _driver.deepen(network, deeper, outgoing=outgoing, moved=moved, alpha=alpha)
-  _driver.check_closed(_check_new(new, grown, inputs, kwargs), grown)
+  _check_closed(new, grown, inputs, kwargs, rngs)
   return _with_forward(old, new, grown)
 
 
@@ -178,8 +188,8 @@ def stack(
   `widen`; without a gate the forward pass is `new.apply`.
 
   Raises:
-    ValueError: If `new` does not run with more layers, if these count although the gate is closed,
-      or as `growth.stacking` does.
+    ValueError: If `new` has not as many layers, if new ones count although the gate is closed, or
+      as `growth.stacking` does.
   """
   network = _network(old, variables, inputs, kwargs, new, rngs)
   copies = rngs is None and fresh is None
@@ -202,7 +212,7 @@ def stack(
     alpha=network.alpha,
   )
   grown = _driver.grow(network, plan, {} if copies else fresh, alpha)
-  _driver.check_closed(_check_new(new, grown, inputs, kwargs), grown)
+  _check_closed(new, grown, inputs, kwargs, rngs)
   return _with_forward(old, new, grown)
 
 
@@ -230,7 +240,6 @@ def heads(
   """
   network = _network(old, variables, inputs, kwargs, new, rngs)
   grown = _driver.heads(network, attn, by, of, fresh=fresh, alpha=alpha)
-  _check_new(new, grown, inputs, kwargs)
   return _with_forward(old, new, grown)
 
 
@@ -261,30 +270,24 @@ def vocabulary(
     The grown variables, `new.apply`, and the plan.
 
   Raises:
-    ValueError: If `new` does not run with them, or as `growth.adding_tokens` does.
+    ValueError: If `new` is of another size, or as `growth.adding_tokens` does.
   """
-  network = _network(new, variables, inputs, kwargs)
+  network = _network(new, variables, inputs, kwargs, new)
   plan = _vocabulary.adding_tokens(variables, by, embed=embed, head=head, alpha=network.alpha)
   grown = _driver.grow(network, plan, _vocabulary.mean_tokens(variables, plan, given))
-  _check_new(new, grown, inputs, kwargs)
   return grown.variables, new.apply, plan
 
 
-def _check_new(
-  new: Any, grown: _driver.Grown, inputs: Sequence[Any], settings: Mapping[str, Any]
-) -> Network:
-  """The new module with the grown variables, without their gate.
-
-  Raises:
-    ValueError: If it does not run.
-  """
-  variables = grown.variables
-  if grown.plan.gate:
-    variables = _trees.remove(variables, grown.plan.alpha)
-  network = _network(new, variables, inputs, settings)
-  _driver.check_runs(network, type(new).__name__)
-  # With `mutable` the output stands before what has changed.
-  return network._replace(output=("0",) if settings.get("mutable") else ())
+def _check_closed(
+  new: Any, grown: _driver.Grown, inputs: Sequence[Any], settings: Mapping[str, Any], rngs: Any
+) -> None:
+  """Raises `ValueError` if what is new counts although the gate is closed."""
+  plan, variables = grown.plan, grown.variables
+  if plan.gate:
+    network = _network(new, _trees.remove(variables, plan.alpha), inputs, settings, rngs=rngs)
+    # With `mutable` the output stands before what has changed.
+    output = ("0",) if settings.get("mutable") else ()
+    _driver.check_closed(network._replace(output=output), plan)
 
 
 def shrink(
@@ -312,11 +315,12 @@ def shrink(
     ValueError: If `new` does not run with what is left, or as `growth.shrinking` does.
   """
   network = _network(old, variables, inputs, kwargs)
-  name = _kernel(network, producer)
-  units = _driver.couple(network, name, axis=axis, unit=unit, blocks=blocks)
+  units = _driver.couple(network, producer, axis=axis, unit=unit, blocks=blocks)
   plan = _planners.shrinking(variables, units, keep=keep, remove=remove)
   smaller = plan.apply(variables)
-  _driver.check_runs(_network(new, smaller, inputs, kwargs), type(new).__name__)
+  resized = network._replace(forward=_apply(new), variables=smaller)
+  _driver.check_runs(resized, type(new).__name__)
+  _driver.check_layout(resized, plan, type(new).__name__)
   return smaller, plan
 
 
@@ -329,24 +333,41 @@ def _network(
   rngs: Any = None,
 ) -> Network:
   """A module as the driver sees it; `new` and `rngs` give its new entries."""
+  if "params" not in variables:
+    raise ValueError(
+      'expected variables as `init` returns them, {"params": …}, found the keys'
+      f" {sorted(variables)}"
+    )
 
   def init() -> Any:
     if rngs is None:
       raise ValueError("new entries need a source: expected rngs=, for new.init, or fresh=")
-    of_init = {name: value for name, value in settings.items() if name != "mutable"}
-    return jax.jit(lambda rngs: new.init(rngs, *inputs, **of_init))(rngs)
+    return jax.jit(lambda rngs: new.init(rngs, *inputs, **_of_init(settings)))(rngs)
 
-  return Network(module.apply, variables, inputs, settings, "params/alpha", init)
+  def defined() -> Any:
+    of_init = _of_init(settings)
+    return jax.eval_shape(lambda: new.init(jax.random.key(0), *inputs, **of_init))
+
+  shapes = defined if inputs and new is not None else None
+  return Network(
+    _apply(module, rngs), variables, inputs, settings, "params/alpha", init, defined=shapes
+  )
 
 
-def _kernel(network: Network, name: str) -> str:
-  """The path of the kernel of a layer, or of a leaf, that was named."""
-  if "params" not in network.variables:
-    raise ValueError(
-      'expected variables as `init` returns them, {"params": …}, found the keys'
-      f" {sorted(network.variables)}"
-    )
-  return network.kernel(tuple(name.split("/")))
+def _apply(module: Any, rngs: Any = None) -> Callable[..., Any]:
+  """The forward pass as it is traced; dropout gets random numbers, be it those of `init`."""
+  rngs = jax.random.key(0) if rngs is None else rngs
+
+  def forward(variables: Any, *inputs: Any, **settings: Any) -> Any:
+    return module.apply(variables, *inputs, **{"rngs": rngs, **settings})
+
+  return forward
+
+
+def _of_init(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """The further arguments of a forward pass that `init` takes too."""
+  of_apply = ("capture_intermediates", "mutable", "rngs")
+  return {name: value for name, value in settings.items() if name not in of_apply}
 
 
 def _with_forward(old: Any, new: Any, grown: _driver.Grown) -> Grown:

@@ -72,6 +72,7 @@ def upcycle(
   given: Mapping[str, Any] | None = None,
   rngs: nnx.Rngs | None = None,
   optimizer: nnx.Optimizer | None = None,
+  **kwargs: Any,
 ) -> Plan:
   """Makes mixtures of experts of MLPs in a live model (arXiv:2212.05055); its outputs stay.
 
@@ -88,6 +89,7 @@ def upcycle(
     given: Weights of routers by the path of their leaf; by default they are small and random.
     rngs: Random numbers for them.
     optimizer: The model's optimizer, whose state follows.
+    **kwargs: Further arguments of the forward pass.
 
   Returns:
     The `Plan` that was applied; `growth.undo(model, plan)` leaves the first expert of each.
@@ -96,7 +98,7 @@ def upcycle(
     ValueError: If an MLP is not inside the model, or the model does not run with it.
   """
   modules = [mlp] if isinstance(mlp, nnx.Module) else list(mlp)
-  network = live._network(model, inputs)
+  network = live._network(model, inputs, kwargs)
   paths = [live._path(model, module) for module in modules]
   if () in paths:
     raise ValueError("mlp: expected a module inside the model, found the model itself")
@@ -131,7 +133,7 @@ def upcycle(
     for path in paths:
       _nnx_contents.replace(model, path, mixture)
 
-  return live._put(model, grown, inputs, optimizer, add=add)
+  return live._put(model, grown, network, optimizer, add=add)
 
 
 def _features(mlp: Any) -> int:

@@ -19,6 +19,7 @@ from optax_cadence.growth import _driver
 from optax_cadence.growth import _gate
 from optax_cadence.growth import _nnx_contents
 from optax_cadence.growth import _nnx_gate
+from optax_cadence.growth import _nnx_init
 from optax_cadence.growth import _nnx_model
 from optax_cadence.growth import _stacking
 from optax_cadence.growth import _state
@@ -28,7 +29,7 @@ from optax_cadence.growth._dimension import Axis
 from optax_cadence.growth._dimension import Dimension
 from optax_cadence.growth._driver import Network
 from optax_cadence.growth._fresh import Fresh
-from optax_cadence.growth._nnx_model import default_init
+from optax_cadence.growth._nnx_init import default_init
 from optax_cadence.growth._nnx_model import forward
 from optax_cadence.growth._nnx_model import variables
 from optax_cadence.growth._plan import Plan
@@ -54,30 +55,38 @@ __all__ = [
 ]
 
 
+# What makes the units: a module of the model, or a path or glob of such.
+Producer = nnx.Module | str
+
+
 def couple(
-  model: nnx.Module, *inputs: Any, producer: nnx.Module, axis: int = -1, **kwargs: Any
+  model: nnx.Module,
+  *inputs: Any,
+  producer: Producer | Sequence[Producer],
+  axis: int = -1,
+  **kwargs: Any,
 ) -> Dimension:
   """As `growth.couple`, for a module of a live model: every axis that grows with one of its own.
 
   Args:
     model: The model.
     *inputs: Inputs of its forward pass, arrays or `jax.ShapeDtypeStruct`s.
-    producer: The module inside whose kernel (or embedding) has the units along `axis`.
+    producer: The module inside whose kernel (or embedding) has the units along `axis`, or its
+      path, or a glob; several of as many units are one dimension.
     axis: The axis of that leaf.
     **kwargs: As for `growth.couple`, or further arguments of the forward pass.
 
   Returns:
     The `Dimension`, for the tree `nnx.variables(model)`.
   """
-  network = _network(model, inputs)
-  return _driver.couple(network, network.kernel(_path(model, producer)), axis=axis, **kwargs)
+  return _driver.couple(_network(model, inputs), _paths_of(model, producer), axis=axis, **kwargs)
 
 
 def widen(
   model: nnx.Module,
   *inputs: Any,
-  by: int,
-  producer: nnx.Module | Dimension,
+  by: int | Sequence[int],
+  producer: Producer | Dimension | Sequence[Producer],
   consumers: Sequence[nnx.Module] | None = None,
   also: Sequence[nnx.Module] = (),
   axis: int = -1,
@@ -87,6 +96,8 @@ def widen(
   rngs: nnx.Rngs | None = None,
   optimizer: nnx.Optimizer | None = None,
   alpha: float = 0.0,
+  sizes: Mapping[str, Any] | None = None,
+  **kwargs: Any,
 ) -> Plan:
   """Gives a live model more units behind a gate.
 
@@ -94,18 +105,21 @@ def widen(
     model: The model; it is changed in place, or, on an error, not at all.
     *inputs: Inputs of its forward pass, arrays or `jax.ShapeDtypeStruct`s. With them, all
       that must grow along is found and checked.
-    by: Number of new units.
-    producer: The module whose kernel (or embedding) makes the units, or a `Dimension`.
+    by: Number of new units, of each producer; or a list, a number for each that is named.
+    producer: The module whose kernel (or embedding) makes the units, or its path; or several, as
+      a list or as a glob, "blocks/*/up"; or a `Dimension`.
     consumers: The modules whose kernels read them. Needed without `inputs`.
     also: Modules in between that have a number per unit (norms). With `consumers`.
     axis: The axis of the producer's kernel that holds the units.
     unit: Adjacent positions that make one unit.
     blocks: How often the units repeat along the axis: for the groups of a norm that grow.
-    fresh: Where new entries come from; by default from the initializer that the layer's class
-      has by default. (NNX layers do not keep the one they were made with.)
+    fresh: Where new entries come from; by default see `default_init`.
     rngs: Random numbers for those initializers.
     optimizer: The model's optimizer, whose state follows.
     alpha: Value of the gate.
+    sizes: New values of attributes of your own classes that hold a size, by name or by path, a glob
+      perhaps: `{"num_heads": 6}`. (Flax's layers are told.)
+    **kwargs: Further arguments of the forward pass (`train=True`).
 
   Returns:
     The `Plan` that was applied.
@@ -113,17 +127,16 @@ def widen(
   Raises:
     ValueError: If something does not fit; it names the path, the shapes, what is missing.
   """
-  network = _network(model, inputs, rngs)
+  network = _network(model, inputs, kwargs, rngs)
   units: Any = producer
-  if not isinstance(producer, Dimension):
-    if consumers is not None:
-      units = _described(model, producer, consumers, also, Axis(axis, blocks, unit))
-    else:
-      units = network.kernel(_path(model, producer))
+  if consumers is not None:
+    units = _described(model, producer, consumers, also, Axis(axis, blocks, unit))
+  elif not isinstance(producer, Dimension):
+    units = _paths_of(model, producer)
   grown = _driver.widen(
     network, units, by, axis=axis, unit=unit, blocks=blocks, fresh=fresh, alpha=alpha
   )
-  return _put(model, grown, inputs, optimizer, keep_groups=blocks > 1)
+  return _put(model, grown, network, optimizer, keep_groups=blocks > 1, sizes=sizes)
 
 
 def enlarge(
@@ -135,6 +148,8 @@ def enlarge(
   rngs: nnx.Rngs | None = None,
   optimizer: nnx.Optimizer | None = None,
   alpha: float = 0.0,
+  sizes: Mapping[str, Any] | None = None,
+  **kwargs: Any,
 ) -> Plan:
   """Gives a convolution of a live model a larger kernel, its new taps behind a gate.
 
@@ -144,7 +159,7 @@ def enlarge(
   Raises:
     ValueError: If the kernel would become smaller, or its padding does not keep the taps.
   """
-  network = _network(model, inputs, rngs)
+  network = _network(model, inputs, kwargs, rngs)
   grown = _driver.enlarge(
     network,
     network.kernel(_path(model, conv)),
@@ -153,7 +168,7 @@ def enlarge(
     fresh=fresh,
     alpha=alpha,
   )
-  return _put(model, grown, inputs, optimizer)
+  return _put(model, grown, network, optimizer, sizes=sizes)
 
 
 def deepen(
@@ -163,6 +178,7 @@ def deepen(
   outgoing: Callable[[Any], Sequence[nnx.Module]] = lambda model: (),
   optimizer: nnx.Optimizer | None = None,
   alpha: float = 0.0,
+  **kwargs: Any,
 ) -> Plan:
   """Adds modules to a live model, what they add to its residual stream behind a gate.
 
@@ -180,6 +196,7 @@ def deepen(
       the identity as they are (Net2Deeper, `identity_kernel`).
     optimizer: The model's optimizer, whose state follows.
     alpha: Value of the gate.
+    **kwargs: Further arguments of the forward pass.
 
   Returns:
     The `Plan` that was applied.
@@ -188,7 +205,7 @@ def deepen(
     ValueError: If nothing is new, something is gone, the model does not run with it, or what is new
       counts although the gate is closed.
   """
-  network = _network(model, inputs)
+  network = _network(model, inputs, kwargs)
   copy = nnx.clone(model)
   old = _nnx_model.paths_of_variables(copy)
   add(copy)
@@ -201,13 +218,9 @@ def deepen(
     )
   moved = {_paths.join(path): _paths.join(new[id(variable)]) for variable, path in old}
   names = [_paths.join(_path(copy, module)) for module in outgoing(copy)]
-  deeper = _network(copy, inputs)
+  deeper = _network(copy, inputs, kwargs)
   grown = _driver.deepen(network, deeper, outgoing=names, moved=moved, alpha=alpha)
-
-  def check(model: nnx.Module) -> None:
-    _driver.check_closed(network._replace(forward=forward(model)), grown)
-
-  return _put(model, grown, inputs, optimizer, add=add, check=check)
+  return _put(model, grown, network, optimizer, add=add)
 
 
 def stack(
@@ -223,6 +236,7 @@ def stack(
   sizes: Mapping[str, Any] | None = None,
   optimizer: nnx.Optimizer | None = None,
   alpha: float = 0.0,
+  **kwargs: Any,
 ) -> Plan:
   """Gives a live model more layers in a stack that `nnx.vmap` has made.
 
@@ -239,10 +253,10 @@ def stack(
     fresh: Where new layers come from, such as `growth.nnx.default_init(model, rngs)`. By default
       they are copies of old ones.
     copy_state: Whether the optimizer's state is copied with the layers, see `growth.stacking`.
-    sizes: Attributes that hold the number of layers, and their new values: `{"depth": 6}` of the
-      model itself, `{"encoder/depth": 6}` of a module inside.
+    sizes: New values of attributes that hold the number of layers, as for `widen`: `{"depth": 6}`.
     optimizer: The model's optimizer, whose state follows.
     alpha: Value of the gate.
+    **kwargs: Further arguments of the forward pass.
 
   Returns:
     The `Plan` that was applied.
@@ -250,7 +264,7 @@ def stack(
   Raises:
     ValueError: If something does not fit; it names the path, the shapes, what is missing.
   """
-  network = _network(model, inputs)
+  network = _network(model, inputs, kwargs)
   plan = _stacking.stacking(
     network.variables,
     _paths.join(_path(model, layers)),
@@ -262,13 +276,7 @@ def stack(
     copy_state=copy_state,
   )
   grown = _driver.grow(network, plan, {} if fresh is None else fresh, alpha)
-
-  def check(model: nnx.Module) -> None:
-    larger = network._replace(forward=forward(model), variables=variables(model))
-    _driver.check_runs(larger, type(model).__name__)
-    _driver.check_closed(larger, grown)
-
-  return _put(model, grown, inputs, optimizer, resize=_sizes_setter(sizes), check=check)
+  return _put(model, grown, network, optimizer, sizes=sizes)
 
 
 def heads(
@@ -282,6 +290,7 @@ def heads(
   rngs: nnx.Rngs | None = None,
   optimizer: nnx.Optimizer | None = None,
   alpha: float = 0.0,
+  **kwargs: Any,
 ) -> Plan:
   """Gives an attention layer of a live model more heads, or larger ones, behind a gate.
 
@@ -296,11 +305,12 @@ def heads(
     by: How many more.
     of: What is added: "heads", with the queries that they serve where there are several for a
       key; "queries", to each group; or entries to every head, its "size".
-    sizes: Attributes of your own classes and their new values, as for `stack`.
+    sizes: New values of attributes of your own classes, as for `widen`.
     fresh: Where new entries come from, as for `widen`.
     rngs: Random numbers for the initializers, as for `widen`.
     optimizer: The model's optimizer, whose state follows.
     alpha: Value of the gate.
+    **kwargs: Further arguments of the forward pass.
 
   Returns:
     The `Plan` that was applied.
@@ -308,27 +318,16 @@ def heads(
   Raises:
     ValueError: If the heads cannot be found or grow; it says why.
   """
-  network = _network(model, inputs, rngs)
+  network = _network(model, inputs, kwargs, rngs)
   name = _paths.join(_path(model, attn))
   grown = _driver.heads(network, name, by, of, fresh=fresh, alpha=alpha)
   ((units, more),) = grown.plan.dimensions
 
-  def resize(model: nnx.Module) -> None:
+  def refit(model: nnx.Module) -> None:
     modules = {_paths.join(tuple(map(str, path))): node for path, node in nnx.iter_graph(model)}
     _nnx_model.fit_heads(modules[name], of, units.size, more)
-    _sizes_setter(sizes)(model)
 
-  def check(model: nnx.Module) -> None:
-    larger = network._replace(forward=forward(model), variables=variables(model))
-    _driver.check_runs(larger, type(model).__name__)
-    found = _driver.find_heads(larger, name, of)[0].size
-    if found != units.size + more:
-      raise ValueError(
-        f"attn {name!r}: expected {units.size + more} of its {of} after the growth, found {found}:"
-        " set the attributes of the layer that hold their number with sizes="
-      )
-
-  return _put(model, grown, inputs, optimizer, resize=resize, check=check)
+  return _put(model, grown, network, optimizer, sizes=sizes, refit=refit)
 
 
 def vocabulary(
@@ -340,6 +339,7 @@ def vocabulary(
   given: Mapping[str, Any] | None = None,
   sizes: Mapping[str, Any] | None = None,
   optimizer: nnx.Optimizer | None = None,
+  **kwargs: Any,
 ) -> Plan:
   """Gives a live model more tokens, after the last one. Logits of old ones stay; there is no gate.
 
@@ -351,8 +351,9 @@ def vocabulary(
     head: The layer that makes the logits; None for a tied one, which reads the embedding.
     given: New entries by the path of their leaf, `{"embed/embedding": rows}`. By default a new
       token is the mean of the old ones, see `growth.mean_tokens`.
-    sizes: Attributes that hold the number of tokens, as for `stack`: `{"vocab_size": 50304}`.
+    sizes: New values of attributes that hold the number of tokens, as for `widen`.
     optimizer: The model's optimizer, whose state follows.
+    **kwargs: Further arguments of the forward pass.
 
   Returns:
     The `Plan` that was applied; `growth.undo(model, plan)` takes it back.
@@ -360,12 +361,12 @@ def vocabulary(
   Raises:
     ValueError: If something does not fit; it names the path, the shapes, what is missing.
   """
-  network = _network(model, inputs)
+  network = _network(model, inputs, kwargs)
   names = [None if m is None else _paths.join(_path(model, m)) for m in (embed, head)]
   plan = _vocabulary.adding_tokens(network.variables, by, embed=names[0] or "", head=names[1])
   fresh = _vocabulary.mean_tokens(network.variables, plan, given)
   grown = _driver.grow(network, plan, fresh)
-  return _put(model, grown, inputs, optimizer, resize=_sizes_setter(sizes))
+  return _put(model, grown, network, optimizer, sizes=sizes)
 
 
 def grow(
@@ -377,6 +378,8 @@ def grow(
   optimizer: nnx.Optimizer | None = None,
   alpha: float = 0.0,
   keep_groups: bool = False,
+  sizes: Mapping[str, Any] | None = None,
+  **kwargs: Any,
 ) -> None:
   """Applies a plan for the tree `nnx.variables(model)` to the live model.
 
@@ -384,8 +387,9 @@ def grow(
   that the groups of a `GroupNorm` get wider, instead of more. All other arguments are as for
   `widen`.
   """
-  grown = _driver.grow(_network(model), plan, fresh, alpha)
-  _put(model, grown, inputs, optimizer, keep_groups)
+  network = _network(model, inputs, kwargs)
+  grown = _driver.grow(network, plan, fresh, alpha)
+  _put(model, grown, network, optimizer, keep_groups, sizes)
 
 
 def shrink(
@@ -395,6 +399,8 @@ def shrink(
   take_out: Callable[[Any], Any] = lambda model: None,
   optimizer: nnx.Optimizer | None = None,
   keep_groups: bool = False,
+  sizes: Mapping[str, Any] | None = None,
+  **kwargs: Any,
 ) -> None:
   """Applies a plan of `growth.shrinking`, or `plan.inverse()`, to a live model.
 
@@ -406,8 +412,11 @@ def shrink(
       inverse of `deepen` does: `lambda m: m.blocks.pop()`.
     optimizer: The model's optimizer, whose state follows.
     keep_groups: Whether the groups of a `GroupNorm` get narrower, instead of fewer.
+    sizes: As for `widen`.
+    **kwargs: Further arguments of the forward pass.
   """
-  tree = plan.apply(_network(model).variables)
+  network = _network(model, inputs, kwargs)
+  tree = plan.apply(network.variables)
 
   def change(model: nnx.Module) -> None:
     take_out(model)
@@ -418,9 +427,10 @@ def shrink(
       )
     _nnx_model.set_variables(model, tree)
     _nnx_model.fit(model, keep_groups)
+    _nnx_model.set_sizes(model, sizes)
     _nnx_model.pad_for_taps(model, plan)
 
-  _change(model, plan, change, inputs, optimizer)
+  _change(model, plan, change, change, network, optimizer)
 
 
 def merge(model: nnx.Module, *, optimizer: nnx.Optimizer | None = None) -> None:
@@ -440,7 +450,7 @@ def merge(model: nnx.Module, *, optimizer: nnx.Optimizer | None = None) -> None:
     _nnx_gate.detach(model)
     _nnx_model.set_variables(model, tree)
 
-  _change(model, plan, change, (), optimizer)
+  _change(model, plan, change, change, None, optimizer)
 
 
 def undo(
@@ -459,7 +469,7 @@ def undo(
     plan: The plan by which it has grown. A model with a gate knows its own, and all else that was
       changed.
     take_out: Without a gate, takes out modules that were added, as for `shrink`.
-    sizes: Without a gate, attributes to set: as for the growth, with the values of before.
+    sizes: Without a gate, attributes to set, as for the growth, with the values of before.
     optimizer: The model's optimizer, whose state goes back too.
 
   Raises:
@@ -477,9 +487,8 @@ def undo(
     def back_to_old(model: nnx.Module) -> None:
       _nnx_contents.unwrap(model, grown)
       take_out(model)
-      _sizes_setter(sizes)(model)
 
-    shrink(model, plan.inverse(), take_out=back_to_old, optimizer=optimizer)
+    shrink(model, plan.inverse(), take_out=back_to_old, sizes=sizes, optimizer=optimizer)
     return
   plan = plan_of(model)
   back = plan.inverse()
@@ -491,7 +500,7 @@ def undo(
     gate.put_back(model)
     _nnx_model.set_variables(model, tree)
 
-  _change(model, back, change, (), optimizer)
+  _change(model, back, change, change, None, optimizer)
 
 
 def set_alpha(model: nnx.Module, alpha: float) -> None:
@@ -522,29 +531,11 @@ def call(fn: Callable[..., Any], model: nnx.Module, *args: Any, **kwargs: Any) -
   return mark.call(model, getattr(fn, "__name__", "the function"), fn, args, kwargs)
 
 
-def _sizes_setter(sizes: Mapping[str, Any] | None) -> Callable[[Any], None]:
-  """A function that sets attributes of a model's modules, by their paths.
-
-  It raises a `ValueError` for one that is not there.
-  """
-
-  def resize(model: nnx.Module) -> None:
-    modules = {tuple(map(str, path)): node for path, node in nnx.iter_graph(model)}
-    for name, value in (sizes or {}).items():
-      *path, attribute = name.split("/")
-      module = modules.get(tuple(path))
-      if not isinstance(module, nnx.Module) or attribute not in vars(module):
-        raise ValueError(
-          f"sizes {name!r}: expected an attribute of {type(model).__name__}, or, after its path,"
-          " of a module inside, found none"
-        )
-      setattr(module, attribute, value)
-
-  return resize
-
-
 def _network(
-  model: nnx.Module, inputs: Sequence[Any] = (), rngs: nnx.Rngs | None = None
+  model: nnx.Module,
+  inputs: Sequence[Any] = (),
+  settings: Mapping[str, Any] | None = None,
+  rngs: nnx.Rngs | None = None,
 ) -> Network:
   """A model without a gate, as the driver sees it."""
   name = type(model).__name__
@@ -555,7 +546,15 @@ def _network(
   tree = variables(model)
   _trees.check_concrete("growth", tree)
   init = functools.partial(default_init, model, rngs)
-  return Network(forward(model), tree, inputs, init=init, output=("0",))
+  notes = functools.partial(_nnx_init.notes, model)
+  settings = settings or {}
+  return Network(forward(model), tree, inputs, settings, init=init, notes=notes, output=("0",))
+
+
+def _paths_of(model: nnx.Module, producer: Producer | Sequence[Producer]) -> list[str]:
+  """The paths, or globs, of modules that were named."""
+  named = [producer] if isinstance(producer, str | nnx.Module) else list(producer)
+  return [x if isinstance(x, str) else _paths.join(_path(model, x)) for x in named]
 
 
 def _path(model: nnx.Module, module: Any) -> _paths.Path:
@@ -605,65 +604,85 @@ def _described(
 def _put(
   model: nnx.Module,
   grown: _driver.Grown,
-  inputs: Sequence[Any],
+  network: Network,
   optimizer: nnx.Optimizer | None,
   keep_groups: bool = False,
+  sizes: Mapping[str, Any] | None = None,
   add: Callable[[Any], None] = lambda model: None,
-  resize: Callable[[Any], None] = lambda model: None,
-  check: Callable[[Any], None] = lambda model: None,
+  refit: Callable[[Any], None] = lambda model: None,
 ) -> Plan:
   """Puts grown variables into a live model, and attaches its gate if the plan has one.
 
   Args:
     model: The model.
     grown: Its grown variables and the plan.
-    inputs: Inputs of the forward pass, to check the result.
+    network: The model as it was, with its inputs, to check the result.
     optimizer: The model's optimizer, whose state follows.
     keep_groups: Whether the groups of a `GroupNorm` get wider, instead of more.
+    sizes: New values of attributes of the user's own classes.
     add: Puts new modules into the model.
-    resize: Sets attributes of the user's own modules that repeat sizes.
-    check: Raises a `ValueError` if something is wrong with the model at its new size, before it has
-      a gate.
+    refit: Sets other attributes of the user's own classes that repeat sizes.
 
   Returns:
     The plan.
   """
   plan, tree, alpha = grown.plan, grown.variables, None
-  unchecked = [check]  # until a copy of the model has been changed
   if plan.gate:
     alpha = _trees.leaves(tree)[plan.alpha]
     tree = _trees.remove(tree, plan.alpha)
 
-  def change(model: nnx.Module) -> None:
+  def resize(model: nnx.Module) -> tuple[dict[Any, Any], Any]:
+    """Puts in what is new; returns what had to follow, as it was: attributes, and contents."""
     held = _nnx_contents.snapshot(model)
     add(model)
     contents = _nnx_contents.changes(held, model)
     _nnx_model.set_variables(model, tree)
-    sizes = _nnx_gate.attributes(model)
+    before = _nnx_gate.attributes(model)
     _nnx_model.fit(model, keep_groups)
+    refit(model)
+    _nnx_model.set_sizes(model, sizes)
     _nnx_model.pad_for_taps(model, plan)
-    resize(model)
-    while unchecked:
-      unchecked.pop()(model)
-    before = _nnx_gate.changed(sizes, _nnx_gate.attributes(model))
+    return _nnx_gate.changed(before, _nnx_gate.attributes(model)), contents
+
+  def change(model: nnx.Module) -> None:
+    before, contents = resize(model)
     if plan.gate:
       _nnx_gate.attach(model, plan, alpha, before, contents)
 
-  _change(model, plan, change, inputs, optimizer)
+  _change(model, plan, change, resize, network, optimizer)
   return plan
 
 
 def _change(
   model: nnx.Module,
   plan: Plan,
-  change: Callable[[Any], None],
-  inputs: Sequence[Any],
+  change: Callable[[Any], Any],
+  resize: Callable[[Any], Any],
+  network: Network | None,
   optimizer: nnx.Optimizer | None,
 ) -> None:
-  """Changes a model and its optimizer's state, or, on an error, neither."""
+  """Changes a model and its optimizer's state, or, on an error, neither.
+
+  Args:
+    model: The model.
+    plan: The plan by which it changes.
+    change: Changes a model, gate included.
+    resize: Changes it without a gate.
+    network: The model as it was, with the inputs on which the changed one has to run.
+    optimizer: The model's optimizer.
+  """
   changed = nnx.clone(model)
   change(changed)
-  _driver.check_runs(Network(forward(changed), variables(changed), inputs), type(model).__name__)
+  if network is not None:
+    name, hint = type(model).__name__, _nnx_model.sizes_to_name(model, plan)
+    plain = nnx.clone(model)
+    resize(plain)
+    resized = network._replace(forward=forward(plain), variables=variables(plain))
+    if any(dimension.regroups for dimension, _ in plan.dimensions):
+      _driver.check_layout(resized, plan, name, hint)
+    gated = network._replace(forward=forward(changed), variables=variables(changed))
+    _driver.check_runs(gated, name, hint)
+    _driver.check_closed(resized, plan)
   if optimizer is None:
     change(model)
     return
