@@ -163,6 +163,32 @@ def test_a_live_model():
     close(model(X), twin(X))
 
 
+class Scanned(nnx.Module):
+  def __init__(self, rngs):
+    self.blocks = nnx.split_rngs(splits=3)(nnx.vmap(Block, in_axes=0))(rngs)
+
+  def __call__(self, x):
+    scan = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    return scan(x, self.blocks)
+
+
+def test_stacked_layers():
+  model, twin = nets.make(Scanned), nets.make(Scanned)
+  with nets.relaxed():
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+    before, state = growth.nnx.variables(model), jax.tree.leaves(optimizer.opt_state)
+    plan = growth.upcycle(model, X, mlp=model.blocks.mlp, experts=4, optimizer=optimizer)
+    mixture = model.blocks.mlp
+    assert mixture.experts.up.kernel.shape == (3, 4, 6, 8)
+    assert mixture.router.kernel.shape == (3, 6, 4)
+    assert optimizer.opt_state[0].mu["blocks"]["mlp"]["experts"]["up"]["bias"].shape == (3, 4, 8)
+    close(model(X), twin(X))
+    growth.undo(model, plan, optimizer=optimizer)
+    equal(growth.nnx.variables(model), before)
+    equal(jax.tree.leaves(optimizer.opt_state), state)
+  close(model(X), twin(X))
+
+
 def test_routers_may_be_given():
   model = nets.make(Net)
   with pytest.raises(ValueError, match=r"given 'router': expected some of 'tail/router/kernel'"):

@@ -37,10 +37,9 @@ class LeafChange:
       stacked layers, the entries of those that are new.
     spatial: The spatial axes of a kernel that gets new taps.
     outgoing: The axes along which its new entries are weights out of new units.
-    layers: Whether it grows along axis 0 alone, over which a program runs layer by layer, or
-      which it has not had before (experts): then there is no program of the old size to keep
-      old entries in.
-    sources: Of such a leaf, for every position along axis 0 the old one that it is a copy of.
+    layers: Whether it grows along one axis over which a program runs layer by layer, or which it
+      has not had before (experts): then there is no program of the old size to keep old entries in.
+    sources: Of such a leaf, for every position along that axis the old one that it is a copy of.
       None: new entries are fresh.
     copies_state: Whether what an optimizer keeps of new entries is a copy too.
   """
@@ -59,7 +58,7 @@ class LeafChange:
 
   @property
   def adds_axis(self) -> bool:
-    """Whether axis 0 is there only in the larger leaf."""
+    """Whether the axis along which it grows is there only in the larger leaf."""
     return None not in (self.before, self.after) and len(self.before) != len(self.after)  # type: ignore[arg-type]
 
   @property
@@ -72,8 +71,13 @@ class LeafChange:
     """Where the smaller leaf lies in the larger, for `numpy`'s indexing."""
     small = min((s for s in (self.before, self.after) if s is not None), key=math.prod)
     if self.adds_axis:
-      return (np.asarray(self.positions[0][0]), *np.ix_(*map(np.arange, small)))
+      return self.inside(small)
     return np.ix_(*(self.positions.get(a, np.arange(n)) for a, n in enumerate(small)))
+
+  def inside(self, small: Shape) -> tuple[Any, ...]:
+    """Where an array of this shape lies in one that has an axis more, as `adds_axis` has it."""
+    ((axis, positions),) = self.positions.items()
+    return (*(slice(n) for n in small[:axis]), int(positions[0]))
 
   def new(self, axis: int) -> np.ndarray:
     """Positions of the new entries along an axis that grows."""
@@ -337,7 +341,7 @@ def _grown(change: LeafChange, old: Any, fresh: Callable[..., Any]) -> Any:
   return _trees.placed(new, change.index, old, repr(_paths.join(change.path)))
 
 
-def copied(change: LeafChange, old: Any, axis: int = 0) -> Any:
+def copied(change: LeafChange, old: Any, axis: int | None = None) -> Any:
   """What a leaf becomes, or what an optimizer keeps for it, whose new entries are copies of old.
 
   It lies on devices as the old one does. A random key gets another one in place of a copy.
@@ -345,30 +349,35 @@ def copied(change: LeafChange, old: Any, axis: int = 0) -> Any:
   Args:
     change: The change, which has `sources`.
     old: The leaf, or what follows it and has the same axis, or lacks the same.
-    axis: The axis.
+    axis: The axis; None: that of the leaf.
 
   Raises:
     ValueError: If the new size cannot be divided among the devices.
   """
   assert change.sources is not None
   old = jnp.asarray(old)
+  axis = next(iter(change.positions)) if axis is None else axis
   is_key = jax.dtypes.issubdtype(old.dtype, jax.dtypes.prng_key)
   data = np.asarray(jax.random.key_data(old) if is_key else old)
-  value = np.take(data[None] if change.adds_axis else data, change.sources, axis)
+  data = np.expand_dims(data, axis) if change.adds_axis else data
+  value = np.take(data, change.sources, axis)
   if is_key:
     impl = jax.random.key_impl(old)
-    for i in change.new(axis).tolist():
-      keys = jax.random.wrap_key_data(jnp.asarray(value[i]), impl=impl)
+    for i in np.setdiff1d(np.arange(value.shape[axis]), change.positions[axis]).tolist():
+      at = (*[slice(None)] * axis, i)
+      keys = jax.random.wrap_key_data(jnp.asarray(value[at]), impl=impl)
       folded = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys.reshape(-1))
-      value[i] = jax.random.key_data(folded).reshape(value[i].shape)
+      value[at] = jax.random.key_data(folded).reshape(value[at].shape)
     return jax.random.wrap_key_data(jnp.asarray(value), impl=impl)
-  return _trees.like(value, old, repr(_paths.join(change.path)))
+  return _trees.like(value, old, repr(_paths.join(change.path)), axis=axis)
 
 
 def _smaller(change: LeafChange, leaf: Any) -> Any:
   """A leaf at its new shape, which is smaller."""
   what = repr(_paths.join(change.path))
-  return _trees.taken(leaf, change.index, what) if change.positions else leaf
+  if not change.positions:
+    return leaf
+  return _trees.taken(leaf, change.index, what, axis=next(iter(change.positions)))
 
 
 def float_dtype(arrays: Iterable[Any]) -> Any:

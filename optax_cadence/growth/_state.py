@@ -123,7 +123,8 @@ def grow_state(
         if plan.grows:
           value = _trees.placed(new, index, value, where)
         else:
-          value = _trees.taken(value, index, where)
+          axes = change.positions if change is not None else {}
+          value = _trees.taken(value, index, where, axis=next(iter(axes), 0))
       if np.shape(value) == np.shape(new):
         return packing.pack(jnp.asarray(value)) if packed else value
     shapes = ["nothing there" if x is None else f"shape {np.shape(x)}" for x in (old_value, new)]
@@ -214,8 +215,8 @@ def _index(
     return None
   if change.adds_axis:
     larger, smaller = (new, old) if grows else (old, new)
-    first = int(change.positions[0][0])
-    return (first, ...) if larger[1:] == smaller else None
+    (axis,) = change.positions
+    return change.inside(smaller) if _without(larger, axis) == smaller else None
   if (old, new) == (change.before, change.after):
     return change.index
   if len(old) != len(new) or change.before is None or change.after is None:
@@ -249,10 +250,16 @@ def _copied_axis(
     return None
   more = len(change.sources)
   if change.adds_axis:
-    return 0 if new == (more, *old) else None
+    (added,) = change.positions
+    return added if len(new) > added and _without(new, added) == old else None
   if len(old) != len(new):
     return None
   assert change.before is not None
   different = [a for a, (n, m) in enumerate(zip(old, new, strict=True)) if n != m]
   fits = len(different) == 1 and (old[different[0]], new[different[0]]) == (change.before[0], more)
   return different[0] if fits else None
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+  """A shape without one of its axes."""
+  return (*shape[:axis], *shape[axis + 1 :])

@@ -20,6 +20,7 @@ def upcycling(
   *,
   experts: int,
   features: int,
+  axis: int = 0,
   inside: str = "experts",
   router: str = "router/kernel",
   copy_state: bool = True,
@@ -27,15 +28,16 @@ def upcycling(
 ) -> Plan:
   """Plans mixtures of experts in place of MLPs (Komatsuzaki et al. 2022, arXiv:2212.05055).
 
-  Every leaf of an MLP goes one level down, gets a first axis of experts, and is the same in all of
-  them. Beside them there is a new leaf, the weights of the router. There is no gate: a mixture
-  whose weights sum to one, as `mixture_of_experts` has them, computes what the MLP did.
+  Every leaf of an MLP goes one level down, gets an axis of experts, and is the same in all of them.
+  Beside them there is a new leaf, the weights of the router. There is no gate: a mixture whose
+  weights sum to one, as `mixture_of_experts` has them, computes what the MLP did.
 
   Args:
     variables: Tree of arrays or `jax.ShapeDtypeStruct`.
     mlps: Path of what holds the leaves of an MLP, or of several.
     experts: Number of experts.
     features: Number of entries of what the MLPs, and so the routers, read.
+    axis: Where the axis of experts stands: 1 in layers that are stacked along axis 0.
     inside: Path of the experts' leaves in a mixture.
     router: Path of the router's weights, [features, experts], in a mixture.
     copy_state: Whether what an optimizer keeps is copied to all experts too; otherwise it is as
@@ -65,22 +67,28 @@ def upcycling(
     under = [path for path in shapes if path[: len(prefix)] == prefix and path != prefix]
     if not under:
       raise ValueError(f"mlp {name!r}: expected what holds leaves of {_paths.listed(shapes)}")
+    stacks = {shapes[path][:axis] for path in under}
+    if len(stacks) != 1 or len(next(iter(stacks))) != axis:
+      listed = ", ".join(f"{_paths.join(path)!r} of shape {shapes[path]}" for path in under)
+      raise ValueError(
+        f"mlp {name!r}: expected leaves that are the same along {axis} first axes, found {listed}"
+      )
     for path in under:
       moved[path] = (*prefix, *inside.split("/"), *path[len(prefix) :])
       changes.append(
         LeafChange(
           moved[path],
           shapes[path],
-          (experts, *shapes[path]),
+          (*shapes[path][:axis], experts, *shapes[path][axis:]),
           "experts",
-          {0: np.arange(1)},
+          {axis: np.arange(1)},
           layers=True,
           sources=np.zeros(experts, int),
           copies_state=copy_state,
         )
       )
     path = (*prefix, *router.split("/"))
-    changes.append(LeafChange(path, None, (features, experts), "added"))
+    changes.append(LeafChange(path, None, (*stacks.pop(), features, experts), "added"))
   return Plan(tuple(changes), True, tuple(alpha.split("/")), moved=moved, gate=False)
 
 

@@ -11,6 +11,7 @@ from optax_cadence import _paths
 from optax_cadence.growth import _driver
 from optax_cadence.growth import _nnx_contents
 from optax_cadence.growth import _nnx_model
+from optax_cadence.growth import _trees
 from optax_cadence.growth import _upcycling
 from optax_cadence.growth import nnx as live
 from optax_cadence.growth._plan import Plan
@@ -19,9 +20,9 @@ from optax_cadence.growth._plan import Plan
 class Router(nnx.Module):
   """The weights of a router, [features, experts]."""
 
-  def __init__(self, features: int, experts: int, *, rngs: nnx.Rngs):
-    """Small random weights, as Komatsuzaki et al. have them."""
-    self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), (features, experts)))
+  def __init__(self, *shape: int, rngs: nnx.Rngs):
+    """Small random weights of a shape, as Komatsuzaki et al. have them."""
+    self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
 
 
 class MixtureOfExperts(nnx.Module):
@@ -79,7 +80,8 @@ def upcycle(
   Args:
     model: The model; it is changed in place, or, on an error, not at all.
     *inputs: Inputs of its forward pass; with them the result is checked.
-    mlp: The module inside that becomes a mixture, or several; each reads [..., features].
+    mlp: The module inside that becomes a mixture, or several; each reads [..., features]. It may
+      be one of layers that `nnx.vmap` has stacked along axis 0.
     experts: Number of experts, each of which begins as a copy.
     top_k: Number of experts for each token, see `growth.mixture_of_experts`.
     capacity: Places of every expert; None: one for every token. With fewer, tokens that find no
@@ -102,17 +104,20 @@ def upcycle(
   paths = [live._path(model, module) for module in modules]
   if () in paths:
     raise ValueError("mlp: expected a module inside the model, found the model itself")
-  features = _features(modules[0]) if features is None else features
+  stack = _stack(modules[0])
+  features = _features(modules[0], len(stack)) if features is None else features
   plan = _upcycling.upcycling(
     network.variables,
     [_paths.join(path) for path in paths],
     experts=experts,
     features=features,
+    axis=len(stack),
     copy_state=copy_state,
   )
   rngs = nnx.Rngs(0) if rngs is None else rngs
   routers = {
-    (*path, "router", "kernel"): Router(features, experts, rngs=rngs).kernel for path in paths
+    (*path, "router", "kernel"): Router(*stack, features, experts, rngs=rngs).kernel
+    for path in paths
   }
   values = {tuple(name.split("/")): value for name, value in (given or {}).items()}
   unknown = values.keys() - routers.keys()
@@ -126,7 +131,7 @@ def upcycle(
   grown = _driver.grow(network, plan, fresh)
 
   def mixture(inside: nnx.Module) -> nnx.Module:
-    router = Router(features, experts, rngs=nnx.Rngs(0))
+    router = Router(*stack, features, experts, rngs=nnx.Rngs(0))
     return MixtureOfExperts(inside, router, top_k=top_k, capacity=capacity)
 
   def add(model: nnx.Module) -> None:
@@ -136,24 +141,39 @@ def upcycle(
   return live._put(model, grown, network, optimizer, add=add)
 
 
-def _features(mlp: Any) -> int:
+def _stack(mlp: Any) -> tuple[int, ...]:
+  """The axes that the layers of an MLP have in front, as `nnx.vmap` has stacked them."""
+  found = {
+    tuple(node.kernel.shape[: -_nnx_model.rank(node, node.kernel)])
+    for _, node in nnx.iter_graph(mlp)
+    if isinstance(node, nnx.Linear | nnx.LinearGeneral)
+  }
+  if len(found) > 1:
+    raise ValueError(
+      f"mlp {type(mlp).__name__}: expected layers that are stacked alike, found {found}"
+    )
+  return found.pop() if found else ()
+
+
+def _features(mlp: Any, stacked: int) -> int:
   """The number of entries that an MLP reads: of the inputs of its layers the one that it runs on.
+
+  Args:
+    mlp: The MLP.
+    stacked: How many axes its leaves have in front of their own.
 
   Raises:
     ValueError: If it runs on none, or several.
   """
-  sizes = sorted(
-    {
-      int(_nnx_model.get_array(node).shape[-2])
-      for path, node in nnx.iter_graph(mlp)
-      if isinstance(node, nnx.Param) and _nnx_model.get_array(node).ndim > 1
-    }
-  )
+  one = nnx.clone(mlp)
+  leaves = _trees.leaves(_nnx_model.variables(one)).items()
+  tree = {path: jax.eval_shape(lambda x: x[(0,) * stacked], leaf) for path, leaf in leaves}
+  sizes = sorted({leaf.shape[-2] for leaf in tree.values() if len(leaf.shape) > 1})
+  run = _nnx_model.forward(one)
   found = []
   for n in sizes:
-    network = _driver.Network(
-      _nnx_model.forward(mlp), _nnx_model.variables(mlp), [jax.ShapeDtypeStruct((1, n), "float32")]
-    )
+    variables = _trees.with_leaves(_nnx_model.variables(one), tree)
+    network = _driver.Network(run, variables, [jax.ShapeDtypeStruct((1, n), "float32")])
     try:
       _driver.check_runs(network, "")
     except ValueError:
