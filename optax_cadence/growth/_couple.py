@@ -126,9 +126,7 @@ def members_of(graph: Graph, units: int, operations: Iterable[Operation]) -> Ite
       yield Member(path, axis, labels, roles.get((path, axis), "follows"))
 
 
-def _roles(
-  graph: Graph, operations: Iterable[Operation]
-) -> dict[tuple[_paths.Path, int], str]:
+def _roles(graph: Graph, operations: Iterable[Operation]) -> dict[tuple[_paths.Path, int], str]:
   """For axes of leaves whether products sum over them ("outgoing") or not ("incoming")."""
   roles: dict[tuple[_paths.Path, int], set[str]] = {}
   for operation in operations:
@@ -163,7 +161,7 @@ def outputs_of(graph: Graph, members: Sequence[Member]) -> Iterator[Output]:
       yield Output(path, axis, len(labels), int((labels == 0).sum()))
 
 
-def spread(graph: Graph, units: Dimension, what: str) -> None:
+def spread(graph: Graph, units: Dimension, what: str) -> list[Operation]:
   """Labels the members of a dimension, and all axes of the program that run over its units.
 
   Args:
@@ -171,12 +169,15 @@ def spread(graph: Graph, units: Dimension, what: str) -> None:
     units: The dimension.
     what: What the dimension is called in errors.
 
+  Returns:
+    The operations that the units go through.
+
   Raises:
     ValueError: If the units cannot be followed.
   """
   for member in units.members:
     graph.leaves[member.path].put(member.axis, member.labels, what)
-  spread_from(graph, [graph.leaves[member.path] for member in units.members])
+  return spread_from(graph, [graph.leaves[member.path] for member in units.members])
 
 
 def spread_from(graph: Graph, nodes: Sequence[Node]) -> list[Operation]:

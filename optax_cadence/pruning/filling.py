@@ -110,8 +110,7 @@ def weights(fill: Fill, state: Any, step: jax.Array, leaves: masking.Arrays) -> 
     return {path: jnp.zeros_like(x) for path, x in leaves.items()}
   if fill.fresh == 0:
     return {path: jnp.asarray(fill.keep, x.dtype) * x for path, x in leaves.items()}
-  key = jax.random.wrap_key_data(state.key, impl=jax.random.key_impl(_typed(fill.key)))
-  key = jax.random.fold_in(key, step)
+  key = key_at(fill, state, step)
   mean, deviation = masking.by_path(state.mean), masking.by_path(state.deviation)
   initializers, new = initializers_of(fill, leaves), {}
   for i, (path, x) in enumerate(leaves.items()):
@@ -129,6 +128,18 @@ def weights(fill: Fill, state: Any, step: jax.Array, leaves: masking.Arrays) -> 
     old = jnp.asarray(fill.keep, wide) * x.astype(wide)
     new[path] = (old + jnp.asarray(fill.fresh, wide) * drawn).astype(x.dtype)
   return new
+
+
+def key_at(fill: Fill, state: FillState, step: jax.Array) -> jax.Array:
+  """The key of a micro-step."""
+  key = jax.random.wrap_key_data(state.key, impl=jax.random.key_impl(_typed(fill.key)))
+  return jax.random.fold_in(key, step)
+
+
+def as_wide(update: jax.Array, param: jax.Array) -> jax.Array:
+  """The update, as wide as the parameter, or `param - param` would not be zero."""
+  with jax.numpy_dtype_promotion("standard"):
+    return update.astype(jnp.promote_types(update.dtype, param.dtype))
 
 
 def initializers_of(fill: Fill, leaves: masking.Arrays) -> dict[_paths.Path, Any]:
