@@ -4,6 +4,7 @@ The traced program is run as it is, but for numbers that are taken of what its p
 what has such a product inside, a call or a loop, is opened.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -38,25 +39,30 @@ class Activity(NamedTuple):
   contribution: jax.Array
 
 
-def with_activity(
-  fn: Callable[..., Any], layers: Mapping[str, Layer]
-) -> Callable[..., tuple[Any, dict[str, Activity]]]:
-  """The function that returns, beside what `fn` does, the activity of its layers."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Forward:
+  """A function that returns, beside what another does, the activity of hidden layers.
 
-  @functools.wraps(fn)
-  def forward(variables: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Activity]]:
-    traced = _graph.trace(fn, variables, *args, **kwargs)
+  Attributes:
+    fn: The other function: `fn(variables, *args, **kwargs)`.
+    layers: The layers, by name.
+  """
+
+  fn: Callable[..., Any]
+  layers: Mapping[str, Layer]
+
+  def __call__(self, variables: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Activity]]:
+    """Traces the other function and runs its program; see `_Run`."""
+    traced = _graph.trace(self.fn, variables, *args, **kwargs)
     graph = _graph.Graph(traced)
     reads: dict[tuple[int, ...], list[tuple[str, Read]]] = {}
-    for name, layer in layers.items():
+    for name, layer in self.layers.items():
       for read in _hidden.reads_of(_couple.spread(graph, layer.units, name)):
         reads.setdefault(read.at, []).append((name, read))
       graph.clear()
-    run = _Run(layers, reads)
+    run = _Run(self.layers, reads)
     outputs, found = run(traced.program, [*jax.tree.leaves(variables), *traced.arrays])
-    return traced.rebuild(outputs), {name: found[name] for name in layers}
-
-  return forward
+    return traced.rebuild(outputs), {name: found[name] for name in self.layers}
 
 
 class _Run:

@@ -153,9 +153,9 @@ def _contractions(graph: Graph) -> Iterator[Contraction]:
 
 def outputs_of(graph: Graph, members: Sequence[Member]) -> Iterator[Output]:
   """The outputs that have units, but for variables that the program returns anew."""
-  variables = {m.path for m in members}
+  variables = {_paths.join(m.path) for m in members}
   for path, node in zip(graph.output_paths, graph.outputs, strict=True):
-    if any(path[i:] in variables for i in range(len(path))):
+    if any(_paths.join(path[i:]) in variables for i in range(len(path))):
       continue
     for axis, labels in sorted(node.labels.items()):
       yield Output(path, axis, len(labels), int((labels == 0).sum()))

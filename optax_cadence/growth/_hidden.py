@@ -56,6 +56,16 @@ class Layer:
     """The shape of an array with a number for each unit."""
     return (self.units.size,) if self.stack is None else (self.stack, self.units.size)
 
+  def within(self, prefix: str) -> "Layer":
+    """The layer in the tree at a path, with those of its leaves that are there."""
+    path = tuple(prefix.split("/")) if prefix else ()
+    members = [
+      dataclasses.replace(m, path=m.path[len(path) :])
+      for m in self.units.members
+      if m.path[: len(path)] == path
+    ]
+    return dataclasses.replace(self, units=Dimension(self.units.size, tuple(members)))
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Hidden:
@@ -196,6 +206,9 @@ def reads_of(operations: Sequence[Operation]) -> Iterator[Read]:
         if not tie.summed:
           continue
         values, weights = _sides(operation)
+        product = primitives.product(operation.eqn)
+        if product is not None and product.batched[0] and weights:
+          raise _LeftOut("its layers are stacked, and vmap runs them: recycle inside that vmap")
         if len(ends) != 2 or len(values) != 1 or len(weights) != 1:
           raise _LeftOut("two activations are multiplied over its units, as queries with keys")
         (left, a), (right, b) = ends

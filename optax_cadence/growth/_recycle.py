@@ -104,6 +104,7 @@ def recycle(
   init: Callable[[jax.Array], Any] | None = None,
   key: Any = 0,
   where: Callable[[str], bool] = lambda name: True,
+  within: str = "",
   **kwargs: Any,
 ) -> Recycle:
   r"""Gives hidden units that do nothing a new life: ReDo and continual backprop on any model.
@@ -133,11 +134,13 @@ def recycle(
     age: Only units that have lived for more micro-steps than this.
     every: At how many micro-steps units are looked for.
     decay: Of the decaying mean that utility is; 0 is the present micro-batch.
-    init: `init(key)`, fresh variables like those that are trained, of which some entries are
-      taken. By default each leaf is drawn from a normal distribution with the mean and the standard
-      deviation that it has when the state is made.
+    init: `init(key)`, fresh parameters, of which some entries are taken. By default each leaf is
+      drawn from a normal distribution with the mean and the standard deviation that it has when the
+      state is made.
     key: Integer seed or PRNG key, kept in the state.
     where: Which hidden layers take part, by name.
+    within: Path of the parameters, which the transformation sees, in variables that are more:
+      `"params"` if they are those of a Linen module.
     **kwargs: Further arguments of `fn`.
 
   Returns:
@@ -168,19 +171,23 @@ def recycle(
   [[1. 0.]]
   """
   found = _hidden.hidden(fn, variables, *inputs, **kwargs)
-  layers = {name: layer for name, layer in found.layers.items() if where(name)}
+  prefix = f"{within}/" if within else ""
+  names = {name.removeprefix(prefix): name for name in found.layers if name.startswith(prefix)}
+  layers = {name: found.layers[full] for name, full in names.items() if where(name)}
   if not layers:
     reasons = "; ".join(f"{name!r}: {reason}" for name, reason in found.left_out.items())
     raise ValueError(
-      f"expected hidden layers, found {_listed(found.layers)}, of which where= takes none. Left"
-      f" out: {reasons or 'nothing'}"
+      f"expected hidden layers, found {_listed(found.layers)}"
+      + (", of which none are chosen" if found.layers else "")
+      + f"; left out: {reasons or 'nothing'}"
     )
   settings = {"threshold": threshold, "rate": rate, "age": age, "every": every, "decay": decay}
   rule = _checked(utility, {name: x for name, x in settings.items() if x is not None})
   inside = optax.with_extra_args_support(optax.identity() if inner is None else inner)
-  recycling = _Recycling(layers, rule, inside, init, filling.Fill(0.0, 1.0, key=key))
+  trained = {name: layer.within(within) for name, layer in layers.items()}
+  recycling = _Recycling(trained, rule, inside, init, filling.Fill(0.0, 1.0, key=key))
   return Recycle(
-    _activity.with_activity(fn, layers),
+    _activity.Forward(fn, layers),
     optax.GradientTransformationExtraArgs(recycling.init, recycling.update),
   )
 
