@@ -180,17 +180,16 @@ def _layer(graph: Graph, program: Any, operations: Sequence[Operation]) -> Layer
   members = tuple(_couple.members_of(graph, size, operations))
   if list(_couple.outputs_of(graph, members)):
     raise _LeftOut("it is an output of the network")
-  roles = {member.role for member in members}
-  if "both" in roles:
-    raise _LeftOut("the same weights make its units and read them, as a tied embedding does")
   reads = list(reads_of(operations))
-  if "outgoing" not in roles or not reads:
+  if not reads:
     raise _LeftOut("no product with weights reads its units")
-  loops = [_loops(program, read.at) for read in reads]
   if _is_stream(graph, operations, reads):
     raise _LeftOut(
       "many layers write and read its entries: a residual stream, or a recurrent state"
     )
+  if any(member.role == "both" for member in members):
+    raise _LeftOut("the same weights make its units and read them, as a tied embedding does")
+  loops = [_loops(program, read.at) for read in reads]
   return Layer(Dimension(size, members), _stack(graph, loops))
 
 
