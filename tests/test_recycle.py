@@ -486,7 +486,8 @@ def test_the_state_is_saved_and_mapped():
 def test_low_precision_units_are_replaced_exactly():
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), MLP)
   for params, grads in ((half, half), (MLP, half)):
-    tx = growth.recycle(mlp, params, X.astype(params["in"].dtype), every=1).transformation
+    forward, tx = growth.recycle(mlp, params, X.astype(params["in"].dtype), every=1)
+    assert forward(params, X.astype(params["in"].dtype))[1]["in"].magnitude.dtype == jnp.float32
     updates, _ = tx.update(grads, tx.init(params), params, activity=LAZY)
     with nets.relaxed():
       after = optax.apply_updates(params, updates)

@@ -21,6 +21,7 @@ from optax_cadence.growth._dimension import Labels
 from optax_cadence.growth._hidden import Layer
 from optax_cadence.growth._hidden import Read
 from optax_cadence.programs import reading
+from optax_cadence.pruning import filling
 
 
 class Activity(NamedTuple):
@@ -134,7 +135,7 @@ def _activity(read: Read, operands: Sequence[Any], units: int) -> Activity:
   means: list[jax.Array] = []
   for operand, axis in zip(operands, read.axes, strict=False):
     x = jnp.abs(jax.lax.stop_gradient(operand))
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(filling.wider(x.dtype, jnp.float32))
     others = tuple(a for a in range(x.ndim) if a != axis)
     means.append(x.mean(others) if len(means) == read.value else x.sum(others))
   value, weight = means[read.value], means[1 - read.value]

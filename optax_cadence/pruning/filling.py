@@ -114,7 +114,7 @@ def weights(fill: Fill, state: Any, step: jax.Array, leaves: masking.Arrays) -> 
   mean, deviation = masking.by_path(state.mean), masking.by_path(state.deviation)
   initializers, new = initializers_of(fill, leaves), {}
   for i, (path, x) in enumerate(leaves.items()):
-    key_of_leaf, wide = jax.random.fold_in(key, i), jnp.promote_types(x.dtype, jnp.float32)
+    key_of_leaf, wide = jax.random.fold_in(key, i), wider(x.dtype, jnp.float32)
     if fill.initializer is None:
       # Cut off at two, a normal distribution has this standard deviation.
       drawn = jax.random.truncated_normal(key_of_leaf, -2, 2, x.shape, wide) / 0.87962566
@@ -138,8 +138,13 @@ def key_at(fill: Fill, state: FillState, step: jax.Array) -> jax.Array:
 
 def as_wide(update: jax.Array, param: jax.Array) -> jax.Array:
   """The update, as wide as the parameter, or `param - param` would not be zero."""
+  return update.astype(wider(update.dtype, param.dtype))
+
+
+def wider(one: Any, other: Any) -> Any:
+  """The dtype that holds what both hold."""
   with jax.numpy_dtype_promotion("standard"):
-    return update.astype(jnp.promote_types(update.dtype, param.dtype))
+    return jnp.promote_types(one, other)
 
 
 def initializers_of(fill: Fill, leaves: masking.Arrays) -> dict[_paths.Path, Any]:
