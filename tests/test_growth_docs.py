@@ -19,7 +19,7 @@ PAGE = pathlib.Path(__file__).parents[1] / "docs" / "growth.md"
 def test_the_page_runs(capsys):
   if "model" not in inspect.signature(nnx.Optimizer.update).parameters:
     pytest.skip("the page is written for Flax 0.11: the optimizer's update takes the model")
-  code, _, _ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+  code, *_ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
   names = {"__name__": "page"}
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     exec(code, names)
@@ -30,7 +30,7 @@ def test_the_page_runs(capsys):
 
 
 def test_a_train_state_follows():
-  _, code, _ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+  _, code, *_ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
   old, new, x = nets.Transformer(), nets.Transformer(hidden=32), nets.TOKENS
   with nets.relaxed():
     state = train_state.TrainState.create(

@@ -1,5 +1,6 @@
 """A live NNX model as a tree of arrays and a function of it, and what its layers know of sizes."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -236,9 +237,15 @@ def default_init(model: nnx.Module, rngs: nnx.Rngs | None = None) -> Fresh:
       n = len(node.in_features)
       flat = (int(np.prod(own[:n])), int(np.prod(own[n:])))
     if own == shape:
-      return parameter.default(rngs.params(), flat, dtype).reshape(shape)
+      return _drawn(parameter.default, rngs.params(), flat, dtype).reshape(shape)
     # Layers that are stacked are initialized one by one.
     keys = jax.random.split(rngs.params(), int(np.prod(shape[:-axes])))
-    return jnp.stack([parameter.default(key, flat, dtype) for key in keys]).reshape(shape)
+    return jnp.stack([_drawn(parameter.default, key, flat, dtype) for key in keys]).reshape(shape)
 
   return read
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _drawn(initializer: Any, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+  """Fresh values: one program for all layers of a shape, and not one for each operation."""
+  return initializer(key, shape, dtype)
