@@ -10,6 +10,8 @@ import sys
 from typing import Any
 
 from optax_cadence.growth import _gate
+from optax_cadence.growth._activity import Activity
+from optax_cadence.growth._activity import dormant
 from optax_cadence.growth._couple import couple
 from optax_cadence.growth._dimension import Axis
 from optax_cadence.growth._dimension import Dimension
@@ -22,6 +24,8 @@ from optax_cadence.growth._fresh import outer_product
 from optax_cadence.growth._gate import gated
 from optax_cadence.growth._graph import flops
 from optax_cadence.growth._heads import couple_heads
+from optax_cadence.growth._hidden import Hidden
+from optax_cadence.growth._hidden import hidden
 from optax_cadence.growth._phase_in import periods
 from optax_cadence.growth._phase_in import phase_in
 from optax_cadence.growth._phase_in import PhaseInState
@@ -35,6 +39,9 @@ from optax_cadence.growth._planners import widening
 from optax_cadence.growth._pruned import fold_pruned
 from optax_cadence.growth._pruned import follow_pruned
 from optax_cadence.growth._pruned import pruned_units
+from optax_cadence.growth._recycle import Recycle
+from optax_cadence.growth._recycle import recycle
+from optax_cadence.growth._recycle import RecycleState
 from optax_cadence.growth._stacking import stacking
 from optax_cadence.growth._state import grow_state
 from optax_cadence.growth._upcycling import load_balance
@@ -135,18 +142,23 @@ def undo(variables: Any, plan: Plan | None = None, **kwargs: Any) -> Any:
 
 
 __all__ = [
+  "Activity",
   "Axis",
   "Dimension",
+  "Hidden",
   "LeafChange",
   "Member",
   "PhaseInState",
   "Plan",
+  "Recycle",
+  "RecycleState",
   "adding_tokens",
   "copies",
   "couple",
   "couple_heads",
   "deepening",
   "dimension",
+  "dormant",
   "enlarging",
   "flops",
   "fold_pruned",
@@ -155,6 +167,7 @@ __all__ = [
   "given",
   "gradmax",
   "grow_state",
+  "hidden",
   "identity_kernel",
   "load_balance",
   "mean_tokens",
@@ -164,6 +177,7 @@ __all__ = [
   "periods",
   "phase_in",
   "pruned_units",
+  "recycle",
   "shrinking",
   "stacking",
   "undo",

@@ -221,15 +221,15 @@ def _contractions(graph: Graph) -> Iterator[Contraction]:
 
 def outputs_of(graph: Graph, members: Sequence[Member]) -> Iterator[Output]:
   """The outputs that have units, but for variables that the program returns anew."""
-  variables = {m.path for m in members}
+  variables = {_paths.join(m.path) for m in members}
   for path, node in zip(graph.output_paths, graph.outputs, strict=True):
-    if any(path[i:] in variables for i in range(len(path))):
+    if any(_paths.join(path[i:]) in variables for i in range(len(path))):
       continue
     for axis, labels in sorted(node.labels.items()):
       yield Output(path, axis, len(labels), int((labels == 0).sum()))
 
 
-def spread(graph: Graph, units: Dimension, what: str) -> None:
+def spread(graph: Graph, units: Dimension, what: str) -> list[Operation]:
   """Labels the members of a dimension, and all axes of the program that run over its units.
 
   Args:
@@ -237,12 +237,15 @@ def spread(graph: Graph, units: Dimension, what: str) -> None:
     units: The dimension.
     what: What the dimension is called in errors.
 
+  Returns:
+    The operations that the units go through.
+
   Raises:
     ValueError: If the units cannot be followed.
   """
   for member in units.members:
     graph.leaves[member.path].put(member.axis, member.labels, what)
-  spread_from(graph, [graph.leaves[member.path] for member in units.members])
+  return spread_from(graph, [graph.leaves[member.path] for member in units.members])
 
 
 def spread_from(graph: Graph, nodes: Sequence[Node]) -> list[Operation]:

@@ -215,6 +215,24 @@ class Graph:
         found[node].append(i)
     return found
 
+  @functools.cached_property
+  def maker_of(self) -> dict[int, Operation]:
+    """For the id of each node that is a result the operation."""
+    return {id(node): operation for operation in self.operations for node in operation.results}
+
+  def labelled(self) -> list[Node]:
+    """The nodes that have labels."""
+    return [node for node in self._nodes.values() if node.labels]
+
+  def clear(self) -> None:
+    """Takes all labels off."""
+    for node in self.labelled():
+      node.labels.clear()
+
+  @functools.cached_property
+  def _nodes(self) -> dict[int, Node]:
+    return {id(node): node for link in self.links for node in link.nodes}
+
   def _flatten(
     self, program: Any, inputs: list[Any], repeat: int, at: tuple[int, ...]
   ) -> list[Any]:

@@ -84,7 +84,7 @@ def find(
     place = id(start.ends[0][0]), start.ends[0][1]
     if place in fixed:
       continue
-    attention.clear()
+    graph.clear()
     try:
       for node, axis in start.ends:
         node.put(axis, start.labels, "an attention layer")
@@ -123,7 +123,6 @@ class _Attention:
     self.leaves = {path for path in graph.leaves if path[: len(prefix)] == prefix}
     if not self.leaves:
       raise ValueError(f"attn {name!r}: expected one of {_paths.listed(graph.leaves)}")
-    self._makers = {id(node): o for o in graph.operations for node in o.results}
     products = [operation for operation in graph.operations if self._multiplies(operation)]
     if not products:
       raise ValueError(
@@ -139,12 +138,6 @@ class _Attention:
         node = operation.nodes[side]
         self.values = [(node, axis) for axis in _axes(operation).free[side]]
         break
-
-  def clear(self) -> None:
-    """Takes off all labels."""
-    linked = (node for link in self.graph.links for node in link.nodes)
-    for node in (*self.graph.leaves.values(), *linked):
-      node.labels.clear()
 
   def behind(self, node: Node | None) -> set[_paths.Path]:
     """The weights of the last products before a node, and all that came to it since."""
@@ -168,7 +161,7 @@ class _Attention:
       if node is None or id(node) in seen:
         continue
       seen.add(id(node))
-      maker = self._makers.get(id(node))
+      maker = self.graph.maker_of.get(id(node))
       if node.origin is not None:
         found.add(node.origin)
       elif maker is None:  # it comes out of a loop or a branch

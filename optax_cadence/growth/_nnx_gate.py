@@ -51,25 +51,15 @@ class Gate:
 
   def call(self, model: Any, what: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """`fn(model, *args, **kwargs)` through the gate; `what` is what it is called in errors."""
-    inputs = _Inputs(args, kwargs)
-    added: dict[_PLACE, type] = {}
+    of_model = Call(model, what, fn, args, kwargs)
 
     def adapt(copy: Any) -> None:
       modules = _modules(copy)
       for (path, name), value in self.before.items():
         setattr(modules[path], name, value)
 
-    new = _function(model, what, fn, inputs, added)
-    old = _function(model, what, fn, inputs, added, adapt)
-    gated = _gate.gated(new, self.plan, old=old)
-    tree = _nnx_model.variables(model)
-    output, changed, of_inputs, more = gated(tree, inputs.states(), inputs.others)
-    _put(model, changed)
-    inputs.put(of_inputs)
-    modules = _modules(model)
-    for (path, name), value in zip(added, more, strict=True):
-      setattr(modules[path], name, added[path, name](value))
-    return output
+    gated = _gate.gated(of_model.function(), self.plan, old=of_model.function(adapt))
+    return of_model.finish(gated(*of_model.arguments()))
 
   def __reduce__(self) -> Any:
     return _gate_of_pickle, (self.cls, self.plan, self.before, self.contents)
@@ -229,6 +219,34 @@ class _Inputs:
     """Puts what a call has changed into the objects."""
     for x, arrays in zip(self._objects.values(), changed, strict=True):
       _put(x, arrays)
+
+
+class Call:
+  """A call of a function of a live model, as one of the model's variables."""
+
+  def __init__(self, model: Any, what: str, fn: Callable[..., Any], args: Any, kwargs: Any):
+    """Takes what is called: `fn(model, *args, **kwargs)`; `what` is what errors call it."""
+    self._model, self._what, self._fn = model, what, fn
+    self._inputs = _Inputs(args, kwargs)
+    self._added: dict[_PLACE, type] = {}
+
+  def arguments(self) -> tuple[Any, Any, Any]:
+    """What `function` is called with."""
+    return _nnx_model.variables(self._model), self._inputs.states(), self._inputs.others
+
+  def function(self, adapt: Callable[[Any], None] = lambda model: None) -> Callable[..., Any]:
+    """The call as a function; `adapt` adapts a copy of the model to the sizes of its variables."""
+    return _function(self._model, self._what, self._fn, self._inputs, self._added, adapt)
+
+  def finish(self, result: Any) -> Any:
+    """Puts what the function has changed into the model and the arguments; returns its output."""
+    output, changed, of_inputs, more = result
+    _put(self._model, changed)
+    self._inputs.put(of_inputs)
+    modules = _modules(self._model)
+    for (path, name), value in zip(self._added, more, strict=True):
+      setattr(modules[path], name, self._added[path, name](value))
+    return output
 
 
 def _function(

@@ -5,21 +5,25 @@ call in place of `new.apply` until `growth.merge(variables, plan)`; and the plan
 `growth.grow_state` takes the optimizer's state along.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from optax_cadence import _paths
 from optax_cadence.growth import _driver
 from optax_cadence.growth import _gate
 from optax_cadence.growth import _planners
+from optax_cadence.growth import _recycle
 from optax_cadence.growth import _stacking
 from optax_cadence.growth import _trees
 from optax_cadence.growth import _vocabulary
 from optax_cadence.growth._dimension import Dimension
 from optax_cadence.growth._driver import Network
 from optax_cadence.growth._plan import Plan
+from optax_cadence.growth._recycle import Recycle
 
 Grown = tuple[Any, Callable[..., Any], Plan]
 
@@ -322,6 +326,41 @@ def shrink(
   _driver.check_runs(resized, type(new).__name__)
   _driver.check_layout(resized, plan, type(new).__name__)
   return smaller, plan
+
+
+def recycle(
+  module: Any,
+  variables: Any,
+  *inputs: Any,
+  init: Callable[[jax.Array], Any] | None = None,
+  **settings: Any,
+) -> Recycle:
+  """As `growth.recycle`, for a module: fresh weights come from its own initializers.
+
+  Args:
+    module: The module.
+    variables: Its variables.
+    *inputs: Its inputs, arrays or `jax.ShapeDtypeStruct`s.
+    init: `init(key)`, fresh parameters; by default those of `module.init`.
+    **settings: As for `growth.recycle` (`inner`, `utility`, `rate` and so on), or of `apply`
+      (`rngs`, `mutable`) and the forward pass (`train`).
+
+  Returns:
+    `Recycle(forward, transformation)`. `forward(variables, *inputs)` takes what `module.apply`
+    does, and returns `(result, activity)`. The transformation is for `variables["params"]`.
+  """
+  of_recycle = inspect.signature(_recycle.recycle).parameters
+  of_call = {name: value for name, value in settings.items() if name not in of_recycle}
+
+  def fresh(key: jax.Array) -> Any:
+    names = ["params", *(of_call.get("rngs") or {})]
+    rngs = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
+    flags = {name: value for name, value in of_call.items() if name not in ("mutable", "rngs")}
+    return module.init(rngs, *zeros, **flags)["params"]
+
+  settings["init"] = fresh if init is None else init
+  return _recycle.recycle(module.apply, variables, *inputs, within="params", **settings)
 
 
 def _network(

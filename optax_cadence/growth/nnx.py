@@ -21,10 +21,12 @@ from optax_cadence.growth import _nnx_contents
 from optax_cadence.growth import _nnx_gate
 from optax_cadence.growth import _nnx_init
 from optax_cadence.growth import _nnx_model
+from optax_cadence.growth import _recycle
 from optax_cadence.growth import _stacking
 from optax_cadence.growth import _state
 from optax_cadence.growth import _trees
 from optax_cadence.growth import _vocabulary
+from optax_cadence.growth._activity import Forward
 from optax_cadence.growth._dimension import Axis
 from optax_cadence.growth._dimension import Dimension
 from optax_cadence.growth._driver import Network
@@ -33,6 +35,7 @@ from optax_cadence.growth._nnx_init import default_init
 from optax_cadence.growth._nnx_model import forward
 from optax_cadence.growth._nnx_model import variables
 from optax_cadence.growth._plan import Plan
+from optax_cadence.growth._recycle import Recycle
 
 __all__ = [
   "call",
@@ -45,6 +48,7 @@ __all__ = [
   "heads",
   "merge",
   "plan_of",
+  "recycle",
   "set_alpha",
   "shrink",
   "stack",
@@ -529,6 +533,37 @@ def call(fn: Callable[..., Any], model: nnx.Module, *args: Any, **kwargs: Any) -
   if mark is None:
     return fn(model, *args, **kwargs)
   return mark.call(model, getattr(fn, "__name__", "the function"), fn, args, kwargs)
+
+
+def recycle(
+  model: nnx.Module, *inputs: Any, method: Callable[..., Any] | None = None, **settings: Any
+) -> Recycle:
+  """As `growth.recycle`, for a live model.
+
+  Args:
+    model: The model.
+    *inputs: Inputs of its forward pass, arrays or `jax.ShapeDtypeStruct`s.
+    method: What is called in place of the forward pass: `method(model, *inputs)`, a method of the
+      class or any function, such as the loss.
+    **settings: As for `growth.recycle`: `inner`, `utility`, `rate` and so on.
+
+  Returns:
+    `Recycle(forward, transformation)`. `forward(model, *inputs)` returns `(result, activity)` and
+    changes the variables of the model that its forward pass does. The transformation is for
+    `nnx.Optimizer`, whose `update` takes `activity=`.
+  """
+  fn = type(model).__call__ if method is None else method
+  what = getattr(fn, "__qualname__", "the function")
+  of_model = _nnx_gate.Call(model, what, fn, inputs, {})
+  found: Any = _recycle.recycle(of_model.function(), *of_model.arguments(), **settings)
+
+  def forward(model: nnx.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    of_model = _nnx_gate.Call(model, what, fn, args, kwargs)
+    run = Forward(of_model.function(), found.forward.layers)
+    result, activity = run(*of_model.arguments())
+    return of_model.finish(result), activity
+
+  return Recycle(forward, found.transformation)
 
 
 def _network(
