@@ -1,5 +1,6 @@
 """Heads of attention layers of every make: more of them, more queries of a group, larger ones."""
 
+import dataclasses
 import inspect
 
 import growth_nets as nets
@@ -334,6 +335,39 @@ def test_errors(kind, arguments, message):
   with nets.relaxed(), pytest.raises(ValueError, match=message):
     growth.heads(model, X, attn=model.attn, **arguments)
   nets.equal(growth.nnx.variables(model), before)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  heads: int
+
+
+class OfConfig(nnx.Module):
+  """Its number of heads is in a config that the forward pass reads."""
+
+  def __init__(self, rngs):
+    self.config = Config(2)
+    self.q = nnx.Linear(6, 8, rngs=rngs)
+    self.k = nnx.Linear(6, 8, rngs=rngs)
+    self.out = nnx.Linear(8, 6, rngs=rngs)
+
+  def __call__(self, x):
+    q, k = (f(x).reshape(*x.shape[:-1], self.config.heads, -1) for f in (self.q, self.k))
+    return self.out(softmax_attention(q, k, k).reshape(*x.shape[:-1], -1))
+
+
+def test_a_config_follows_and_goes_back():
+  model, twin = nets.make(Net, OfConfig), nets.make(Net, OfConfig)
+  with pytest.raises(ValueError, match="does not run at its new size"):
+    growth.heads(model, X, attn=model.attn, by=1, fresh=fresh)
+  sizes = {"attn/config": Config(3)}
+  growth.heads(model, X, attn=model.attn, by=1, fresh=fresh, sizes=sizes)
+  close(model(X), twin(X))
+  assert model.attn.config == Config(3)
+  growth.undo(model)
+  assert model.attn.config == model.first.config == Config(2)
+  growth.heads(model, X, attn=model.attn, by=1, fresh=fresh, sizes=sizes)
+  nets.opens_and_merges(model, twin, X)
 
 
 def test_heads_of_stacked_layers_grow():

@@ -123,12 +123,12 @@ def set_sizes(model: nnx.Module, sizes: Mapping[str, Any] | None) -> None:
   Args:
     model: The model; it is changed in place.
     sizes: For the name of an attribute, wherever it stands, or for its path, a glob perhaps, its
-      new value.
+      new value: a number, or an object such as a config that holds some.
 
   Raises:
     ValueError: If there is no such attribute.
   """
-  places = _sizes_of_users(model)
+  places = _attributes_of_users(model)
   for name, value in (sizes or {}).items():
     of_path = "/" in name
     matching = [
@@ -139,7 +139,7 @@ def set_sizes(model: nnx.Module, sizes: Mapping[str, Any] | None) -> None:
     if not matching:
       raise ValueError(
         f"sizes: no attribute {name!r}: expected one of"
-        f" {_paths.listed((*path, attribute) for path, attribute in places)}"
+        f" {_paths.listed((*path, attribute) for path, attribute in _sizes_of_users(model))}"
       )
     for path, attribute in matching:
       setattr(places[path, attribute][0], attribute, value)
@@ -184,18 +184,28 @@ def _resized(value: Any, numbers: Mapping[int, int]) -> Any:
 
 
 def _sizes_of_users(model: nnx.Module) -> dict[tuple[_paths.Path, str], tuple[Any, Any]]:
-  """Attributes of the user's own modules that may hold sizes: the module and the value, by place.
+  """Attributes of the user's own modules that may be sizes: the module and the value, by place."""
+  found = {}
+  for place, (node, value) in _attributes_of_users(model).items():
+    numbers = value if isinstance(value, tuple | list) else [value]
+    if numbers and all(type(x) is int for x in numbers):
+      found[place] = (node, value)
+  return found
+
+
+def _attributes_of_users(model: nnx.Module) -> dict[tuple[_paths.Path, str], tuple[Any, Any]]:
+  """All attributes of the user's own modules but variables and modules, by place.
 
   Flax's own layers are told their sizes by `fit`.
   """
-  found = {}
-  for path, node in nnx.iter_graph(model):
-    if isinstance(node, nnx.Module) and not type(node).__module__.startswith("flax."):
-      for name, value in vars(node).items():
-        numbers = value if isinstance(value, tuple | list) else [value]
-        if numbers and all(type(x) is int for x in numbers):
-          found[tuple(map(str, path)), name] = (node, value)
-  return found
+  nodes: Any = (nnx.Variable, getattr(nnx, "Pytree", nnx.Object))
+  return {
+    (tuple(map(str, path)), name): (node, value)
+    for path, node in nnx.iter_graph(model)
+    if isinstance(node, nnx.Module) and not type(node).__module__.startswith("flax.")
+    for name, value in vars(node).items()
+    if not isinstance(value, nodes) and not name.startswith(("_pytree__", "_object__"))
+  }
 
 
 def pad_for_taps(model: nnx.Module, plan: Plan) -> None:

@@ -122,7 +122,8 @@ def widen(
     optimizer: The model's optimizer, whose state follows.
     alpha: Value of the gate.
     sizes: New values of attributes of your own classes that hold a size, by name or by path, a glob
-      perhaps: `{"num_heads": 6}`. (Flax's layers are told.)
+      perhaps: `{"num_heads": 6}`; or of a config that they hold, `{"config": larger}`. (Flax's
+      layers are told.)
     **kwargs: Further arguments of the forward pass (`train=True`).
 
   Returns:
