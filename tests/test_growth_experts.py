@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
 from growth_nets import close
 from growth_nets import equal
@@ -187,6 +188,49 @@ def test_stacked_layers():
     equal(growth.nnx.variables(model), before)
     equal(jax.tree.leaves(optimizer.opt_state), state)
   close(model(X), twin(X))
+
+
+class LinenMlp(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(6, name="down")(nn.relu(nn.Dense(8, name="up")(x)))
+
+
+class LinenMixture(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    router = self.param("router", nn.initializers.normal(0.02), (6, 4))
+    of_experts = nn.vmap(
+      LinenMlp, in_axes=0, variable_axes={"params": 0}, split_rngs={"params": True}
+    )
+    return growth.mixture_of_experts(of_experts(name="experts"), router, x)
+
+
+class LinenNet(nn.Module):
+  sparse: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    return x + (LinenMixture if self.sparse else LinenMlp)(name="mlp")(x)
+
+
+def test_linen():
+  old, new = LinenNet(), LinenNet(sparse=True)
+  variables, fresh = (m.init(jax.random.key(0), X) for m in (old, new))
+  plan = growth.upcycling(
+    variables, "params/mlp", experts=4, features=6, router="router", alpha="params/alpha"
+  )
+  grown = plan.apply(variables, fresh)
+  close(new.apply(grown, X), old.apply(variables, X))
+  tx = optax.adam(1e-2)
+  with nets.relaxed():
+    params, bigger = variables["params"], grown["params"]
+    _, state = tx.update(params, tx.init(params), params)
+    found = growth.grow_state(tx, state, params, bigger, plan)
+    moments = found[0].mu["mlp"]["experts"]["up"]["kernel"]
+    np.testing.assert_array_equal(moments[3], state[0].mu["mlp"]["up"]["kernel"])
+    equal(growth.grow_state(tx, found, bigger, params, plan.inverse()), state)
+  equal(growth.undo(grown, plan), variables)
 
 
 def test_routers_may_be_given():

@@ -711,14 +711,17 @@ def _change(
   change(changed)
   if network is not None:
     name, hint = type(model).__name__, _nnx_model.sizes_to_name(model, plan)
-    plain = nnx.clone(model)
-    resize(plain)
-    resized = network._replace(forward=forward(plain), variables=variables(plain))
-    if any(dimension.regroups for dimension, _ in plan.dimensions):
-      _driver.check_layout(resized, plan, name, hint)
     gated = network._replace(forward=forward(changed), variables=variables(changed))
-    _driver.check_runs(gated, name, hint)
-    _driver.check_closed(resized, plan)
+    regroups = any(dimension.regroups for dimension, _ in plan.dimensions)
+    if regroups or any(leaf.scaled for leaf in plan.changes):
+      plain = nnx.clone(model)
+      resize(plain)
+      resized = network._replace(forward=forward(plain), variables=variables(plain))
+      _driver.check_layout(resized, plan, name, hint)
+      _driver.check_runs(gated, name, hint)
+      _driver.check_closed(resized, plan)
+    else:
+      _driver.check_runs(gated, name, hint)
   if optimizer is None:
     change(model)
     return
