@@ -16,17 +16,70 @@ from optax_cadence import growth
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "growth.md"
 
 
-def block(word):
-  """The one block of code on the page that has a word."""
-  blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-  (found,) = [code for code in blocks if word in code]
+def sections():
+  """The blocks of Python below each heading."""
+  found, heading, inside = {}, "", False
+  for line in PAGE.read_text().splitlines():
+    if line.startswith("```"):
+      inside = line == "```python"
+      if inside:
+        found.setdefault(heading, []).append("")
+    elif inside:
+      found[heading][-1] += line + "\n"
+    elif line.startswith("#"):
+      heading = line.lstrip("# ")
   return found
+
+
+BLOCKS = sections()
+
+
+def block(heading, word):
+  """The one block below a heading that has a word."""
+  (found,) = [code for code in BLOCKS[heading] if word in code]
+  return found
+
+
+RECIPES = [
+  "New tokens",
+  "Heads",
+  "Stacking",
+  "A mixture of experts",
+  "One number in the config",
+  "Going back",
+  "Which numbers to trust",
+]
+PRINTED = {
+  "New tokens": "gate: none",
+  "Heads": "3 (3, 4, 8)",
+  "Stacking": "(6, 8, 16)",
+  "A mixture of experts": "(4, 8, 16)",
+}
+LONG = {"Stacking", "New tokens", "A mixture of experts", "Heads"}
+new_flax = pytest.mark.skipif(
+  not hasattr(nnx, "List"), reason="the page is written for Flax 0.12, which has nnx.List"
+)
+
+
+@new_flax
+@pytest.mark.parametrize(
+  "recipe", [pytest.param(name, marks=[pytest.mark.ci] * (name in LONG)) for name in RECIPES]
+)
+def test_recipes_run(recipe, capsys):
+  (beginning,), (code,) = BLOCKS["Recipes"], BLOCKS[recipe]
+  names = {"__name__": "page"}
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    exec(beginning, names)
+    exec(code, names)
+  assert PRINTED.get(recipe, "") in capsys.readouterr().out
+  assert not hasattr(names["model"], "alpha") or recipe == "Which numbers to trust"
 
 
 def test_the_page_runs(capsys):
   if "model" not in inspect.signature(nnx.Optimizer.update).parameters:
     pytest.skip("the page is written for Flax 0.11: the optimizer's update takes the model")
-  code, names = block("class Net(nnx.Module)"), {"__name__": "page"}
+  (code,) = BLOCKS["Growing a network while it trains"]
+  names = {"__name__": "page"}
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     exec(code, names)
   printed = capsys.readouterr().out
@@ -36,7 +89,7 @@ def test_the_page_runs(capsys):
 
 
 def test_a_train_state_follows():
-  code = block("state.replace(apply_fn=forward")
+  code = block("Which function", "state.replace")
   old, new, x = nets.Transformer(), nets.Transformer(hidden=32), nets.TOKENS
   with nets.relaxed():
     state = train_state.TrainState.create(
@@ -53,7 +106,7 @@ def test_a_train_state_follows():
 def test_a_model_of_one_configuration_grows():
   names = {"__name__": "page", "growth": growth, "jax": jax}
   with nets.relaxed():
-    exec(block("class Config"), names)
+    exec(block("Which function", "class Model(nn.Module)"), names)
     nets.close(
       names["forward"](names["grown"], names["x"]),
       names["old"].apply(names["variables"], names["x"]),

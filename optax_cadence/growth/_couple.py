@@ -7,8 +7,9 @@ gets labels, the number of the unit behind each of its positions; they pass from
 that are tied to it, forward and backward, until nothing changes. No parameter is changed here.
 """
 
+import heapq
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from optax_cadence.growth._dimension import Output
 from optax_cadence.growth._graph import Graph
 from optax_cadence.growth._graph import Node
 from optax_cadence.growth._graph import Operation
+from optax_cadence.growth._graph import Pair
 from optax_cadence.programs import primitives
 from optax_cadence.programs import reading
 
@@ -80,16 +82,26 @@ def couple(
     described = dimension(variables, {name: Axis(axis, blocks, unit) for name in names})
   graph = _graph.read(fn, variables, *args, **kwargs)
   spread(graph, described, "the description")
-  members = tuple(_members(graph, described.size))
+  found = of_labels(graph, described.size)
   if producer is described:
-    _check_complete(described, members, graph)
+    _check_complete(described, found.members, graph)
+  return found
+
+
+def of_labels(graph: Graph, units: int) -> Dimension:
+  """The dimension of so many units that a program has been labelled with.
+
+  Raises:
+    ValueError: If no product sums over them.
+  """
+  members = tuple(members_of(graph, units, graph.operations))
   sums = [
     (operation, ends)
     for operation in graph.operations
     for tie, ends in operation.labelled()
     if tie.summed
   ]
-  outputs = tuple(_outputs(graph, members))
+  outputs = tuple(outputs_of(graph, members))
   # A sum alone may be the statistics of a norm, after which the units are still there.
   products = any(primitives.product(operation.eqn) for operation, _ in sums)
   if not sums or (outputs and not products):
@@ -101,10 +113,10 @@ def couple(
   extrema = any(map(_loses, graph.operations))
   folds = of_weights and not extrema and all(m.role != "both" for m in members)
   for operation in graph.operations:
-    _check_counts(operation, described.size)
+    _check_counts(operation, units)
   contractions = tuple(_contractions(graph))
   regroups = any(map(_regroups, graph.operations))
-  return Dimension(described.size, members, contractions, folds, outputs, regroups)
+  return Dimension(units, members, contractions, folds, outputs, regroups)
 
 
 def _ends(graph: Graph) -> str:
@@ -115,9 +127,9 @@ def _ends(graph: Graph) -> str:
     if operation.name not in ("concatenate", "reshape", "slice", "split") and _loses(operation)
   ]
   ends += [
-    f"a loop over the first axis of shape {outside.shape}"
-    for outside, _ in graph.slices
-    if 0 in outside.labels
+    f"a loop over the first axis of shape {pair.outer.shape}"
+    for pair in graph.slices
+    if 0 in pair.outer.labels
   ]
   found = list(dict.fromkeys(ends))
   return f". They end in {', '.join(found[:3])}" if found else ""
@@ -189,9 +201,9 @@ def _check_complete(described: Dimension, members: Sequence[Member], graph: Grap
       )
 
 
-def _members(graph: Graph, units: int) -> Iterator[Member]:
-  """The axes of leaves that have units, and what they do with them."""
-  roles = _roles(graph)
+def members_of(graph: Graph, units: int, operations: Iterable[Operation]) -> Iterator[Member]:
+  """The axes of leaves that have units, and what operations do with them."""
+  roles = _roles(graph, operations)
   for path, leaf in graph.leaves.items():
     for axis, labels in sorted(leaf.labels.items()):
       if units == 1 and (labels == 0).sum() > 1:
@@ -202,10 +214,10 @@ def _members(graph: Graph, units: int) -> Iterator[Member]:
       yield Member(path, axis, labels, roles.get((path, axis), "follows"))
 
 
-def _roles(graph: Graph) -> dict[tuple[_paths.Path, int], str]:
+def _roles(graph: Graph, operations: Iterable[Operation]) -> dict[tuple[_paths.Path, int], str]:
   """For axes of leaves whether products sum over them ("outgoing") or not ("incoming")."""
   roles: dict[tuple[_paths.Path, int], set[str]] = {}
-  for operation in graph.operations:
+  for operation in operations:
     if primitives.product(operation.eqn) or operation.name == "gather":
       for tie, ends in operation.labelled():
         for node, axis in ends:
@@ -227,17 +239,17 @@ def _contractions(graph: Graph) -> Iterator[Contraction]:
       yield Contraction(flops, tuple((len(labels), int((labels == 0).sum())) for labels in axes))
 
 
-def _outputs(graph: Graph, members: Sequence[Member]) -> Iterator[Output]:
+def outputs_of(graph: Graph, members: Sequence[Member]) -> Iterator[Output]:
   """The outputs that have units, but for variables that the program returns anew."""
-  variables = {m.path for m in members}
+  variables = {_paths.join(m.path) for m in members}
   for path, node in zip(graph.output_paths, graph.outputs, strict=True):
-    if any(path[i:] in variables for i in range(len(path))):
+    if any(_paths.join(path[i:]) in variables for i in range(len(path))):
       continue
     for axis, labels in sorted(node.labels.items()):
       yield Output(path, axis, len(labels), int((labels == 0).sum()))
 
 
-def spread(graph: Graph, units: Dimension, what: str) -> None:
+def spread(graph: Graph, units: Dimension, what: str) -> list[Operation]:
   """Labels the members of a dimension, and all axes of the program that run over its units.
 
   Args:
@@ -245,27 +257,61 @@ def spread(graph: Graph, units: Dimension, what: str) -> None:
     units: The dimension.
     what: What the dimension is called in errors.
 
+  Returns:
+    The operations that the units go through.
+
   Raises:
     ValueError: If the units cannot be followed.
   """
   for member in units.members:
     graph.leaves[member.path].put(member.axis, member.labels, what)
-  changed = True
-  while changed:
-    changed = False
-    for operation in graph.operations:
-      changed |= _spread_through(operation)
-    for outside, inside in graph.slices:
-      for a in range(len(inside.shape)):
-        changed |= _spread_among([(outside, a + 1), (inside, a)], "a loop")
-    for node, other in graph.same:
-      for a in range(len(node.shape)):
-        changed |= _spread_among([(node, a), (other, a)], "a branch or loop")
+  return spread_from(graph, [graph.leaves[member.path] for member in units.members])
+
+
+def spread_from(graph: Graph, nodes: Sequence[Node]) -> list[Operation]:
+  """Labels all axes of the program that run over the units of some nodes.
+
+  Only what touches an axis with new labels is looked at again: in the order of the program, and
+  then from its start.
+
+  Args:
+    graph: The program.
+    nodes: The nodes that have labels.
+
+  Returns:
+    The operations that the units go through, in the order of the program.
+
+  Raises:
+    ValueError: If the units cannot be followed.
+  """
+  waiting = {i for node in nodes for i in graph.links_of[id(node)]}
+  seen = set(waiting)
+  queue = [(0, i) for i in sorted(waiting)]
+  while queue:
+    turn, i = heapq.heappop(queue)
+    waiting.discard(i)
+    link = graph.links[i]
+    changed = _spread_through(link) if isinstance(link, Operation) else _spread_between(link)
+    touched = {j for node in link.nodes for j in graph.links_of[id(node)]} if changed else set()
+    for j in touched - waiting:
+      heapq.heappush(queue, (turn if j > i else turn + 1, j))
+    waiting |= touched
+    seen |= touched
+  links = [graph.links[i] for i in sorted(seen)]
+  return [link for link in links if isinstance(link, Operation)]
+
+
+def _spread_between(pair: Pair) -> bool:
+  """Spreads labels between two nodes of which one lies in the other."""
+  where, changed = "a loop" if pair.shift else "a branch or loop", False
+  for a in range(len(pair.inner.shape)):
+    changed |= _spread_among([(pair.outer, a + pair.shift), (pair.inner, a)], where)
+  return changed
 
 
 def _spread_through(operation: Operation) -> bool:
   """Spreads labels through an operation; returns whether any is new."""
-  nodes = [node for node in [*operation.operands, *operation.results] if node is not None]
+  nodes = operation.nodes
   if not any(node.labels for node in nodes):
     return False
   where = f"{operation.name} of shapes {[node.shape for node in nodes]}"
@@ -352,7 +398,7 @@ def _regroup(source: Node, ins: list[int], target: Node, outs: list[int], where:
 
 def _cuts(operation: Operation) -> Iterator[tuple[Node | None, Node | None, int, np.ndarray]]:
   """What an operation cuts or joins: whole, part, the axis, and where in the whole it lies."""
-  eqn, operands, results, _ = operation
+  eqn, operands, results = operation.eqn, operation.operands, operation.results
   p = eqn.params
   if operation.name == "slice":
     sizes = reading.shape(eqn.outvars[0])

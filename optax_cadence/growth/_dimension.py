@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from optax_cadence import _paths
@@ -209,3 +211,19 @@ def extended_together(
         pieces.append(added)
     start = end
   return list(np.concatenate(pieces, axis=1))
+
+
+def entries(member: Member, units: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Which entries of a member belong to some of the units.
+
+  Args:
+    member: The member.
+    units: bool [units], or [layers, units] where layers are stacked along the first axis.
+    shape: The shape of its leaf.
+  """
+  labels = np.where(member.labels < 0, units.shape[-1], member.labels)
+  nowhere = jnp.zeros((*units.shape[:-1], 1), bool)
+  along = jnp.concatenate([units, nowhere], -1)[..., labels]
+  axes = {member.axis, *range(units.ndim - 1)}
+  along = along.reshape([n if i in axes else 1 for i, n in enumerate(shape)])
+  return jnp.broadcast_to(along, shape)

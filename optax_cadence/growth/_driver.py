@@ -10,14 +10,21 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from optax_cadence import _paths
 from optax_cadence.growth import _couple
 from optax_cadence.growth import _dimension
+from optax_cadence.growth import _gate
 from optax_cadence.growth import _graph
+from optax_cadence.growth import _heads
 from optax_cadence.growth import _planners
 from optax_cadence.growth import _trees
 from optax_cadence.growth._dimension import Axis
 from optax_cadence.growth._dimension import Dimension
+from optax_cadence.growth._plan import float_dtype
 from optax_cadence.growth._plan import Plan
 
 
@@ -298,3 +305,80 @@ def check_runs(network: Network, name: str, hint: str = "") -> None:
     raise ValueError(
       f"{name} does not run at its new size, so nothing was changed. {hint or _HINT}. ({error})"
     ) from error
+
+
+def heads(
+  network: Network,
+  attn: str,
+  by: int,
+  of: str,
+  *,
+  fresh: Any = None,
+  alpha: float = 0.0,
+) -> Grown:
+  """More heads, queries of each group, or entries of a head.
+
+  Args:
+    network: The network, with inputs.
+    attn: Path of the attention layer.
+    by: Their number.
+    of: See `growth.couple_heads`.
+    fresh: See `widen`.
+    alpha: See `widen`.
+  """
+  units, entries = find_heads(network, attn, of)
+  if not isinstance(by, int) or isinstance(by, bool) or by < 1 or by % entries:
+    raise ValueError(
+      f"by: expected a positive integer{f' that {entries} divides' if entries > 1 else ''}, found"
+      f" {by!r}"
+    )
+  plan = _planners.widening(network.variables, units, by // entries, alpha=network.alpha)
+  return grow(network, plan, fresh, alpha)
+
+
+def find_heads(network: Network, attn: str, of: str) -> tuple[Dimension, int]:
+  """The units of an attention layer, and how many entries of a head one is."""
+  if not network.inputs:
+    raise ValueError("heads are found in the program: expected inputs of the forward pass")
+  return _heads.find(
+    network.forward, network.variables, *network.inputs, attn=attn, of=of, **network.settings
+  )
+
+
+def check_closed(larger: Network, plan: Plan) -> None:
+  """Raises `ValueError` if new layers count although the gate is closed.
+
+  The output must be the same whatever their weights are. Nothing is looked at if α multiplies none
+  of them, or if it is not known on which arrays the network runs.
+
+  Args:
+    larger: The network at its new size, without its gate.
+    plan: The plan by which it has grown.
+  """
+  inputs = larger.inputs
+  known = inputs and not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(inputs))
+  if not known or not plan.grows or not any(change.scaled for change in plan.changes):
+    return
+  gated = _gate.gated(larger.forward, plan)
+  leaves = _trees.leaves(larger.variables)
+  others = {}
+  for change in plan.changes:
+    leaf = leaves[change.path]
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+      at = change.new(0) if change.layers else ...
+      others[change.path] = leaf.at[at].add(jnp.asarray(0.5, leaf.dtype))
+
+  @jax.jit
+  def run(variables: Any) -> list[Any]:
+    found = _trees.leaves(gated(variables, *inputs, **larger.settings))
+    n = len(larger.output)
+    return [x for path, x in found.items() if path[:n] == larger.output]
+
+  closed = _trees.insert(larger.variables, plan.alpha, jnp.zeros((), float_dtype(leaves.values())))
+  first, second = run(closed), run(_trees.with_leaves(closed, others))
+  if not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(first, second, strict=True)):
+    raise ValueError(
+      "outgoing: with the gate closed the output still depends on the new layers, so nothing was"
+      " changed. Expected all layers through which they add to a residual stream, and that they do"
+      " nothing else to it, as x + f(norm(x)) does; without outgoing= new layers count at once"
+    )

@@ -22,6 +22,7 @@ import numpy as np
 from optax_cadence.growth import _parts
 from optax_cadence.growth._parts import Parts
 from optax_cadence.growth._parts import whole
+from optax_cadence.programs import primitives
 from optax_cadence.programs import reading
 
 
@@ -33,12 +34,14 @@ class Evaluator:
     counts: Whether the program may count along an axis that grows: whether it is known that new
       entries lie behind all old ones there.
     mixes: How often old and new have met so far.
+    made: What was computed of the gate before and may be used again, by what it was computed of.
   """
 
   def __init__(self, alpha: Any, counts: bool = True):
     self.alpha = alpha
     self.counts = counts
     self.mixes = 0
+    self.made: dict[Any, Any] = {}
 
   def run(self, old: Any, new: Any, inputs: list[Parts]) -> list[Parts]:
     """The outputs of the programs, in parts.
@@ -74,8 +77,20 @@ class Evaluator:
     if not jnp.issubdtype(dtype, jnp.floating):
       return Parts((), {(): old}, new=new)
     self.mixes += 1
-    old, new = jnp.asarray(old, dtype), jnp.asarray(new, dtype)
-    return whole(old + self.alpha.astype(dtype) * (new - old))
+    if isinstance(old, jax.core.Tracer) or isinstance(new, jax.core.Tracer) or np.ndim(old):
+      key: Any = id(old), id(new)
+    else:
+      key = float(old), float(new), dtype
+    if key not in self.made:
+      a, b = jnp.asarray(old, dtype), jnp.asarray(new, dtype)
+      self.made[key] = old, new, whole(a + self.alpha.astype(dtype) * (b - a))
+    return self.made[key][-1]
+
+  def _scaled(self, x: Any) -> Any:
+    """What comes from new entries times the gate; once, where several products read it."""
+    if id(x) not in self.made:
+      self.made[id(x)] = x, self.alpha.astype(x.dtype) * x  # x is kept, and so is its id
+    return self.made[id(x)][1]
 
   def _of_two(self, old: Any, new: Any, operands: list[Parts]) -> list[Parts]:
     """An operation on integers that are not the same in both programs, such as sizes.
@@ -139,6 +154,10 @@ class Evaluator:
         " where new entries lie there: expected inputs when the units were described"
       )
     axes = _parts.Combinations(old, new, operands)
+    # The gate multiplies what a product reads, unless that is of less precision than what it gives.
+    early = old.primitive.name in primitives.PRODUCTS and (
+      old.invars[0].aval.dtype == old.outvars[0].aval.dtype
+    )
     results = [Parts(grown, {}) for grown in axes.result_axes]
     for kept_bits in itertools.product((0, 1), repeat=len(axes.kept)):
       kept = dict(zip(axes.kept, kept_bits, strict=True))
@@ -146,10 +165,14 @@ class Evaluator:
       # The sum over what comes from old entries, then over what comes from new ones.
       for bits in itertools.product((0, 1), repeat=len(axes.summed)):
         at = {**kept, **dict(zip(axes.summed, bits, strict=True))}
-        outputs = _parts.bind(old, new, axes, at, axes.blocks(operands, at))
+        blocks = axes.blocks(operands, at)
+        gated = any(bits) and not any(kept_bits)
+        if gated and early:
+          blocks[0] = self._scaled(blocks[0])
+        outputs = _parts.bind(old, new, axes, at, blocks)
         if any(bits):
           self.mixes += 1
-          alpha = None if any(kept_bits) else self.alpha
+          alpha = self.alpha if gated and not early else None
           pairs = zip(totals, outputs, strict=True)
           totals = [_parts.met(old, a, b, alpha) for a, b in pairs]
         else:
@@ -285,7 +308,10 @@ class _Body:
 
   def __call__(self, arrays: Any, constants: Any = ()) -> Any:
     inputs = [*constants, *_with_arrays(self.inputs, arrays)]
+    # What was computed outside may be used inside, but not the other way round.
+    outside, self.evaluator.made = self.evaluator.made, dict(self.evaluator.made)
     outputs = self.evaluator.run(self.programs[0], self.programs[1], inputs)
+    self.evaluator.made = outside
     # Without the arrays, which are of the transformation's own tracing.
     self.outputs = [x._replace(blocks=dict.fromkeys(x.blocks)) for x in outputs]
     return _arrays(outputs)

@@ -58,27 +58,38 @@ def gated(
   >>> print(*(y.round(2) for y in (fn(params, x), forward(grown, x), forward(at_one, x))))
   [[3.98 3.98]] [[3.98 3.98]] [[4.89 4.89]]
   """
-  if not plan.grows:
-    raise ValueError("expected a plan that grows: one that shrinks leaves no gate")
+  if not plan.grows or not plan.gate:
+    raise ValueError(
+      "expected a plan that grows behind a gate, found one"
+      f" {'without a gate: call the network as it is' if plan.grows else 'that shrinks'}"
+    )
   before = fn if old is None else old
 
   @functools.wraps(fn)
   def forward(variables: Any, *args: Any, **kwargs: Any) -> Any:
     alpha, variables = _without_gate(variables, plan)
-    changed = [c for c in plan.changes if c.positions]
+    changed = [c for c in plan.changes if c.positions and not c.layers]
     if not changed:
       leaves = _trees.leaves(variables)
-      scaled = {c.path: leaves[c.path] for c in plan.changes if c.scaled}
-      scaled = {path: leaf * alpha.astype(leaf.dtype) for path, leaf in scaled.items()}
+      scaled = {c.path: _scaled(c, leaves[c.path], alpha) for c in plan.changes if c.scaled}
       return fn(_trees.with_leaves(variables, scaled), *args, **kwargs)
     if len(changed) < len(plan.changes):
       raise ValueError(
-        f"the plan adds {_paths.listed(c.path for c in plan.changes if not c.positions)} and"
+        f"the plan adds {_paths.listed(c.path for c in plan.changes if c not in changed)} and"
         " changes shapes too: merge the gate of one growth before the next"
       )
     return _run(fn, before, plan, alpha, variables, args, kwargs)
 
   return forward
+
+
+def _scaled(change: LeafChange, leaf: Any, alpha: Any) -> Any:
+  """A leaf of which α multiplies all, or the entries of new layers."""
+  factor = alpha.astype(leaf.dtype)
+  if change.positions:
+    is_new = np.isin(np.arange(len(leaf)), change.new(0)).reshape(-1, *[1] * (leaf.ndim - 1))
+    factor = jnp.where(is_new, factor, jnp.ones((), leaf.dtype))
+  return leaf * factor
 
 
 def _without_gate(variables: Any, plan: Plan) -> tuple[Any, Any]:
@@ -172,14 +183,25 @@ def merge(variables: Any, plan: Plan) -> Any:
       " (statistics of a norm, a product of two activations, a weight used both ways): expected 1"
     )
   leaves = _trees.leaves(variables)
-  folded = {c.path: leaves[c.path] * _factor(c, alpha, leaves[c.path]) for c in plan.changes}
+  folded = {
+    c.path: leaves[c.path] * _factor(c, alpha, leaves[c.path])
+    for c in plan.changes
+    if c.scaled or not c.layers
+  }
   return _trees.with_leaves(variables, folded)
+
+
+def undo(variables: Any, plan: Plan) -> Any:
+  """The tree as it was before it grew; see `growth.undo`."""
+  if plan.gate and plan.alpha in _trees.leaves(variables):
+    variables = _trees.remove(variables, plan.alpha)
+  return plan.inverse().apply(variables)
 
 
 def _factor(change: LeafChange, alpha: float, leaf: Any) -> Any:
   """What the gate multiplies each entry of a leaf by."""
   if change.scaled:
-    return jnp.asarray(alpha, leaf.dtype)
+    return _scaled(change, jnp.ones_like(leaf), jnp.asarray(alpha))
   factor = np.ones(leaf.shape)
   through = {axis: axis in change.outgoing or axis in change.taps for axis in change.positions}
   for axis in sorted(through, key=through.__getitem__, reverse=True):

@@ -19,8 +19,10 @@ from flax import nnx
 
 from optax_cadence import _paths
 from optax_cadence.growth import _gate
+from optax_cadence.growth import _nnx_contents
 from optax_cadence.growth import _nnx_model
 from optax_cadence.growth import _plan
+from optax_cadence.growth._nnx_contents import Contents
 from optax_cadence.growth._plan import Plan
 
 ALPHA = "alpha"
@@ -39,36 +41,36 @@ class Gate:
     cls: The model's class.
     plan: The plan by which it has grown.
     before: Attributes of its layers that repeat sizes, as they were before.
+    contents: What its modules held before that hold something else now.
   """
 
   cls: type
   plan: Plan
   before: Mapping[_PLACE, Any]
+  contents: Contents
 
   def call(self, model: Any, what: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """`fn(model, *args, **kwargs)` through the gate; `what` is what it is called in errors."""
-    inputs = _Inputs(args, kwargs)
-    added: dict[_PLACE, type] = {}
+    of_model = Call(model, what, fn, args, kwargs)
 
     def adapt(copy: Any) -> None:
       modules = _modules(copy)
       for (path, name), value in self.before.items():
         setattr(modules[path], name, value)
 
-    new = _function(model, what, fn, inputs, added)
-    old = _function(model, what, fn, inputs, added, adapt)
-    gated = _gate.gated(new, self.plan, old=old)
-    tree = _nnx_model.variables(model)
-    output, changed, of_inputs, more = gated(tree, inputs.states(), inputs.others)
-    _put(model, changed)
-    inputs.put(of_inputs)
-    modules = _modules(model)
-    for (path, name), value in zip(added, more, strict=True):
-      setattr(modules[path], name, added[path, name](value))
-    return output
+    gated = _gate.gated(of_model.function(), self.plan, old=of_model.function(adapt))
+    return of_model.finish(gated(*of_model.arguments()))
 
   def __reduce__(self) -> Any:
-    return _gate_of_pickle, (self.cls, self.plan, self.before)
+    return _gate_of_pickle, (self.cls, self.plan, self.before, self.contents)
+
+  def put_back(self, model: Any) -> None:
+    """Puts back what was there before the growth, but for the arrays, and takes the gate away."""
+    modules = _modules(model)
+    detach(model)
+    for (path, name), value in self.before.items():
+      setattr(modules[path], name, value)
+    _nnx_contents.restore(model, self.contents)
 
   def __repr__(self) -> str:
     return f"Gate({self.cls.__name__})"
@@ -101,9 +103,11 @@ class Inside:
     return _inside_of_pickle, (self.cls, self.path, self.model)
 
 
-def _gate_of_pickle(cls: type, plan: Plan, before: Mapping[_PLACE, Any]) -> Gate:
+def _gate_of_pickle(
+  cls: type, plan: Plan, before: Mapping[_PLACE, Any], contents: Contents
+) -> Gate:
   _look_for_marks(cls)
-  return Gate(cls, plan, before)
+  return Gate(cls, plan, before, contents)
 
 
 def _inside_of_pickle(cls: type, path: str, model: str) -> Inside:
@@ -116,13 +120,15 @@ def mark_of(module: Any) -> Gate | Inside | None:
   return vars(module).get(_MARK)
 
 
-def attach(model: nnx.Module, plan: Plan, alpha: Any, before: Mapping[_PLACE, Any]) -> None:
+def attach(
+  model: nnx.Module, plan: Plan, alpha: Any, before: Mapping[_PLACE, Any], contents: Contents
+) -> None:
   """Attaches the gate to a model whose arrays have grown: a parameter, and the marks."""
   floats = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
   grown = {change.path[:n] for change in plan.changes for n in range(len(change.path))}
   for path, module in _modules(model).items():
     if path == ():
-      setattr(module, _MARK, Gate(type(module), plan, before))
+      setattr(module, _MARK, Gate(type(module), plan, before, contents))
     elif path in grown:
       name = type(model).__name__
       setattr(module, _MARK, Inside(type(module), _paths.join(path), name))
@@ -213,6 +219,34 @@ class _Inputs:
     """Puts what a call has changed into the objects."""
     for x, arrays in zip(self._objects.values(), changed, strict=True):
       _put(x, arrays)
+
+
+class Call:
+  """A call of a function of a live model, as one of the model's variables."""
+
+  def __init__(self, model: Any, what: str, fn: Callable[..., Any], args: Any, kwargs: Any):
+    """Takes what is called: `fn(model, *args, **kwargs)`; `what` is what errors call it."""
+    self._model, self._what, self._fn = model, what, fn
+    self._inputs = _Inputs(args, kwargs)
+    self._added: dict[_PLACE, type] = {}
+
+  def arguments(self) -> tuple[Any, Any, Any]:
+    """What `function` is called with."""
+    return _nnx_model.variables(self._model), self._inputs.states(), self._inputs.others
+
+  def function(self, adapt: Callable[[Any], None] = lambda model: None) -> Callable[..., Any]:
+    """The call as a function; `adapt` adapts a copy of the model to the sizes of its variables."""
+    return _function(self._model, self._what, self._fn, self._inputs, self._added, adapt)
+
+  def finish(self, result: Any) -> Any:
+    """Puts what the function has changed into the model and the arguments; returns its output."""
+    output, changed, of_inputs, more = result
+    _put(self._model, changed)
+    self._inputs.put(of_inputs)
+    modules = _modules(self._model)
+    for (path, name), value in zip(self._added, more, strict=True):
+      setattr(modules[path], name, self._added[path, name](value))
+    return output
 
 
 def _function(

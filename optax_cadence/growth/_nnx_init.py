@@ -1,5 +1,6 @@
 """Where the new entries of a live NNX model's layers come from, if nobody says."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -82,12 +83,25 @@ def default_init(model: nnx.Module, rngs: nnx.Rngs | None = None) -> Fresh:
       n = len(module.in_features)
       flat = (int(np.prod(own[:n])), int(np.prod(own[n:])))
     if own == shape:
-      return initializer(rngs.params(), flat, dtype).reshape(shape)
+      return _drawn(initializer, rngs.params(), flat, dtype).reshape(shape)
     # Layers that are stacked are initialized one by one.
     keys = jax.random.split(rngs.params(), int(np.prod(shape[:-axes])))
-    return jnp.stack([initializer(key, flat, dtype) for key in keys]).reshape(shape)
+    return jnp.stack([_drawn(initializer, key, flat, dtype) for key in keys]).reshape(shape)
 
   return read
+
+
+def _drawn(initializer: Any, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+  """Fresh values."""
+  if str(getattr(initializer, "__module__", "")).split(".")[0] in ("jax", "flax"):
+    return _compiled(initializer, key, shape, dtype)
+  return initializer(key, shape, dtype)  # it may be one that cannot be traced
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _compiled(initializer: Any, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+  """One program for all layers of a shape, and not one for each operation."""
+  return initializer(key, shape, dtype)
 
 
 def notes(model: nnx.Module, plan: Plan) -> tuple[str, ...]:

@@ -94,18 +94,45 @@ def fit(model: nnx.Module, plan: Plan) -> None:
       node.group_size = _features(node)["num_features"] // node.num_groups
 
 
+def fit_heads(layer: Any, of: str, units: int, more: int) -> None:
+  """Makes attributes of an attention layer of the user's agree with its heads, by their names.
+
+  Args:
+    layer: The layer; it is changed in place.
+    of: What it has got more of: "heads", "queries" or "size".
+    units: How many there were: of one group, of queries.
+    more: How many are new.
+  """
+  own = {} if isinstance(layer, nnx.MultiHeadAttention) else dict(vars(layer))
+  for name, value in own.items():
+    if not isinstance(value, int) or isinstance(value, bool) or value % units:
+      continue
+    counts_entries = any(word in name for word in ("dim", "size", "width", "features"))
+    of_heads = "head" in name
+    if of == "size":
+      follows = counts_entries and (of_heads or "qkv" in name or "inner" in name)
+    elif of == "heads":
+      follows = (of_heads and not counts_entries) or (counts_entries and "qkv" in name)
+    else:
+      of_keys = "kv" in name or "key" in name
+      of_group = value == units and any(word in name for word in ("group", "rep"))
+      follows = of_group or (of_heads and not counts_entries and not of_keys)
+    if follows:
+      setattr(layer, name, value // units * (units + more))
+
+
 def set_sizes(model: nnx.Module, sizes: Mapping[str, Any] | None) -> None:
   """Sets attributes in which classes of the user's hold sizes.
 
   Args:
     model: The model; it is changed in place.
     sizes: For the name of an attribute, wherever it stands, or for its path, a glob perhaps, its
-      new value.
+      new value: a number, or an object such as a config that holds some.
 
   Raises:
     ValueError: If there is no such attribute.
   """
-  places = _sizes_of_users(model)
+  places = _attributes_of_users(model)
   for name, value in (sizes or {}).items():
     of_path = "/" in name
     matching = [
@@ -116,7 +143,7 @@ def set_sizes(model: nnx.Module, sizes: Mapping[str, Any] | None) -> None:
     if not matching:
       raise ValueError(
         f"sizes: no attribute {name!r}: expected one of"
-        f" {_paths.listed((*path, attribute) for path, attribute in places)}"
+        f" {_paths.listed((*path, attribute) for path, attribute in _sizes_of_users(model))}"
       )
     for path, attribute in matching:
       setattr(places[path, attribute][0], attribute, value)
@@ -130,7 +157,7 @@ def sizes_to_name(model: nnx.Module, plan: Plan) -> str:
     plan: The plan.
   """
   numbers: dict[int, int] = {}
-  for change in plan.changes:
+  for change in (c for c in plan.changes if not c.adds_axis):
     for axis in change.positions:
       numbers.setdefault((change.before or ())[axis], (change.after or ())[axis])
   for units, more in plan.dimensions:
@@ -161,18 +188,28 @@ def _resized(value: Any, numbers: Mapping[int, int]) -> Any:
 
 
 def _sizes_of_users(model: nnx.Module) -> dict[tuple[_paths.Path, str], tuple[Any, Any]]:
-  """Attributes of the user's own modules that may hold sizes: the module and the value, by place.
+  """Attributes of the user's own modules that may be sizes: the module and the value, by place."""
+  found = {}
+  for place, (node, value) in _attributes_of_users(model).items():
+    numbers = value if isinstance(value, tuple | list) else [value]
+    if numbers and all(type(x) is int for x in numbers):
+      found[place] = (node, value)
+  return found
+
+
+def _attributes_of_users(model: nnx.Module) -> dict[tuple[_paths.Path, str], tuple[Any, Any]]:
+  """All attributes of the user's own modules but variables and modules, by place.
 
   Flax's own layers are told their sizes by `fit`.
   """
-  found = {}
-  for path, node in nnx.iter_graph(model):
-    if isinstance(node, nnx.Module) and not type(node).__module__.startswith("flax."):
-      for name, value in vars(node).items():
-        numbers = value if isinstance(value, tuple | list) else [value]
-        if numbers and all(type(x) is int for x in numbers):
-          found[tuple(map(str, path)), name] = (node, value)
-  return found
+  nodes: Any = (nnx.Variable, getattr(nnx, "Pytree", nnx.Object))
+  return {
+    (tuple(map(str, path)), name): (node, value)
+    for path, node in nnx.iter_graph(model)
+    if isinstance(node, nnx.Module) and not type(node).__module__.startswith("flax.")
+    for name, value in vars(node).items()
+    if not isinstance(value, nodes) and not name.startswith(("_pytree__", "_object__"))
+  }
 
 
 def pad_for_taps(model: nnx.Module, plan: Plan) -> None:

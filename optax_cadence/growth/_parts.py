@@ -71,9 +71,9 @@ def cut(leaf: Any, change: LeafChange) -> Parts:
   for axis in axes:
     old, new = change.positions[axis], change.new(axis)
     blocks = {
-      (*bits, bit): _take(x, at, axis)
+      (*bits, bit): part
       for bits, x in blocks.items()
-      for bit, at in ((0, old), (1, new))
+      for bit, part in enumerate(_taken(x, old, new, axis))
     }
   if not taps:
     return Parts(axes, blocks)
@@ -89,10 +89,15 @@ def cut(leaf: Any, change: LeafChange) -> Parts:
   return Parts((TAPS, *axes), {**old_taps, **new_taps}, offset)
 
 
-def _take(x: Any, at: np.ndarray, axis: int) -> Any:
-  if (np.diff(at) == 1).all():
-    return jax.lax.slice_in_dim(x, int(at[0]), int(at[-1]) + 1, axis=axis)
-  return jnp.take(x, at, axis=axis, unique_indices=True, indices_are_sorted=True, mode="clip")
+def _taken(x: Any, old: np.ndarray, new: np.ndarray, axis: int) -> list[Any]:
+  """The parts of an array at some positions along an axis, and at all others."""
+  if (np.concatenate([old, new]) == np.arange(len(old) + len(new))).all():
+    # Whose gradients are joined again, where those of slices would be padded and added up.
+    return list(jax.lax.split(x, (len(old), len(new)), axis))
+  return [
+    jnp.take(x, at, axis=axis, unique_indices=True, indices_are_sorted=True, mode="clip")
+    for at in (old, new)
+  ]
 
 
 def joined(x: Parts, positions: dict[int, np.ndarray]) -> Any:

@@ -164,26 +164,40 @@ def placed(large: Any, index: Any, small: Any, what: str) -> Any:
   return like(result, small, what)
 
 
-def taken(large: Any, index: Any, what: str) -> Any:
-  """What lies at an index of `large`, by way of the host too, laid out over devices as it is."""
-  return like(np.asarray(large)[index], large, what)
+def taken(large: Any, index: Any, what: str, *, axis: int = 0) -> Any:
+  """What lies at an index of `large`, by way of the host too, laid out over devices as it is.
+
+  `axis` is the one that it has not, if it has one less.
+  """
+  if jax.dtypes.issubdtype(jnp.asarray(large).dtype, jax.dtypes.prng_key):
+    return large[index]
+  return like(np.asarray(large)[index], large, what, axis=axis)
 
 
-def like(value: Any, other: Any, what: str) -> Any:
+def like(value: Any, other: Any, what: str, *, axis: int = 0) -> Any:
   """The value as an array that lies on devices as another does, whose shape may differ.
+
+  It may also have one axis more, or less, than the other, which is not divided.
 
   Args:
     value: The value.
     other: The other array.
     what: What the value is called in errors.
+    axis: The axis that it has more, or less.
 
   Raises:
     ValueError: If its size cannot be divided among the devices as that of the other is.
   """
   if not isinstance(other, jax.Array) or not other.committed:
     return jnp.asarray(value)
+  sharding: Any = other.sharding
+  more = np.ndim(value) - other.ndim
+  if more and isinstance(sharding, jax.sharding.NamedSharding):
+    axes = [*sharding.spec, *[None] * (other.ndim - len(sharding.spec))]
+    axes[axis : axis + (more < 0)] = [None] * (more > 0)
+    sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*axes))
   try:
-    return jax.device_put(value, other.sharding)
+    return jax.device_put(value, sharding)
   except ValueError as error:
     raise ValueError(
       f"{what} is laid out over devices by {other.sharding}: expected a shape that divides among"

@@ -5,18 +5,25 @@ call in place of `new.apply` until `growth.merge(variables, plan)`; and the plan
 `growth.grow_state` takes the optimizer's state along.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from optax_cadence import _paths
 from optax_cadence.growth import _driver
 from optax_cadence.growth import _gate
 from optax_cadence.growth import _planners
+from optax_cadence.growth import _recycle
+from optax_cadence.growth import _stacking
 from optax_cadence.growth import _trees
+from optax_cadence.growth import _vocabulary
 from optax_cadence.growth._dimension import Dimension
 from optax_cadence.growth._driver import Network
 from optax_cadence.growth._plan import Plan
+from optax_cadence.growth._recycle import Recycle
 
 Grown = tuple[Any, Callable[..., Any], Plan]
 
@@ -151,12 +158,140 @@ def deepen(
   is the one that has its name. All other arguments, and what is returned, are as for `widen`.
 
   Raises:
-    ValueError: As `growth.deepening` does.
+    ValueError: If what is new counts although the gate is closed, or as `growth.deepening` does.
   """
   network = _network(old, variables, inputs, kwargs, new, rngs)
   deeper = _network(new, network.init() if fresh is None else fresh, inputs, kwargs)
   grown = _driver.deepen(network, deeper, outgoing=outgoing, moved=moved, alpha=alpha)
+  _check_closed(new, grown, inputs, kwargs, rngs)
   return _with_forward(old, new, grown)
+
+
+def stack(
+  old: Any,
+  new: Any,
+  variables: Any,
+  *inputs: Any,
+  layers: str,
+  times: int | None = None,
+  by: int | None = None,
+  where: str | int = "end",
+  outgoing: Iterable[str] = (),
+  copy_state: bool | None = None,
+  rngs: Any = None,
+  fresh: Any = None,
+  alpha: float = 0.0,
+  **kwargs: Any,
+) -> Grown:
+  """Adds layers to a stack that `nn.scan` or `nn.vmap` has made along axis 0.
+
+  `layers` is the path of the stack, "params/blocks". `times` or `by`, `where`, `outgoing` (layers
+  through which a layer adds to its residual stream: α multiplies what is new in them; none: no
+  gate) and `copy_state` are as for `growth.stacking`. New layers are copies of old ones, unless
+  `rngs` or `fresh` say where they come from. All other arguments, and what is returned, are as for
+  `widen`; without a gate the forward pass is `new.apply`.
+
+  Raises:
+    ValueError: If `new` has not as many layers, if new ones count although the gate is closed, or
+      as `growth.stacking` does.
+  """
+  network = _network(old, variables, inputs, kwargs, new, rngs)
+  copies = rngs is None and fresh is None
+  # What a stack has in other collections, such as running statistics, is at the same path there.
+  inside = tuple(layers.split("/"))[1:]
+  others = {
+    _paths.join((path[0], *inside))
+    for path in _trees.shapes(variables)
+    if path[1 : 1 + len(inside)] == inside and inside
+  }
+  plan = _stacking.stacking(
+    variables,
+    [layers, *sorted(others - {layers})],
+    times=times,
+    by=by,
+    where=where,
+    outgoing=outgoing,
+    copy=copies,
+    copy_state=copy_state,
+    alpha=network.alpha,
+  )
+  grown = _driver.grow(network, plan, {} if copies else fresh, alpha)
+  _check_closed(new, grown, inputs, kwargs, rngs)
+  return _with_forward(old, new, grown)
+
+
+def heads(
+  old: Any,
+  new: Any,
+  variables: Any,
+  *inputs: Any,
+  attn: str,
+  by: int,
+  of: str = "heads",
+  rngs: Any = None,
+  fresh: Any = None,
+  alpha: float = 0.0,
+  **kwargs: Any,
+) -> Grown:
+  """Gives an attention layer more heads, or larger ones, behind a gate.
+
+  `attn` is the path of the layer, "params/attention"; `by` how many more there are of its "heads"
+  (with the queries that they serve), of the "queries" of each group, or of the entries of a head,
+  its "size", as `of` says. All other arguments, and what is returned, are as for `widen`.
+
+  Raises:
+    ValueError: As `growth.couple_heads`, `growth.widening` and `Plan.apply` do.
+  """
+  network = _network(old, variables, inputs, kwargs, new, rngs)
+  grown = _driver.heads(network, attn, by, of, fresh=fresh, alpha=alpha)
+  return _with_forward(old, new, grown)
+
+
+def vocabulary(
+  new: Any,
+  variables: Any,
+  *inputs: Any,
+  by: int,
+  embed: str,
+  head: str | None = None,
+  given: Mapping[str, Any] | None = None,
+  **kwargs: Any,
+) -> Grown:
+  """Adds tokens after the last one. Logits of old ones stay; there is no gate.
+
+  Args:
+    new: The module, defined with more tokens.
+    variables: The variables of the old one.
+    *inputs: Inputs of the module.
+    by: Number of new tokens.
+    embed: Path of the `nn.Embed`, "params/embed".
+    head: Path of the layer that makes the logits; None for a tied one.
+    given: New entries by the path of their leaf. By default a new token is the mean of the old
+      ones, see `growth.mean_tokens`.
+    **kwargs: Further arguments of the forward pass.
+
+  Returns:
+    The grown variables, `new.apply`, and the plan.
+
+  Raises:
+    ValueError: If `new` is of another size, or as `growth.adding_tokens` does.
+  """
+  network = _network(new, variables, inputs, kwargs, new)
+  plan = _vocabulary.adding_tokens(variables, by, embed=embed, head=head, alpha=network.alpha)
+  grown = _driver.grow(network, plan, _vocabulary.mean_tokens(variables, plan, given))
+  return grown.variables, new.apply, plan
+
+
+def _check_closed(
+  new: Any, grown: _driver.Grown, inputs: Sequence[Any], settings: Mapping[str, Any], rngs: Any
+) -> None:
+  """Raises `ValueError` if what is new counts although the gate is closed."""
+  plan, variables = grown.plan, grown.variables
+  if plan.gate:
+    network = _network(new, _trees.remove(variables, plan.alpha), inputs, settings, rngs=rngs)
+    # With `mutable` the output stands before what has changed.
+    output = ("0",) if settings.get("mutable") else ()
+    _driver.check_closed(network._replace(output=output), plan)
 
 
 def shrink(
@@ -191,6 +326,41 @@ def shrink(
   _driver.check_runs(resized, type(new).__name__)
   _driver.check_layout(resized, plan, type(new).__name__)
   return smaller, plan
+
+
+def recycle(
+  module: Any,
+  variables: Any,
+  *inputs: Any,
+  init: Callable[[jax.Array], Any] | None = None,
+  **settings: Any,
+) -> Recycle:
+  """As `growth.recycle`, for a module: fresh weights come from its own initializers.
+
+  Args:
+    module: The module.
+    variables: Its variables.
+    *inputs: Its inputs, arrays or `jax.ShapeDtypeStruct`s.
+    init: `init(key)`, fresh parameters; by default those of `module.init`.
+    **settings: As for `growth.recycle` (`inner`, `utility`, `rate` and so on), or of `apply`
+      (`rngs`, `mutable`) and the forward pass (`train`).
+
+  Returns:
+    `Recycle(forward, transformation)`. `forward(variables, *inputs)` takes what `module.apply`
+    does, and returns `(result, activity)`. The transformation is for `variables["params"]`.
+  """
+  of_recycle = inspect.signature(_recycle.recycle).parameters
+  of_call = {name: value for name, value in settings.items() if name not in of_recycle}
+
+  def fresh(key: jax.Array) -> Any:
+    names = ["params", *(of_call.get("rngs") or {})]
+    rngs = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
+    flags = {name: value for name, value in of_call.items() if name not in ("mutable", "rngs")}
+    return module.init(rngs, *zeros, **flags)["params"]
+
+  settings["init"] = fresh if init is None else init
+  return _recycle.recycle(module.apply, variables, *inputs, within="params", **settings)
 
 
 def _network(
@@ -241,4 +411,6 @@ def _of_init(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_forward(old: Any, new: Any, grown: _driver.Grown) -> Grown:
   """The result of a growth: the variables, the forward pass with its gate, and the plan."""
+  if not grown.plan.gate:
+    return grown.variables, new.apply, grown.plan
   return grown.variables, _gate.gated(new.apply, grown.plan, old=old.apply), grown.plan

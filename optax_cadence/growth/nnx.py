@@ -17,11 +17,16 @@ from optax_cadence import _paths
 from optax_cadence.growth import _dimension
 from optax_cadence.growth import _driver
 from optax_cadence.growth import _gate
+from optax_cadence.growth import _nnx_contents
 from optax_cadence.growth import _nnx_gate
 from optax_cadence.growth import _nnx_init
 from optax_cadence.growth import _nnx_model
+from optax_cadence.growth import _recycle
+from optax_cadence.growth import _stacking
 from optax_cadence.growth import _state
 from optax_cadence.growth import _trees
+from optax_cadence.growth import _vocabulary
+from optax_cadence.growth._activity import Forward
 from optax_cadence.growth._dimension import Axis
 from optax_cadence.growth._dimension import Dimension
 from optax_cadence.growth._driver import Network
@@ -30,6 +35,7 @@ from optax_cadence.growth._nnx_init import default_init
 from optax_cadence.growth._nnx_model import forward
 from optax_cadence.growth._nnx_model import variables
 from optax_cadence.growth._plan import Plan
+from optax_cadence.growth._recycle import Recycle
 
 __all__ = [
   "call",
@@ -39,11 +45,16 @@ __all__ = [
   "enlarge",
   "forward",
   "grow",
+  "heads",
   "merge",
   "plan_of",
+  "recycle",
   "set_alpha",
   "shrink",
+  "stack",
+  "undo",
   "variables",
+  "vocabulary",
   "widen",
 ]
 
@@ -111,7 +122,8 @@ def widen(
     optimizer: The model's optimizer, whose state follows.
     alpha: Value of the gate.
     sizes: New values of attributes of your own classes that hold a size, by name or by path, a glob
-      perhaps: `{"num_heads": 6}`. (Flax's layers are told.)
+      perhaps: `{"num_heads": 6}`; or of a config that they hold, `{"config": larger}`. (Flax's
+      layers are told.)
     **kwargs: Further arguments of the forward pass (`train=True`).
 
   Returns:
@@ -182,7 +194,8 @@ def deepen(
     model: The model; it is changed in place, or, on an error, not at all.
     add: Puts the new modules where the forward pass finds them: `lambda m: m.blocks.append(...)`,
       or `m.blocks.insert(1, ...)`. It must keep those that are there.
-    *inputs: Inputs of its forward pass; with them FLOPs are counted and the result checked.
+    *inputs: Inputs of its forward pass. With them FLOPs are counted and the result is checked, and,
+      if they are arrays, that new modules do not count while the gate is closed.
     outgoing: The modules, of those that are new, whose parameters α multiplies: the last
       layer of a residual block, or the norm it ends in. None of them: the new modules are
       the identity as they are (Net2Deeper, `identity_kernel`).
@@ -194,7 +207,8 @@ def deepen(
     The `Plan` that was applied.
 
   Raises:
-    ValueError: If nothing is new, something is gone, or the model does not run with it.
+    ValueError: If nothing is new, something is gone, the model does not run with it, or what is new
+      counts although the gate is closed.
   """
   network = _network(model, inputs, kwargs)
   copy = nnx.clone(model)
@@ -212,6 +226,152 @@ def deepen(
   deeper = _network(copy, inputs, kwargs)
   grown = _driver.deepen(network, deeper, outgoing=names, moved=moved, alpha=alpha)
   return _put(model, grown, network, optimizer, add=add)
+
+
+def stack(
+  model: nnx.Module,
+  *inputs: Any,
+  layers: nnx.Module,
+  times: int | None = None,
+  by: int | None = None,
+  where: str | int = "end",
+  outgoing: Sequence[nnx.Module] = (),
+  fresh: Fresh | None = None,
+  copy_state: bool | None = None,
+  sizes: Mapping[str, Any] | None = None,
+  optimizer: nnx.Optimizer | None = None,
+  alpha: float = 0.0,
+  **kwargs: Any,
+) -> Plan:
+  """Gives a live model more layers in a stack that `nnx.vmap` has made.
+
+  Args:
+    model: The model; it is changed in place, or, on an error, not at all.
+    *inputs: Inputs of its forward pass. With them the result is checked, and, if they are arrays,
+      that new layers do not count while the gate is closed.
+    layers: The module inside whose variables are stacked along axis 0.
+    times: By how much the number of layers is multiplied; or else `by`.
+    by: Number of new layers.
+    where: Where they stand, see `growth.stacking`.
+    outgoing: The modules in `layers` through which a layer adds to its residual stream: α
+      multiplies what is new in them. None: there is no gate, and the function changes at once.
+    fresh: Where new layers come from, such as `growth.nnx.default_init(model, rngs)`. By default
+      they are copies of old ones.
+    copy_state: Whether the optimizer's state is copied with the layers, see `growth.stacking`.
+    sizes: New values of attributes that hold the number of layers, as for `widen`: `{"depth": 6}`.
+    optimizer: The model's optimizer, whose state follows.
+    alpha: Value of the gate.
+    **kwargs: Further arguments of the forward pass.
+
+  Returns:
+    The `Plan` that was applied.
+
+  Raises:
+    ValueError: If something does not fit; it names the path, the shapes, what is missing.
+  """
+  network = _network(model, inputs, kwargs)
+  plan = _stacking.stacking(
+    network.variables,
+    _paths.join(_path(model, layers)),
+    times=times,
+    by=by,
+    where=where,
+    outgoing=[_paths.join(_path(model, module)) for module in outgoing],
+    copy=fresh is None,
+    copy_state=copy_state,
+  )
+  grown = _driver.grow(network, plan, {} if fresh is None else fresh, alpha)
+  return _put(model, grown, network, optimizer, sizes=sizes)
+
+
+def heads(
+  model: nnx.Module,
+  *inputs: Any,
+  attn: nnx.Module,
+  by: int,
+  of: str = "heads",
+  sizes: Mapping[str, Any] | None = None,
+  fresh: Fresh | None = None,
+  rngs: nnx.Rngs | None = None,
+  optimizer: nnx.Optimizer | None = None,
+  alpha: float = 0.0,
+  **kwargs: Any,
+) -> Plan:
+  """Gives an attention layer of a live model more heads, or larger ones, behind a gate.
+
+  They are found in the program, whether or not the layer is Flax's. Attributes of a layer of your
+  own that hold their number or size follow if their names say it (`num_heads`, `n_kv_heads`,
+  `head_dim`, `qkv_features`); others are set by `sizes`. What comes out is checked.
+
+  Args:
+    model: The model; it is changed in place, or, on an error, not at all.
+    *inputs: Inputs of its forward pass, arrays or `jax.ShapeDtypeStruct`s.
+    attn: The attention layer inside.
+    by: How many more.
+    of: What is added: "heads", with the queries that they serve where there are several for a
+      key; "queries", to each group; or entries to every head, its "size".
+    sizes: New values of attributes of your own classes, as for `widen`.
+    fresh: Where new entries come from, as for `widen`.
+    rngs: Random numbers for the initializers, as for `widen`.
+    optimizer: The model's optimizer, whose state follows.
+    alpha: Value of the gate.
+    **kwargs: Further arguments of the forward pass.
+
+  Returns:
+    The `Plan` that was applied.
+
+  Raises:
+    ValueError: If the heads cannot be found or grow; it says why.
+  """
+  network = _network(model, inputs, kwargs, rngs)
+  name = _paths.join(_path(model, attn))
+  grown = _driver.heads(network, name, by, of, fresh=fresh, alpha=alpha)
+  ((units, more),) = grown.plan.dimensions
+
+  def refit(model: nnx.Module) -> None:
+    modules = {_paths.join(tuple(map(str, path))): node for path, node in nnx.iter_graph(model)}
+    _nnx_model.fit_heads(modules[name], of, units.size, more)
+
+  return _put(model, grown, network, optimizer, sizes=sizes, refit=refit)
+
+
+def vocabulary(
+  model: nnx.Module,
+  *inputs: Any,
+  by: int,
+  embed: nnx.Module,
+  head: nnx.Module | None = None,
+  given: Mapping[str, Any] | None = None,
+  sizes: Mapping[str, Any] | None = None,
+  optimizer: nnx.Optimizer | None = None,
+  **kwargs: Any,
+) -> Plan:
+  """Gives a live model more tokens, after the last one. Logits of old ones stay; there is no gate.
+
+  Args:
+    model: The model; it is changed in place, or, on an error, not at all.
+    *inputs: Inputs of its forward pass; with them the result is checked.
+    by: Number of new tokens.
+    embed: The `nnx.Embed` inside.
+    head: The layer that makes the logits; None for a tied one, which reads the embedding.
+    given: New entries by the path of their leaf, `{"embed/embedding": rows}`. By default a new
+      token is the mean of the old ones, see `growth.mean_tokens`.
+    sizes: New values of attributes that hold the number of tokens, as for `widen`.
+    optimizer: The model's optimizer, whose state follows.
+    **kwargs: Further arguments of the forward pass.
+
+  Returns:
+    The `Plan` that was applied; `growth.undo(model, plan)` takes it back.
+
+  Raises:
+    ValueError: If something does not fit; it names the path, the shapes, what is missing.
+  """
+  network = _network(model, inputs, kwargs)
+  names = [None if m is None else _paths.join(_path(model, m)) for m in (embed, head)]
+  plan = _vocabulary.adding_tokens(network.variables, by, embed=names[0] or "", head=names[1])
+  fresh = _vocabulary.mean_tokens(network.variables, plan, given)
+  grown = _driver.grow(network, plan, fresh)
+  return _put(model, grown, network, optimizer, sizes=sizes)
 
 
 def grow(
@@ -294,6 +454,56 @@ def merge(model: nnx.Module, *, optimizer: nnx.Optimizer | None = None) -> None:
   _change(model, plan, change, change, None, optimizer)
 
 
+def undo(
+  model: nnx.Module,
+  plan: Plan | None = None,
+  *,
+  take_out: Callable[[Any], Any] = lambda model: None,
+  sizes: Mapping[str, Any] | None = None,
+  optimizer: nnx.Optimizer | None = None,
+) -> None:
+  """Takes the growth of a live model back, whatever α is; see `growth.undo`.
+
+  Args:
+    model: The grown model; it is changed in place, or, on an error, not at all. Modules that were
+      there before stay the objects that they are.
+    plan: The plan by which it has grown. A model with a gate knows its own, and all else that was
+      changed.
+    take_out: Without a gate, takes out modules that were added, as for `shrink`.
+    sizes: Without a gate, attributes to set, as for the growth, with the values of before.
+    optimizer: The model's optimizer, whose state goes back too.
+
+  Raises:
+    ValueError: If there is no gate and no plan, or the model is not as the plan has left it.
+  """
+  mark = _nnx_gate.mark_of(model)
+  if mark is None:
+    if plan is None:
+      raise ValueError(
+        f"{type(model).__name__} has no gate, which would know the growth: expected plan=, by which"
+        " it has grown"
+      )
+    grown = plan
+
+    def back_to_old(model: nnx.Module) -> None:
+      _nnx_contents.unwrap(model, grown)
+      take_out(model)
+
+    shrink(model, plan.inverse(), take_out=back_to_old, sizes=sizes, optimizer=optimizer)
+    return
+  plan = plan_of(model)
+  back = plan.inverse()
+  tree = back.apply(_trees.remove(variables(model), plan.alpha))
+
+  def change(model: nnx.Module) -> None:
+    gate = _nnx_gate.mark_of(model)
+    assert isinstance(gate, _nnx_gate.Gate)
+    gate.put_back(model)
+    _nnx_model.set_variables(model, tree)
+
+  _change(model, back, change, change, None, optimizer)
+
+
 def set_alpha(model: nnx.Module, alpha: float) -> None:
   """Sets the gate of a grown model by hand."""
   plan_of(model)
@@ -320,6 +530,37 @@ def call(fn: Callable[..., Any], model: nnx.Module, *args: Any, **kwargs: Any) -
   if mark is None:
     return fn(model, *args, **kwargs)
   return mark.call(model, getattr(fn, "__name__", "the function"), fn, args, kwargs)
+
+
+def recycle(
+  model: nnx.Module, *inputs: Any, method: Callable[..., Any] | None = None, **settings: Any
+) -> Recycle:
+  """As `growth.recycle`, for a live model.
+
+  Args:
+    model: The model.
+    *inputs: Inputs of its forward pass, arrays or `jax.ShapeDtypeStruct`s.
+    method: What is called in place of the forward pass: `method(model, *inputs)`, a method of the
+      class or any function, such as the loss.
+    **settings: As for `growth.recycle`: `inner`, `utility`, `rate` and so on.
+
+  Returns:
+    `Recycle(forward, transformation)`. `forward(model, *inputs)` returns `(result, activity)` and
+    changes the variables of the model that its forward pass does. The transformation is for
+    `nnx.Optimizer`, whose `update` takes `activity=`.
+  """
+  fn = type(model).__call__ if method is None else method
+  what = getattr(fn, "__qualname__", "the function")
+  of_model = _nnx_gate.Call(model, what, fn, inputs, {})
+  found: Any = _recycle.recycle(of_model.function(), *of_model.arguments(), **settings)
+
+  def forward(model: nnx.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    of_model = _nnx_gate.Call(model, what, fn, args, kwargs)
+    run = Forward(of_model.function(), found.forward.layers)
+    result, activity = run(*of_model.arguments())
+    return of_model.finish(result), activity
+
+  return Recycle(forward, found.transformation)
 
 
 def _network(
@@ -399,8 +640,9 @@ def _put(
   optimizer: nnx.Optimizer | None,
   sizes: Mapping[str, Any] | None = None,
   add: Callable[[Any], None] = lambda model: None,
+  refit: Callable[[Any], None] = lambda model: None,
 ) -> Plan:
-  """Puts grown variables into a live model, and attaches its gate.
+  """Puts grown variables into a live model, and attaches its gate if the plan has one.
 
   Args:
     model: The model.
@@ -409,26 +651,33 @@ def _put(
     optimizer: The model's optimizer, whose state follows.
     sizes: New values of attributes of the user's own classes.
     add: Puts new modules into the model.
+    refit: Sets other attributes of the user's own classes that repeat sizes.
 
   Returns:
     The plan.
   """
-  plan = grown.plan
-  alpha = _trees.leaves(grown.variables)[plan.alpha]
-  tree = _trees.remove(grown.variables, plan.alpha)
+  plan, tree, alpha = grown.plan, grown.variables, None
+  if plan.gate:
+    alpha = _trees.leaves(tree)[plan.alpha]
+    tree = _trees.remove(tree, plan.alpha)
 
-  def resize(model: nnx.Module) -> dict[Any, Any]:
-    """Puts in what is new; returns the attributes that had to follow, as they were."""
+  def resize(model: nnx.Module) -> tuple[dict[Any, Any], Any]:
+    """Puts in what is new; returns what had to follow, as it was: attributes, and contents."""
+    held = _nnx_contents.snapshot(model)
     add(model)
+    contents = _nnx_contents.changes(held, model)
     _nnx_model.set_variables(model, tree)
     before = _nnx_gate.attributes(model)
     _nnx_model.fit(model, plan)
+    refit(model)
     _nnx_model.set_sizes(model, sizes)
     _nnx_model.pad_for_taps(model, plan)
-    return _nnx_gate.changed(before, _nnx_gate.attributes(model))
+    return _nnx_gate.changed(before, _nnx_gate.attributes(model)), contents
 
   def change(model: nnx.Module) -> None:
-    _nnx_gate.attach(model, plan, alpha, resize(model))
+    before, contents = resize(model)
+    if plan.gate:
+      _nnx_gate.attach(model, plan, alpha, before, contents)
 
   _change(model, plan, change, resize, network, optimizer)
   return plan
@@ -456,13 +705,17 @@ def _change(
   change(changed)
   if network is not None:
     name, hint = type(model).__name__, _nnx_model.sizes_to_name(model, plan)
-    if any(dimension.regroups for dimension, _ in plan.dimensions):
+    gated = network._replace(forward=forward(changed), variables=variables(changed))
+    regroups = any(dimension.regroups for dimension, _ in plan.dimensions)
+    if regroups or any(leaf.scaled for leaf in plan.changes):
       plain = nnx.clone(model)
       resize(plain)
       resized = network._replace(forward=forward(plain), variables=variables(plain))
       _driver.check_layout(resized, plan, name, hint)
-    resized = network._replace(forward=forward(changed), variables=variables(changed))
-    _driver.check_runs(resized, name, hint)
+      _driver.check_runs(gated, name, hint)
+      _driver.check_closed(resized, plan)
+    else:
+      _driver.check_runs(gated, name, hint)
   if optimizer is None:
     change(model)
     return
