@@ -88,6 +88,7 @@ def test_the_page_runs(capsys):
   assert type(names["model"]) is names["Net"]
 
 
+@pytest.mark.ci
 def test_a_train_state_follows():
   code = block("Which function", "state.replace")
   old, new, x = nets.Transformer(), nets.Transformer(hidden=32), nets.TOKENS
