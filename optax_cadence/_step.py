@@ -122,9 +122,12 @@ def advance(
     finite = masks.all_finite(call, grads)
   for group in call.layout.groups:
     old, decision = state.groups[group.name], None
-    tensors = [call.given.get(t, x) for t, x in zip(group.tensors, group.take(grads), strict=True)]
+    tensors, summed = group.take(grads), []
+    if call.given:
+      pairs = zip(group.tensors, tensors, strict=True)
+      tensors = [call.given.get(t, x) for t, x in pairs]
+      summed = [t in call.summed for t in group.tensors]
     tree, flags = call.layout.tree(group, tensors), finite.get(group.name, ())
-    summed = [t in call.summed for t in group.tensors]
     window = _window.accumulate(old, tensors, tree, flags, summed)
     due = fires = is_due(group.every, old, phase)
     if group.every.policy is not None and tensors:
