@@ -123,9 +123,12 @@ def advance(
     finite = masks.all_finite(call, grads)
   for group in call.layout.groups:
     old, decision = state.groups[group.name], None
-    tensors = [call.given.get(t, x) for t, x in zip(group.tensors, group.take(grads), strict=True)]
+    tensors, summed = group.take(grads), []
+    if call.given:
+      pairs = zip(group.tensors, tensors, strict=True)
+      tensors = [call.given.get(t, x) for t, x in pairs]
+      summed = [t in call.summed for t in group.tensors]
     tree, flags = call.layout.tree(group, tensors), finite.get(group.name, ())
-    summed = [t in call.summed for t in group.tensors]
     weights = None
     if call.weights is not None and (group.tensors or group.masked):
       from optax_cadence import _weights
