@@ -109,7 +109,9 @@ def value_and_sums(
     What the loss returns; the gradient of each leaf that is not mentioned in `sums` and `parts`;
     and of what is its sum with the gradient, or where it has none its gradient.
   """
-  jaxpr, numbers = reading.opened(loss.program)
+  # What closes over `loss` has its constants too, which may be tracers of a program around.
+  loss_program = loss.program
+  jaxpr, numbers = reading.opened(loss_program)
   whole = {t.leaf: x for t, x in sums.items() if t not in parts}
   of_parts = [sums.get(t) for t in parts]
   in_parts = {t.leaf: leaves[t.leaf] for t in parts}
@@ -126,7 +128,7 @@ def value_and_sums(
         assert isinstance(t.cut, Box)
         runs.setdefault(len(consts) + t.leaf, []).append((*t.cut.intervals[0], place))
       cut = scans.Cut(runs, [len(consts) + leaf for leaf in added])
-      value, *aux = cut.run(loss.program, given)
+      value, *aux = cut.run(loss_program, given)
     else:
       value, *aux = jax.core.eval_jaxpr(jaxpr, numbers, *given)
     return value, list(map(jnp.asarray, aux))  # some may be numbers that the program has

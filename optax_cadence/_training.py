@@ -5,7 +5,6 @@ cannot. `trainable` cuts parameters out of the backward pass where their gradien
 `phases` says which regions are due at each micro-step.
 """
 
-import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TYPE_CHECKING
 
@@ -144,22 +143,21 @@ def _sums(
   reasons = why_stored(cadence, call.layout, call.param_dtypes)
   sums: dict[layouts.Tensor, jax.Array] = {}
   for group in filter(lambda group: cadence.accumulates(group.every), call.layout.groups):
-    chosen = []
-    for t in group.tensors:
+    window = _window.so_far(state.groups[group.name], call.layout.tree(group, group.take(leaves)))
+    mine = {}
+    for t, total in zip(group.tensors, window.sums, strict=True):
       read = loss.scanned if isinstance(t.cut, cuts.Whole) else loss.by_rows
-      chosen.append(reasons[t.leaf] is None and t.leaf in read)
-    if any(chosen):
-      tree = call.layout.tree(group, group.take(leaves))
-      window = _window.so_far(state.groups[group.name], tree)
+      if reasons[t.leaf] is None and t.leaf in read and total.dtype == leaves[t.leaf].dtype:
+        mine[t] = total
+    if mine:
       # What a window that has fired leaves behind may be NaN. One micro-step of a window clears it.
-      found = [x for x, is_chosen in zip(window.sums, chosen, strict=True) if is_chosen]
       if window.by_region:
-        empty = itertools.compress(window.length == 0, chosen)
-        pairs = zip(empty, found, strict=True)
-        found = [_control.maybe(when, _cleared, [x], None)[0] for when, x in pairs]
+        lengths = [window.length[i] for i, t in enumerate(group.tensors) if t in mine]
+        pairs = zip(lengths, mine.values(), strict=True)
+        cleared = [_control.maybe(n == 0, _cleared, [x], None)[0] for n, x in pairs]
       else:
-        found = _control.maybe(window.length == 0, _cleared, found, None)
-      sums |= zip(itertools.compress(group.tensors, chosen), found, strict=True)
+        cleared = _control.maybe(window.length == 0, _cleared, list(mine.values()), None)
+      sums |= zip(mine, cleared, strict=True)
   return sums
 
 

@@ -618,3 +618,12 @@ def test_any_loss_and_any_cadence(loss, every, options, in_turns):
   assert_near(runs([step, other] if in_turns else step, tx, params, 6), expected)
   if tx.cycle is not None:
     assert_near(runs(step, tx, params, 6, phases=True), expected)
+
+
+def test_a_state_with_accumulators_of_another_dtype():
+  tx, params = oc.cadence(adam(), 2), parameters()
+  state = oc.cadence(adam(), 2, accumulator_dtype=jnp.bfloat16).init(params)
+  found, expected = (
+    compiled(way(scanned, tx))(params, state, batch(0)) for way in (oc.training_step, stored)
+  )
+  assert_identical(found, expected)
