@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import zoo
 from flax import linen as nn
 from flax import nnx
 from growth_nets import close
@@ -393,3 +394,31 @@ def test_what_is_no_attention_layer():
     growth.heads(model, nets.IMAGES, attn=model.one, by=1)
   with pytest.raises(ValueError, match="expected inputs of the forward pass"):
     growth.heads(model, attn=model.one, by=1)
+
+
+# The attention layers of the networks in `zoo.py`, and which members their heads have.
+OF_ZOO = {
+  "ViT": ("blocks/0/attention", {"query", "key", "value", "out"}),
+  "BERT": ("params/attention1", {"query", "key", "value", "out"}),
+  "GPT": ("blocks/1", {"qkv", "proj"}),
+  "Llama": ("layers/0/attention", {"q", "k", "v", "o"}),
+  "T5": ("params/decoder_cross", {"q", "k", "v", "o"}),
+}
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", list(OF_ZOO))
+def test_heads_of_the_zoo_are_found(name):
+  net = next(net for net in zoo.ZOO if net.name == name)
+  attn, layers = OF_ZOO[name]
+  with nets.relaxed():
+    if net.is_linen:
+      fn = net.make.apply
+      variables = jax.eval_shape(lambda: net.make.init(jax.random.key(0), *net.inputs))
+    else:
+      model = nets.make(net.make)
+      fn, variables = growth.nnx.forward(model), growth.nnx.variables(model)
+    found = growth.couple_heads(fn, variables, *net.inputs, attn=attn, **net.settings)
+  paths = {"/".join(member.path) for member in found.members}
+  assert found.size == 2
+  assert {path.split("/")[-2] for path in paths if path.startswith(attn)} == layers
