@@ -338,6 +338,17 @@ def test_errors(kind, arguments, message):
   nets.equal(growth.nnx.variables(model), before)
 
 
+@pytest.mark.parametrize("how", ["list", "glob"])
+def test_all_layers_at_once(how):
+  model, twin = nets.make(Net, Grouped), nets.make(Net, Grouped)
+  attn = [model.first, "attn"] if how == "list" else "[fa]*t*"
+  plan = growth.heads(model, X, attn=attn, by=1, fresh=fresh)
+  assert len(plan.dimensions) == 2
+  assert (model.first.n_heads, model.attn.n_heads, model.attn.n_kv_heads) == (6, 6, 3)
+  close(model(X), twin(X))
+  nets.opens_and_merges(model, twin, X)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
   heads: int

@@ -275,18 +275,19 @@ def check_layout(network: Network, plan: Plan, name: str, hint: str = "") -> Non
     name: What the network is called in errors.
     hint: What may be the reason.
   """
-  if not network.inputs:
+  dimensions = [dimension for dimension in plan.after() if dimension.regroups]
+  if not network.inputs or not dimensions:
     return
-  for dimension in plan.after():
-    if dimension.regroups:
-      try:
-        graph = _graph.read(network.forward, network.variables, *network.inputs, **network.settings)
-        _couple.check_layout(graph, dimension, "the dimension")
-      except ValueError as error:
-        raise ValueError(
-          f"{name} does not run at its new size with its units where they were, so nothing was"
-          f" changed. {hint or _HINT}. ({error})"
-        ) from error
+  try:
+    graph = _graph.read(network.forward, network.variables, *network.inputs, **network.settings)
+    for dimension in dimensions:
+      graph.clear()
+      _couple.check_layout(graph, dimension, "the dimension")
+  except ValueError as error:
+    raise ValueError(
+      f"{name} does not run at its new size with its units where they were, so nothing was"
+      f" changed. {hint or _HINT}. ({error})"
+    ) from error
 
 
 _HINT = "A shared dimension may lack a member, or a module keep its size in an attribute of its own"
@@ -309,7 +310,7 @@ def check_runs(network: Network, name: str, hint: str = "") -> None:
 
 def heads(
   network: Network,
-  attn: str,
+  attn: Iterable[str],
   by: int,
   of: str,
   *,
@@ -320,29 +321,31 @@ def heads(
 
   Args:
     network: The network, with inputs.
-    attn: Path of the attention layer.
-    by: Their number.
+    attn: Paths of attention layers, or globs.
+    by: How many more for each.
     of: See `growth.couple_heads`.
     fresh: See `widen`.
     alpha: See `widen`.
   """
-  units, entries = find_heads(network, attn, of)
-  if not isinstance(by, int) or isinstance(by, bool) or by < 1 or by % entries:
-    raise ValueError(
-      f"by: expected a positive integer{f' that {entries} divides' if entries > 1 else ''}, found"
-      f" {by!r}"
-    )
-  plan = _planners.widening(network.variables, units, by // entries, alpha=network.alpha)
-  return grow(network, plan, fresh, alpha)
-
-
-def find_heads(network: Network, attn: str, of: str) -> tuple[Dimension, int]:
-  """The units of an attention layer, and how many entries of a head one is."""
   if not network.inputs:
     raise ValueError("heads are found in the program: expected inputs of the forward pass")
-  return _heads.find(
-    network.forward, network.variables, *network.inputs, attn=attn, of=of, **network.settings
-  )
+  found: dict[Dimension, int] = {}
+  known: set[tuple[_paths.Path, int]] = set()
+  fixed: set[tuple[int, int]] = set()
+  graph = _graph.read(network.forward, network.variables, *network.inputs, **network.settings)
+  for path in (path for name in attn for path in _trees.layers(network.variables, name)):
+    units, entries = _heads.find(graph, _paths.join(path), of, fixed)
+    if not isinstance(by, int) or isinstance(by, bool) or by < 1 or by % entries:
+      raise ValueError(
+        f"by: expected a positive integer{f' that {entries} divides' if entries > 1 else ''}, found"
+        f" {by!r}"
+      )
+    members = {(member.path, member.axis) for member in units.members}
+    if not members & known:  # layers may share positions, and then their heads
+      found[units] = by // entries
+    known |= members
+  plan = _planners.widening(network.variables, found, alpha=network.alpha)
+  return grow(network, plan, fresh, alpha)
 
 
 def check_closed(larger: Network, plan: Plan) -> None:

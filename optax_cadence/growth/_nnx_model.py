@@ -90,15 +90,21 @@ def fit(model: nnx.Module, keep_groups: bool = False) -> None:
         node.num_groups = _features(node)["num_features"] // node.group_size
 
 
-def fit_heads(layer: Any, of: str, units: int, more: int) -> None:
+def fit_heads(layer: Any, path: _paths.Path, of: str, plan: Plan) -> None:
   """Makes attributes of an attention layer of the user's agree with its heads, by their names.
 
   Args:
     layer: The layer; it is changed in place.
+    path: Where it stands.
     of: What it has got more of: "heads", "queries" or "size".
-    units: How many there were: of one group, of queries.
-    more: How many are new.
+    plan: The plan, which has a dimension of it: heads, queries of one group, entries.
   """
+  n = len(path)
+  units, more = next(
+    (dimension.size, more)
+    for dimension, more in plan.dimensions
+    if any(member.path[:n] == path for member in dimension.members)
+  )
   own = {} if isinstance(layer, nnx.MultiHeadAttention) else dict(vars(layer))
   for name, value in own.items():
     if not isinstance(value, int) or isinstance(value, bool) or value % units:

@@ -225,7 +225,7 @@ def heads(
   new: Any,
   variables: Any,
   *inputs: Any,
-  attn: str,
+  attn: str | Sequence[str],
   by: int,
   of: str = "heads",
   rngs: Any = None,
@@ -233,17 +233,19 @@ def heads(
   alpha: float = 0.0,
   **kwargs: Any,
 ) -> Grown:
-  """Gives an attention layer more heads, or larger ones, behind a gate.
+  """Gives attention layers more heads, or larger ones, behind one gate.
 
-  `attn` is the path of the layer, "params/attention"; `by` how many more there are of its "heads"
-  (with the queries that they serve), of the "queries" of each group, or of the entries of a head,
-  its "size", as `of` says. All other arguments, and what is returned, are as for `widen`.
+  `attn` is the path of a layer, "params/attention", a glob, or a list; `by` how many more there are
+  of its "heads" (with the queries that they serve), of the "queries" of each group, or of the
+  entries of a head, its "size", as `of` says. All other arguments, and what is returned, are as for
+  `widen`.
 
   Raises:
     ValueError: As `growth.couple_heads`, `growth.widening` and `Plan.apply` do.
   """
   network = _network(old, variables, inputs, kwargs, new, rngs)
-  grown = _driver.heads(network, attn, by, of, fresh=fresh, alpha=alpha)
+  names = [attn] if isinstance(attn, str) else attn
+  grown = _driver.heads(network, names, by, of, fresh=fresh, alpha=alpha)
   return _with_forward(old, new, grown)
 
 

@@ -287,7 +287,7 @@ def stack(
 def heads(
   model: nnx.Module,
   *inputs: Any,
-  attn: nnx.Module,
+  attn: Producer | Sequence[Producer],
   by: int,
   of: str = "heads",
   sizes: Mapping[str, Any] | None = None,
@@ -297,7 +297,7 @@ def heads(
   alpha: float = 0.0,
   **kwargs: Any,
 ) -> Plan:
-  """Gives an attention layer of a live model more heads, or larger ones, behind a gate.
+  """Gives attention layers of a live model more heads, or larger ones, behind one gate.
 
   They are found in the program, whether or not the layer is Flax's. Attributes of a layer of your
   own that hold their number or size follow if their names say it (`num_heads`, `n_kv_heads`,
@@ -306,8 +306,8 @@ def heads(
   Args:
     model: The model; it is changed in place, or, on an error, not at all.
     *inputs: Inputs of its forward pass, arrays or `jax.ShapeDtypeStruct`s.
-    attn: The attention layer inside.
-    by: How many more.
+    attn: The attention layer inside, or its path; or several, as a list or glob: "blocks/*/attn".
+    by: How many more for each.
     of: What is added: "heads", with the queries that they serve where there are several for a
       key; "queries", to each group; or entries to every head, its "size".
     sizes: New values of attributes of your own classes, as for `widen`.
@@ -324,13 +324,14 @@ def heads(
     ValueError: If the heads cannot be found or grow; it says why.
   """
   network = _network(model, inputs, kwargs, rngs)
-  name = _paths.join(_path(model, attn))
-  grown = _driver.heads(network, name, by, of, fresh=fresh, alpha=alpha)
-  ((units, more),) = grown.plan.dimensions
+  names = _paths_of(model, attn)
+  grown = _driver.heads(network, names, by, of, fresh=fresh, alpha=alpha)
+  layers = {path for name in names for path in _trees.layers(network.variables, name)}
 
   def refit(model: nnx.Module) -> None:
-    modules = {_paths.join(tuple(map(str, path))): node for path, node in nnx.iter_graph(model)}
-    _nnx_model.fit_heads(modules[name], of, units.size, more)
+    for path, node in nnx.iter_graph(model):
+      if tuple(map(str, path)) in layers:
+        _nnx_model.fit_heads(node, tuple(map(str, path)), of, grown.plan)
 
   return _put(model, grown, network, optimizer, sizes=sizes, refit=refit)
 
