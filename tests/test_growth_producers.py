@@ -162,6 +162,28 @@ def test_a_new_module_of_another_size_is_an_error_that_names_the_leaves(fresh):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("boxed", [True, False])
+def test_variables_with_names_for_their_axes(boxed):
+  class Named(nn.Module):
+    width: int = 6
+
+    @nn.compact
+    def __call__(self, x):
+      init = nn.with_partitioning(nn.initializers.normal(), ("in", "out"))
+      x = nn.tanh(nn.Dense(self.width, kernel_init=init, name="up")(x))
+      return nn.Dense(2, kernel_init=init, name="down")(x)
+
+  old, new = Named(), Named(9)
+  variables = old.init(jax.random.key(0), X)
+  variables = variables if boxed else nn.meta.unbox(variables)
+  grown, forward, _ = growth.linen.widen(
+    old, new, variables, X, producer="params/up", by=3, rngs=jax.random.key(1)
+  )
+  close(forward(grown, X), old.apply(variables, X))
+  with pytest.raises(ValueError, match="'params/up/bias'.* but .* by the plan"):
+    growth.linen.widen(old, Named(8), variables, X, producer="params/up", by=3, fresh=nets.fresh)
+
+
 def gpt():
   return nets.make(zoo.Gpt)
 

@@ -229,10 +229,13 @@ def deepen(
 
 def grow(network: Network, plan: Plan, fresh: Any = None, alpha: float = 0.0) -> Grown:
   """Applies a plan; `fresh` and `alpha` as in `widen`."""
-  if network.defined is not None:
-    _check_defined(network.variables, network.defined(), plan)
+  made = None
   if fresh is None:
-    fresh, plan = network.init(), dataclasses.replace(plan, notes=network.notes(plan))
+    fresh = made = network.init()
+    plan = dataclasses.replace(plan, notes=network.notes(plan))
+  if network.defined is not None:
+    defined = network.defined() if made is None else made
+    _check_defined(network.variables, defined, plan)
   return Grown(plan.apply(network.variables, fresh, alpha=alpha), plan)
 
 

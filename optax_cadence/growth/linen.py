@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax.core import meta
 
 from optax_cadence.growth import _driver
 from optax_cadence.growth import _gate
@@ -211,11 +212,15 @@ def _network(
   def init() -> Any:
     if rngs is None:
       raise ValueError("new entries need a source: expected rngs=, for new.init, or fresh=")
-    return jax.jit(lambda rngs: new.init(rngs, *inputs, **_of_init(settings)))(rngs)
+    return jax.jit(of_new)(rngs)
 
   def defined() -> Any:
-    of_init = _of_init(settings)
-    return jax.eval_shape(lambda: new.init(jax.random.key(0), *inputs, **of_init))
+    return jax.eval_shape(of_new, jax.random.key(0))
+
+  def of_new(rngs: Any) -> Any:
+    fresh = new.init(rngs, *inputs, **_of_init(settings))
+    # The axes' names, with which modules may wrap their variables, are often taken off again.
+    return fresh if any(map(_is_boxed, _nodes(variables))) else meta.unbox(fresh)
 
   shapes = defined if inputs and new is not None else None
   return Network(
@@ -231,6 +236,15 @@ def _apply(module: Any, rngs: Any = None) -> Callable[..., Any]:
     return module.apply(variables, *inputs, **{"rngs": rngs, **settings})
 
   return forward
+
+
+def _is_boxed(node: Any) -> bool:
+  return isinstance(node, meta.AxisMetadata)
+
+
+def _nodes(variables: Any) -> list[Any]:
+  """The variables, each in the box in which it may be."""
+  return jax.tree.leaves(variables, is_leaf=_is_boxed)
 
 
 def _of_init(settings: Mapping[str, Any]) -> dict[str, Any]:
