@@ -60,7 +60,11 @@ def test_a_model_of_one_configuration_grows():
     )
     assert "params/up_1/kernel" in str(names["plan"])
     both = names["Model"](names["Config"](width=12, hidden=24))
-    growth.linen.widen(
-      names["old"], both, names["variables"], names["x"], producer=["params/embed", "params/up_*"],
-      by=[4, 8], fresh=nets.fresh,
-    )  # fmt: skip
+    named = {"producer": ["params/embed", "params/up_*"], "by": [4, 8]}
+    plans = [
+      growth.linen.widen(
+        names["old"], both, names["variables"], names["x"], fresh=nets.fresh, **told
+      )[2]
+      for told in (named, {})
+    ]
+    assert len({frozenset((c.path, c.after) for c in plan.changes) for plan in plans}) == 1

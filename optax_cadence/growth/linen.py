@@ -46,8 +46,8 @@ def widen(
   new: Any,
   variables: Any,
   *inputs: Any,
-  producer: str | Sequence[str],
-  by: int | Sequence[int],
+  producer: str | Sequence[str] | None = None,
+  by: int | Sequence[int] | None = None,
   axis: int = -1,
   unit: int = 1,
   blocks: int = 1,
@@ -64,8 +64,10 @@ def widen(
     variables: The variables of `old`: {"params": …, "batch_stats": …}.
     *inputs: Inputs of the module, arrays.
     producer: Path of the leaf that makes the units, or of a layer with one kernel:
-      "params/Dense_0"; or several, as a list or as a glob: "params/block_*/up".
-    by: Number of new units, of each producer; or a list, a number for each that is named.
+      "params/Dense_0"; or several, as a list or as a glob: "params/block_*/up". None: whatever is
+      larger in `new`, for models whose configuration sets the sizes of many layers.
+    by: Number of new units, of each producer; or a list, a number for each that is named. None if
+      no producer is named.
     axis: The axis of the leaf that holds the units.
     unit: Adjacent positions that make one unit.
     blocks: How often the units repeat along the axis.
@@ -80,6 +82,8 @@ def widen(
   Raises:
     ValueError: As `growth.couple`, `growth.widening` and `Plan.apply` do.
   """
+  if (producer is None) != (by is None):
+    raise ValueError(f"expected both producer= and by=, or neither, found {producer!r} and {by!r}")
   network = _network(old, variables, inputs, kwargs, new, rngs)
   grown = _driver.widen(
     network,
