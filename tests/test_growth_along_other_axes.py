@@ -195,3 +195,67 @@ def test_the_derivative_of_a_linear_solve_is_its_own():
   grown = plan.apply(params, lambda path, shape, dtype: np.full(shape, 0.7, dtype))
   gradient = lambda fn, p: jax.grad(lambda p: jnp.sin(fn(p, X)).sum())(p)["m"]
   close(gradient(growth.gated(fn, plan), grown), gradient(fn, params))
+
+
+ALONG = {
+  "softmax": jax.nn.softmax,
+  "log_softmax": jax.nn.log_softmax,
+  "masked softmax": lambda h: jax.nn.softmax(jnp.where(h > 0.9, h, -jnp.inf)),
+  "minus the largest": lambda h: h - h.max(1, keepdims=True),
+  "minus the smallest": lambda h: h - jnp.min(h, 1, keepdims=True),
+  "numbered": lambda h: h * jnp.sin(jnp.arange(h.shape[1], dtype=h.dtype))[None],
+}
+
+
+@pytest.mark.parametrize("kind", list(ALONG))
+def test_what_goes_along_units_and_has_a_gate(kind):
+  def fn(p, x):
+    return ALONG[kind](x @ p["a"]) @ p["b"]
+
+  x = jnp.abs(X) + 0.1
+  params = {"a": jnp.linspace(1, 2, 3 * UNITS).reshape(3, UNITS), "b": PARAMS["b"]}
+  units = growth.couple(fn, params, x, producer="a")
+  assert not units.folds or kind == "numbered"
+  plan = growth.widening(params, units, 2)
+  grown = plan.apply(params, lambda path, shape, dtype: np.full(shape, 1.7, dtype))
+  forward = growth.gated(fn, plan)
+  gradient = lambda fn, p: jax.grad(lambda p: jnp.sin(fn(p, x)).sum())(p)
+  np.testing.assert_array_equal(forward(grown, x), fn(params, x))
+  found, expected = gradient(forward, grown), gradient(fn, params)
+  assert np.isfinite(found["alpha"])
+  close(found["a"][:, :UNITS], expected["a"])
+  at_one = {name: grown[name] for name in "ab"}
+  close(forward({**grown, "alpha": jnp.float32(1)}, x), fn(at_one, x))
+  assert jnp.abs(fn(at_one, x) - fn(params, x)).max() > 1e-3
+
+
+def test_numbers_that_old_units_would_not_keep():
+  def fn(p, x):
+    h = jnp.concatenate([x @ p["a"], x @ p["a"]], 1)
+    return (h * jnp.arange(h.shape[1], dtype=h.dtype)[None]) @ p["c"]
+
+  params = {"a": PARAMS["a"], "c": jnp.ones((2 * UNITS, 2))}
+  with pytest.raises(ValueError, match=r"counts along an axis of size 8 \(iota\) .* in a variable"):
+    growth.couple(fn, params, X, producer="a")
+  described = growth.dimension(params, {"a": -1, "c": growth.Axis(0, outer=2)})
+  plan = growth.widening(params, described, 2)
+  grown = plan.apply(params, lambda path, shape, dtype: np.full(shape, 0.7, dtype))
+  with pytest.raises(ValueError, match="counts along an axis that grows .* expected inputs"):
+    growth.gated(fn, plan)(grown, X)
+
+
+def test_some_pieces_of_a_split_grow():
+  params = {**PARAMS, "a": jnp.linspace(0.1, 1, 3 * (2 + UNITS)).reshape(3, 2 + UNITS)}
+
+  def fn(p, x):
+    gate, h = jnp.split(x @ p["a"], [2], 1)
+    return jnp.tanh(h) @ p["b"] * gate
+
+  units = growth.couple(fn, params, X, producer="b", axis=0)
+  assert [(m.path[0], m.axis) for m in units.members] == [("a", 1), ("b", 0)]
+  plan = growth.widening(params, units, 3)
+  grown = plan.apply(params, lambda path, shape, dtype: np.full(shape, 0.7, dtype))
+  forward = growth.gated(fn, plan)
+  close(forward(grown, X), fn(params, X))
+  half = {**grown, "alpha": jnp.float32(0.5)}
+  close(fn(growth.merge(half, plan), X), forward(half, X))

@@ -32,6 +32,14 @@ def sections():
 
 
 BLOCKS = sections()
+
+
+def block(word):
+  """The one block below "Which function" that has a word."""
+  (found,) = [code for code in BLOCKS["Which function"] if word in code]
+  return found
+
+
 RECIPES = [
   "New tokens",
   "Heads",
@@ -81,7 +89,7 @@ def test_the_page_runs(capsys):
 
 
 def test_a_train_state_follows():
-  code, _ = BLOCKS["Which function"]
+  code = block("state.replace(apply_fn=forward")
   old, new, x = nets.Transformer(), nets.Transformer(hidden=32), nets.TOKENS
   with nets.relaxed():
     state = train_state.TrainState.create(
@@ -93,3 +101,23 @@ def test_a_train_state_follows():
     state = names["state"]
     nets.close(state.apply_fn({"params": state.params}, x), expected)
     state.apply_gradients(grads=state.params)
+
+
+def test_a_model_of_one_configuration_grows():
+  names = {"__name__": "page", "growth": growth, "jax": jax}
+  with nets.relaxed():
+    exec(block("class Config"), names)
+    nets.close(
+      names["forward"](names["grown"], names["x"]),
+      names["old"].apply(names["variables"], names["x"]),
+    )
+    assert "params/up_1/kernel" in str(names["plan"])
+    both = names["Model"](names["Config"](width=12, hidden=24))
+    named = {"producer": ["params/embed", "params/up_*"], "by": [4, 8]}
+    plans = [
+      growth.linen.widen(
+        names["old"], both, names["variables"], names["x"], fresh=nets.fresh, **told
+      )[2]
+      for told in (named, {})
+    ]
+    assert len({frozenset((c.path, c.after) for c in plan.changes) for plan in plans}) == 1

@@ -214,6 +214,8 @@ GROWTHS = {
   "repeated keys, queries": (Repeated, "queries", 1, {"n_heads": 6, "n_kv_heads": 2}),
   "rotary, heads": (Rotary, "heads", 1, {"num_heads": 3, "head_dim": 4}),
   "rotary neighbours, heads": (Neighbours, "heads", 1, {"num_heads": 3}),
+  "rotary, size": (Rotary, "size", 2, {"head_dim": 6}),
+  "rotary neighbours, size": (Neighbours, "size", 2, {"head_dim": 6}),
   "rotary with frequencies kept, size": (RotaryKept, "size", 2, {"head_dim": 6}),
   "neighbours with frequencies kept, size": (NeighboursKept, "size", 2, {"head_dim": 6}),
   "relative positions, heads": (Relative, "heads", 1, {}),
@@ -323,7 +325,6 @@ def test_attributes_with_other_names_are_named():
 @pytest.mark.parametrize(
   ("kind", "arguments", "message"),
   [
-    (Rotary, {"of": "size", "by": 2}, "axis that grows|no axis that can grow"),
     (Flax, {"of": "queries", "by": 1}, "have no axis that can grow as its queries"),
     (RotaryKept, {"of": "size", "by": 1}, "a positive integer that 2 divides, found 1"),
     (Flax, {"of": "width", "by": 1}, "of: expected one of 'heads', 'queries', 'size'"),

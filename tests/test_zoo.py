@@ -71,10 +71,6 @@ def planned(net, model, variables):
   return growth.widening(variables, found, alpha=alpha)
 
 
-def keep_groups(net):
-  return any("blocks" in units.how for units in net.units)
-
-
 def sizes(net):
   return {name: size for units in net.units for name, size in units.sizes.items()}
 
@@ -130,13 +126,11 @@ def as_function(model):
   return run, growth.nnx.variables(model)
 
 
-def grow_nnx(net):
+def grow_nnx(net, inputs):
   model = nets.make(net.make)
   before = as_function(nnx.clone(model))
   plan = planned(net, model, before[1])
-  growth.nnx.grow(
-    model, plan, nets.fresh, inputs=net.inputs, keep_groups=keep_groups(net), sizes=sizes(net)
-  )
+  growth.nnx.grow(model, plan, nets.fresh, inputs=inputs, sizes=sizes(net))
   merged = nnx.clone(model)
   growth.nnx.set_alpha(merged, 1.0)
   growth.merge(merged)
@@ -144,8 +138,9 @@ def grow_nnx(net):
   return Grown(plan, before, as_function(model), as_function(merged)[0], trainable)
 
 
-def grow(net):
-  return grow_linen(net) if net.is_linen else grow_nnx(net)
+def grow(net, checked=True):
+  """The network grown; that an NNX model then runs is checked first if so asked."""
+  return grow_linen(net) if net.is_linen else grow_nnx(net, net.inputs if checked else ())
 
 
 def open_gate(tree, plan):
@@ -155,7 +150,7 @@ def open_gate(tree, plan):
 @EVERY
 def test_dimensions_are_found_and_nothing_changes_at_first(name):
   net = NETS[name]
-  grown = grow(net)
+  grown = grow(net, checked=False)
   (before, old), (gated, new) = grown.before, grown.gated
 
   def both(old, new, *inputs):
@@ -236,6 +231,37 @@ def test_it_trains_while_the_gate_opens_and_the_state_follows(name):
     entries[change.index] = False
     started = _trees.leaves(fresh)[change.path]
     assert (leaves[change.path] != started)[entries].any(), change.path
+
+
+@pytest.mark.ci
+@EVERY
+def test_each_dimension_grows_alone_from_its_own_initializers(name):
+  net = NETS[name]
+  for units in net.units:
+    told = {"producer": units.producer, "by": units.by, **units.how}
+    if net.is_linen:
+      old, new, variables = net.make, net.make.clone(**units.new), linen_variables(net.make, net, 0)
+      tree, gated, plan = growth.linen.widen(
+        old, new, variables, *net.inputs, rngs=jax.random.key(1), **told
+      )
+      before, merged = old.apply, new.apply
+    else:
+      model = nets.make(net.make)
+      before, variables = as_function(nnx.clone(model))
+      optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+      plan = growth.widen(model, *net.inputs, optimizer=optimizer, sizes=units.sizes, **told)
+      gated, tree = as_function(model)
+      moments = _trees.shapes(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+      assert _trees.shapes(optimizer.opt_state[0].mu) == moments
+      growth.nnx.set_alpha(model, 1.0)
+      growth.merge(model, optimizer=optimizer)
+      merged, _ = as_function(model)
+    expected = jax.jit(before)(variables, *net.inputs)
+    nets.close(old_part(jax.jit(gated)(tree, *net.inputs), expected), expected)
+    at_one = open_gate(tree, plan)
+    if net.merges:
+      expected = jax.jit(merged)(growth.merge(at_one, plan), *net.inputs)
+      nets.close(jax.jit(gated)(at_one, *net.inputs), expected)
 
 
 def test_the_table_in_the_docs_is_what_is_tested():

@@ -34,6 +34,7 @@ class Units:
     members: For a leaf, or a glob, its axis or axes.
     how: `axis`, `unit` and `blocks`, if they are not the defaults.
     sizes: What attributes of the user's own classes are at the new size.
+    new: Of Linen, the sizes of the module when they have grown.
     output: Whether the output of the network carries the units.
   """
 
@@ -43,6 +44,7 @@ class Units:
   members: Mapping[str, int | tuple[int, ...]]
   how: Mapping[str, int] = dataclasses.field(default_factory=dict)
   sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  new: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   output: bool = False
 
 
@@ -55,8 +57,7 @@ class Net:
     make: Of NNX, `make(rngs)`; of Linen, a module.
     inputs: What it is called with.
     units: Its dimensions.
-    new: Of Linen, the sizes of the module when all of these have grown.
-    settings: Further arguments of its forward pass.
+    all_new: Of Linen, sizes of the module when all of these have grown that are not those of each.
     apart: Whether the operations have to be compiled one by one for outputs to be equal to the bit:
       XLA before JAX 0.10 adds up products of a vector in an order that depends on what is around.
     merges: Whether the merged network computes what the gated one does at 1: not where it draws
@@ -67,10 +68,14 @@ class Net:
   make: Any
   inputs: tuple[Any, ...]
   units: tuple[Units, ...]
-  new: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  all_new: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   apart: bool = False
   merges: bool = True
+
+  @property
+  def new(self) -> Mapping[str, Any]:
+    """Of Linen, the sizes of the module when all dimensions have grown."""
+    return {k: v for units in self.units for k, v in units.new.items()} | dict(self.all_new)
 
   @property
   def is_linen(self) -> bool:
@@ -118,10 +123,11 @@ class LeNet(nn.Module):
 shows(
   "LeNet", LeNet(), IMAGES,
   Units("hidden", "params/Conv_1", 2, {
-    "params/Conv_1/kernel": 3, "params/Conv_1/bias": 0, "params/Dense_0/kernel": 0}),
+    "params/Conv_1/kernel": 3, "params/Conv_1/bias": 0, "params/Dense_0/kernel": 0},
+    new={"channels": 6}),
   Units("hidden", "params/Dense_0", 3, {
-    "params/Dense_0/kernel": 1, "params/Dense_0/bias": 0, "params/Dense_1/kernel": 0}),
-  new={"channels": 6, "hidden": 13},
+    "params/Dense_0/kernel": 1, "params/Dense_0/bias": 0, "params/Dense_1/kernel": 0},
+    new={"hidden": 13}),
 )  # fmt: skip
 
 
@@ -147,11 +153,11 @@ def vgg(layer, then):
 
 shows(
   "VGG", Vgg(), IMAGES,
-  Units("hidden", "params/Conv_0", 2, vgg(0, "Conv_1")),
+  Units("hidden", "params/Conv_0", 2, vgg(0, "Conv_1"), new={"config": (6, "M", 6, 6, "M")}),
   Units("hidden", ["params/Conv_1", "params/Conv_2"], 3, {
     **vgg(1, "Conv_2"), **vgg(2, "Conv_2"), "params/Conv_2/kernel": (2, 3),
-    "params/Dense_0/kernel": 0}),
-  new={"config": (6, "M", 9, 9, "M")},
+    "params/Dense_0/kernel": 0}, new={"config": (4, "M", 9, 9, "M")}),
+  all_new={"config": (6, "M", 9, 9, "M")},
 )  # fmt: skip
 
 
@@ -302,11 +308,11 @@ def linen_norm(name):
 shows(
   "DenseNet", DenseNet(), IMAGES,
   Units("hidden", "params/narrow?", 2, {
-    "params/narrow?/kernel": 3, **linen_norm("[13]"), "params/grow?/kernel": 2}),
+    "params/narrow?/kernel": 3, **linen_norm("[13]"), "params/grow?/kernel": 2},
+    new={"bottleneck": 7}),
   Units("residual", ["params/grow0", "params/grow1"], 1, {
     "params/grow?/kernel": 3, **linen_norm("[24]"), "params/narrow1/kernel": 2,
-    "params/head/kernel": 0}),
-  new={"growth_rate": 4, "bottleneck": 7},
+    "params/head/kernel": 0}, new={"growth_rate": 4}),
 )  # fmt: skip
 
 
@@ -468,13 +474,14 @@ def up_and_down(path, up, down):
 
 shows(
   "Mixer", Mixer(), IMAGES,
-  Units("hidden", "*/channels_up", 2, up_and_down("*", "channels_up", "channels_down")),
-  Units("hidden", "*/tokens_up", 2, up_and_down("*", "tokens_up", "tokens_down")),
+  Units("hidden", "*/channels_up", 2, up_and_down("*", "channels_up", "channels_down"),
+        new={"hidden": 10}),
+  Units("hidden", "*/tokens_up", 2, up_and_down("*", "tokens_up", "tokens_down"),
+        new={"tokens": 7}),
   Units("residual", "params/stem", 2, {
     "params/stem/kernel": 3, "params/stem/bias": 0, "*/LayerNorm_?/*": 0, "params/norm/*": 0,
     "*/channels_up/kernel": 0, "*/channels_down/kernel": 1, "*/channels_down/bias": 0,
-    "params/head/kernel": 0}),
-  new={"width": 8, "tokens": 7, "hidden": 10},
+    "params/head/kernel": 0}, new={"width": 8}),
 )  # fmt: skip
 
 
@@ -506,15 +513,15 @@ class Bert(nn.Module):
 
 shows(
   "BERT", Bert(), TOKENS,
-  Units("hidden", "params/up?", 2, up_and_down("params", "up?", "down?")),
+  Units("hidden", "params/up?", 2, up_and_down("params", "up?", "down?"), new={"hidden": 10}),
   Units("residual", "params/words", 3, {
     "params/words/embedding": 1, "params/positions/embedding": 1, "params/types/embedding": 1,
     "params/norm*/scale": 0, "params/norm*/bias": 0, **attending("params/attention?"),
     "params/up?/kernel": 0, "params/down?/kernel": 1, "params/down?/bias": 0,
     "params/head/kernel": (0, 1), "params/head/bias": 0, "params/head_norm/*": 0,
-    "params/pooler/kernel": 0}),
-  Units("heads", "params/attention?/query", 1, of_heads("params/attention?"), how={"axis": -2}),
-  new={"width": 9, "heads": 3, "hidden": 10},
+    "params/pooler/kernel": 0}, new={"width": 9}),
+  Units("heads", "params/attention?/query", 1, of_heads("params/attention?"), how={"axis": -2},
+        new={"heads": 3}),
 )  # fmt: skip
 
 
@@ -689,14 +696,15 @@ class T5(nn.Module):
 
 shows(
   "T5", T5(), (TOKENS, TOKENS[:, :3]),
-  Units("hidden", "params/*_wi", 2, {"params/*_wi/kernel": 1, "params/*_wo/kernel": 0}),
+  Units("hidden", "params/*_wi", 2, {"params/*_wi/kernel": 1, "params/*_wo/kernel": 0},
+        new={"hidden": 10}),
   Units("residual", "params/embed", 3, {
     "params/embed/embedding": 1, "params/*_n*/scale": 0, "params/*/[qkv]/kernel": 0,
-    "params/*/o/kernel": 2, "params/*_wi/kernel": 0, "params/*_wo/kernel": 1}),
+    "params/*/o/kernel": 2, "params/*_wi/kernel": 0, "params/*_wo/kernel": 1},
+    new={"width": 9}),
   Units("heads", ["params/encoder_self/q", "params/decoder_*/q"], 1, {
     "params/*/[qkv]/kernel": 1, "params/*/o/kernel": 0, "params/*_positions/embedding": 1},
-    how={"axis": -2}),
-  new={"width": 9, "heads": 3, "hidden": 10},
+    how={"axis": -2}, new={"heads": 3}),
 )  # fmt: skip
 
 
@@ -763,8 +771,7 @@ shows(
   "GRU", Gru(), SEQUENCES,
   Units("residual", "params/GRUCell_0/hn", 3, {
     "params/*/i[rzn]/kernel": 1, "params/*/h[rzn]/kernel": (0, 1), "params/*/i[rzn]/bias": 0,
-    "params/*/hn/bias": 0, "params/head/kernel": 0}),
-  new={"features": 9},
+    "params/*/hn/bias": 0, "params/head/kernel": 0}, new={"features": 9}),
 )  # fmt: skip
 
 
@@ -914,12 +921,12 @@ shows(
   "graph network", GraphNetwork(),
   (ROWS, jax.random.normal(KEY, (4, 2)), jnp.array([0, 1, 2, 2]), jnp.array([1, 2, 0, 1])),
   Units("hidden", "params/message?", 2, {
-    "params/message?/kernel": 1, "params/message?/bias": 0, "params/update?/kernel": 0}),
+    "params/message?/kernel": 1, "params/message?/bias": 0, "params/update?/kernel": 0},
+    new={"messages": 7}),
   Units("residual", "params/embed", 3, {
     "params/embed/kernel": 1, "params/embed/bias": 0, "params/message?/kernel": 0,
     "params/update?/kernel": (0, 1), "params/update?/bias": 0, "params/norm?/*": 0,
-    "params/head/kernel": 0}),
-  new={"width": 9, "messages": 7},
+    "params/head/kernel": 0}, new={"width": 9}),
 )  # fmt: skip
 
 
@@ -943,7 +950,7 @@ shows(
     "fc1/kernel": 1, "fc1/bias": 0, "weights?/kernel": 0, "biases/kernel": 0}),
   Units("hidden", "biases", 3, {  # the units of the network whose weights are made
     "biases/kernel": 1, "biases/bias": 0, "weights?/kernel": 1, "weights?/bias": 0}),
-  apart=True,
+  apart=jax.__version_info__ < (0, 10),
 )  # fmt: skip
 
 

@@ -115,7 +115,10 @@ def of_labels(graph: Graph, units: int, operations: Sequence[Operation]) -> Dime
       f" them, so widening would change the output{_ends(graph)}"
     )
   of_weights = all(any(node.origin for node, _ in ends) for _, ends in sums)
-  folds = of_weights and all(m.role != "both" for m in members)
+  extrema = any(map(_loses, operations))
+  folds = of_weights and not extrema and all(m.role != "both" for m in members)
+  for operation in operations:
+    _check_counts(operation, units)
   contractions = tuple(_contractions(graph))
   regroups = any(map(_regroups, operations))
   return Dimension(units, members, contractions, folds, outputs, regroups)
@@ -139,6 +142,8 @@ def _ends(graph: Graph) -> str:
 
 def _loses(operation: Operation) -> bool:
   """Whether an operation has units along an axis that it does not share with any other."""
+  if operation.name in ("concatenate", "reshape", "slice", "split"):
+    return False
   tied = {end for tie in primitives.ties(operation.eqn) or [] for end in tie.operands}
   return any(
     (i, axis) not in tied
@@ -148,13 +153,28 @@ def _loses(operation: Operation) -> bool:
   )
 
 
+def _check_counts(operation: Operation, units: int) -> None:
+  """Raises `ValueError` if a program counts along units where new ones do not come last."""
+  along = operation.eqn.params.get("dimension")
+  if operation.name == "iota" and along in operation.results[0].labels:
+    labels = operation.results[0].labels[along]
+    last = labels == units - 1
+    if not (last[-1] and (np.diff(last.astype(int)) >= 0).all()):
+      raise ValueError(
+        f"the program counts along an axis of size {len(labels)} (iota) on which new units would"
+        " not come behind all old ones, so that those would have other numbers than before:"
+        " expected it not to; keep the numbers in a variable"
+      )
+
+
 def _regroups(operation: Operation) -> bool:
   """Whether an operation merges axes that have labels, or splits one."""
   if operation.name != "reshape" or operation.operands[0] is None:
     return False
   source, target = operation.operands[0], operation.results[0]
   return any(
-    len(ins) + len(outs) > 2 and any(a in source.labels for a in ins)
+    any(a in source.labels for a in ins)
+    and sum(source.shape[a] > 1 for a in ins) + sum(target.shape[a] > 1 for a in outs) > 2
     for ins, outs in primitives.reshape_groups(source.shape, target.shape)
   )
 

@@ -31,12 +31,15 @@ class Evaluator:
 
   Attributes:
     alpha: The gate: scalar array.
+    counts: Whether the program may count along an axis that grows: whether it is known that new
+      entries lie behind all old ones there.
     mixes: How often old and new have met so far.
     made: What was computed of the gate before and may be used again, by what it was computed of.
   """
 
-  def __init__(self, alpha: Any):
+  def __init__(self, alpha: Any, counts: bool = True):
     self.alpha = alpha
+    self.counts = counts
     self.mixes = 0
     self.made: dict[Any, Any] = {}
 
@@ -145,6 +148,11 @@ class Evaluator:
       if old.primitive.name != "conv_general_dilated":
         return [_parts.passed(old, operands)]
       _parts.check_taps(old, new, *operands)
+    if old.primitive.name == "iota" and not self.counts:
+      raise ValueError(
+        "the program counts along an axis that grows (iota), which it must not unless it is known"
+        " where new entries lie there: expected inputs when the units were described"
+      )
     axes = _parts.Combinations(old, new, operands)
     # The gate multiplies what a product reads, unless that is of less precision than what it gives.
     early = old.primitive.name in primitives.PRODUCTS and (
@@ -162,12 +170,16 @@ class Evaluator:
         if gated and early:
           blocks[0] = self._scaled(blocks[0])
         outputs = _parts.bind(old, new, axes, at, blocks)
-        self.mixes += any(bits)
-        if gated and not early:
-          outputs = [self.alpha.astype(y.dtype) * y for y in outputs]
-        totals = [a + b for a, b in zip(totals, outputs, strict=True)] if totals else outputs
+        if any(bits):
+          self.mixes += 1
+          alpha = self.alpha if gated and not early else None
+          pairs = zip(totals, outputs, strict=True)
+          totals = [_parts.met(old, a, b, alpha) for a, b in pairs]
+        else:
+          totals = outputs
       for i, (result, total) in enumerate(zip(results, totals, strict=True)):
-        result.blocks[axes.result_bits(i, kept)] = total
+        if axes.gives(i, kept):
+          result.blocks[axes.result_bits(i, kept)] = total
     return results
 
   def _custom(
@@ -187,9 +199,11 @@ class Evaluator:
     name = old.primitive.name
     if any(_parts.TAPS in x.axes for x in operands):
       raise ValueError(f"a kernel whose taps grow goes through {name}")
-    inside = Evaluator(self.alpha)
+    inside = Evaluator(self.alpha, self.counts)
     taken = operands if inside_operands is None else inside_operands
     jax.eval_shape(_Body(inside, inner, taken), _arrays(taken))
+    if inside.mixes and reading.has_true_derivative(old):
+      return self.run(inner[0], inner[1], operands)
     if inside.mixes:
       raise ValueError(
         f"{name} {old.params.get('name', '')} combines old and new entries, and its own derivative"

@@ -118,7 +118,8 @@ def _run(fn: Any, old: Any, plan: Plan, alpha: Any, variables: Any, args: Any, k
     for path in after.paths
   ]
   inputs += map(_parts.whole, after.arrays)
-  outputs = Evaluator(alpha).run(before.program, after.program, inputs)
+  counts = all(dimension.contractions is not None for dimension, _ in plan.dimensions)
+  outputs = Evaluator(alpha, counts).run(before.program, after.program, inputs)
   for x in outputs:
     if x.new is not None:
       raise ValueError(

@@ -59,7 +59,8 @@ class Node:
       if self.fixed:
         raise FixedAxisError(
           f"{self.what} of shape {self.shape} has the units along its axis {axis} (found at"
-          f" {where}): it does not grow, so expected none there; name another axis"
+          f" {where}): it does not grow, so expected none there; name another axis, or pass it"
+          " among the variables"
         )
       self.labels[axis] = labels
       return True

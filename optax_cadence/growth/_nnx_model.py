@@ -10,6 +10,7 @@ from flax import nnx
 
 from optax_cadence import _paths
 from optax_cadence.growth import _trees
+from optax_cadence.growth._plan import LeafChange
 from optax_cadence.growth._plan import Plan
 
 
@@ -64,30 +65,33 @@ def filled(state: Any, tree: Any) -> Any:
   return jax.tree.unflatten(jax.tree.structure(state), values)
 
 
-def fit(model: nnx.Module, keep_groups: bool = False) -> None:
+def fit(model: nnx.Module, plan: Plan) -> None:
   """Makes the attributes of layers that repeat sizes agree with their arrays.
 
   Args:
-    model: The model; it is changed in place.
-    keep_groups: Whether the groups of a `GroupNorm` or `Conv` get wider, instead of more.
+    model: The model, with the arrays of the plan; it is changed in place.
+    plan: The plan, which says of a `GroupNorm` or `Conv` whether its groups are others, or wider.
   """
-  for _, node in nnx.iter_graph(model):
+  changes = plan.by_path
+  for path, node in nnx.iter_graph(model):
+    prefix = tuple(map(str, path))
     for kind, sizes in _SIZES.items():
       if isinstance(node, kind):
         for name, value in sizes(node).items():
           if hasattr(node, name):
             setattr(node, name, value)
     if isinstance(node, nnx.Conv):
-      for name, value in _conv(node, keep_groups).items():
+      change = changes.get((*prefix, "kernel"))
+      groups = _groups(change, plan.grows, node.feature_group_count)
+      for name, value in _conv(node, groups).items():
         setattr(node, name, value)
     if isinstance(node, nnx.ConvTranspose):
       for name, value in _conv_transpose(node).items():
         setattr(node, name, value)
     if isinstance(node, nnx.GroupNorm) and _features(node):
-      if keep_groups:
-        node.group_size = _features(node)["num_features"] // node.num_groups
-      else:
-        node.num_groups = _features(node)["num_features"] // node.group_size
+      change = changes.get((*prefix, "scale"), changes.get((*prefix, "bias")))
+      node.num_groups = _groups(change, plan.grows, node.num_groups)
+      node.group_size = _features(node)["num_features"] // node.num_groups
 
 
 def fit_heads(layer: Any, path: _paths.Path, of: str, plan: Plan) -> None:
@@ -282,12 +286,29 @@ def _general(m: Any) -> dict[str, Any]:
   return {} if m.batch_axis else {"in_features": shape[:n], "out_features": shape[n:]}
 
 
-def _conv(m: Any, keep_groups: bool) -> dict[str, Any]:
-  shape, groups = _own(m, m.kernel), m.feature_group_count
+def _groups(change: LeafChange | None, grows: bool, groups: int) -> int:
+  """How many groups there are then along the last axis of a leaf, of so many now.
+
+  They are as many, and wider or narrower, if what stays of each is in its own part of the axis.
+  Otherwise there are more or fewer, each as wide as it was.
+  """
+  if change is None or change.before is None or change.after is None:
+    return groups
+  at = change.positions.get(len(change.after) - 1)
+  if groups == 1 or at is None:
+    return groups
+  before, after = change.before[-1], change.after[-1]
+  small, large = (before, after) if grows else (after, before)
+  same = small % groups == large % groups == 0
+  if same and (at // (large // groups) == np.arange(small) // (small // groups)).all():
+    return groups
+  return after // (before // groups)
+
+
+def _conv(m: Any, groups: int) -> dict[str, Any]:
+  shape = _own(m, m.kernel)
   inputs, outputs = shape[-2:]  # the inputs are those of one group
   sizes = {"kernel_shape": shape, "kernel_size": shape[:-2], "out_features": outputs}
-  if groups > 1 and not keep_groups and inputs == m.in_features // groups:
-    groups = outputs // (m.out_features // groups)
   return {**sizes, "in_features": inputs * groups, "feature_group_count": groups}
 
 
@@ -300,6 +321,15 @@ def _conv_transpose(m: Any) -> dict[str, Any]:
 
 def _embed(m: Any) -> dict[str, Any]:
   return dict(zip(("num_embeddings", "features"), _own(m, m.embedding), strict=True))
+
+
+def _einsum(m: Any) -> dict[str, Any]:
+  sizes = {"kernel_shape": _shape(m.kernel)[-len(m.kernel_shape) :]}
+  return {**sizes, "bias_shape": _shape(m.bias)[-len(m.bias_shape) :]} if m.bias_shape else sizes
+
+
+def _lora(m: Any) -> dict[str, Any]:
+  return {"in_features": _shape(m.lora_a)[-2], "out_features": _shape(m.lora_b)[-1]}
 
 
 def _attention(m: Any) -> dict[str, Any]:
@@ -327,7 +357,9 @@ def _recurrent(m: Any) -> dict[str, Any]:
 _SIZES: dict[Any, Callable[[Any], dict[str, Any]]] = {
   nnx.Linear: _linear,
   nnx.LinearGeneral: _general,
+  nnx.Einsum: _einsum,
   nnx.Embed: _embed,
+  nnx.LoRA: _lora,
   nnx.BatchNorm: _features,
   nnx.LayerNorm: _features,
   nnx.RMSNorm: _features,
@@ -337,3 +369,5 @@ _SIZES: dict[Any, Callable[[Any], dict[str, Any]]] = {
   nnx.SimpleCell: _recurrent,
   nnx.GRUCell: _recurrent,
 }
+if hasattr(nnx, "InstanceNorm"):  # since Flax 0.12
+  _SIZES[nnx.InstanceNorm] = _features

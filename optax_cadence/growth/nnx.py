@@ -141,7 +141,7 @@ def widen(
   grown = _driver.widen(
     network, units, by, axis=axis, unit=unit, blocks=blocks, fresh=fresh, alpha=alpha
   )
-  return _put(model, grown, network, optimizer, keep_groups=blocks > 1, sizes=sizes)
+  return _put(model, grown, network, optimizer, sizes=sizes)
 
 
 def enlarge(
@@ -383,19 +383,17 @@ def grow(
   inputs: Sequence[Any] = (),
   optimizer: nnx.Optimizer | None = None,
   alpha: float = 0.0,
-  keep_groups: bool = False,
   sizes: Mapping[str, Any] | None = None,
   **kwargs: Any,
 ) -> None:
   """Applies a plan for the tree `nnx.variables(model)` to the live model.
 
-  `plan` is one of `growth.widening` or `growth.enlarging`, or a sum of them; `keep_groups` says
-  that the groups of a `GroupNorm` get wider, instead of more. All other arguments are as for
-  `widen`.
+  `plan` is one of `growth.widening` or `growth.enlarging`, or a sum of them. All other arguments
+  are as for `widen`.
   """
   network = _network(model, inputs, kwargs)
   grown = _driver.grow(network, plan, fresh, alpha)
-  _put(model, grown, network, optimizer, keep_groups, sizes)
+  _put(model, grown, network, optimizer, sizes)
 
 
 def shrink(
@@ -404,7 +402,6 @@ def shrink(
   *inputs: Any,
   take_out: Callable[[Any], Any] = lambda model: None,
   optimizer: nnx.Optimizer | None = None,
-  keep_groups: bool = False,
   sizes: Mapping[str, Any] | None = None,
   **kwargs: Any,
 ) -> None:
@@ -417,7 +414,6 @@ def shrink(
     take_out: Takes out the modules whose leaves the plan removes whole, which is what the
       inverse of `deepen` does: `lambda m: m.blocks.pop()`.
     optimizer: The model's optimizer, whose state follows.
-    keep_groups: Whether the groups of a `GroupNorm` get narrower, instead of fewer.
     sizes: As for `widen`.
     **kwargs: Further arguments of the forward pass.
   """
@@ -432,7 +428,7 @@ def shrink(
         f"the plan removes {_paths.listed(sorted(left))}: take the modules out with take_out="
       )
     _nnx_model.set_variables(model, tree)
-    _nnx_model.fit(model, keep_groups)
+    _nnx_model.fit(model, plan)
     _nnx_model.set_sizes(model, sizes)
     _nnx_model.pad_for_taps(model, plan)
 
@@ -643,7 +639,6 @@ def _put(
   grown: _driver.Grown,
   network: Network,
   optimizer: nnx.Optimizer | None,
-  keep_groups: bool = False,
   sizes: Mapping[str, Any] | None = None,
   add: Callable[[Any], None] = lambda model: None,
   refit: Callable[[Any], None] = lambda model: None,
@@ -655,7 +650,6 @@ def _put(
     grown: Its grown variables and the plan.
     network: The model as it was, with its inputs, to check the result.
     optimizer: The model's optimizer, whose state follows.
-    keep_groups: Whether the groups of a `GroupNorm` get wider, instead of more.
     sizes: New values of attributes of the user's own classes.
     add: Puts new modules into the model.
     refit: Sets other attributes of the user's own classes that repeat sizes.
@@ -675,7 +669,7 @@ def _put(
     contents = _nnx_contents.changes(held, model)
     _nnx_model.set_variables(model, tree)
     before = _nnx_gate.attributes(model)
-    _nnx_model.fit(model, keep_groups)
+    _nnx_model.fit(model, plan)
     refit(model)
     _nnx_model.set_sizes(model, sizes)
     _nnx_model.pad_for_taps(model, plan)

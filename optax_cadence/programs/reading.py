@@ -91,6 +91,16 @@ def called(eqn: Any) -> Any | None:
   return programs[0] if axes == outside and len(body.outvars) == len(eqn.outvars) else None
 
 
+def has_true_derivative(eqn: Any) -> bool:
+  """Whether the derivative that a function defines for itself is the one that its program has.
+
+  So it is for a softmax of JAX, which defines one to save memory; others may say anything.
+  """
+  inner = called(eqn)
+  info = None if inner is None else getattr(opened(inner)[0], "debug_info", None)
+  return getattr(info, "func_name", "") == "_softmax"
+
+
 def scan_counts(eqn: Any) -> tuple[int, int]:
   """How many operands of a scan are constants, and how many are carried.
 
