@@ -80,7 +80,7 @@ def _taken(x: Any, old: np.ndarray, new: np.ndarray, axis: int) -> list[Any]:
   """The parts of an array at some positions along an axis, and at all others."""
   if (np.concatenate([old, new]) == np.arange(len(old) + len(new))).all():
     # Whose gradients are joined again, where those of slices would be padded and added up.
-    return jax.lax.split(x, (len(old), len(new)), axis)
+    return list(jax.lax.split(x, (len(old), len(new)), axis))
   return [
     jnp.take(x, at, axis=axis, unique_indices=True, indices_are_sorted=True, mode="clip")
     for at in (old, new)
