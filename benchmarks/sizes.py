@@ -28,6 +28,9 @@ class Sizes:
     traced_leaves: Leaves in the tracing case.
     pruned: Weights of the matrix whose mask is made.
     pruned_globally: Weights of the forty leaves whose masks are made together.
+    grown_layers: Layers of the transformer that grows.
+    grown_width: Its width.
+    grown_tokens: Tokens of one step of it, a multiple of 16.
     bandwidth: Entries of each array in the bandwidth measurement.
   """
 
@@ -44,6 +47,9 @@ class Sizes:
   traced_leaves: int = 1000
   pruned: int = 2**24
   pruned_globally: int = 100_000_000
+  grown_layers: int = 48
+  grown_width: int = 64
+  grown_tokens: int = 1024
   bandwidth: int = 2**26
 
 
@@ -59,6 +65,8 @@ QUICK = Sizes(
   traced_leaves=128,
   pruned=2**20,
   pruned_globally=2**20,
+  grown_layers=4,
+  grown_tokens=256,
   bandwidth=2**24,
 )
 
