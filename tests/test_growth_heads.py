@@ -111,6 +111,7 @@ class Rotary(nnx.Module):
 
   neighbours = False
   kept = False
+  numbers = staticmethod(jnp.arange)
 
   def __init__(self, rngs):
     self.num_heads, self.head_dim = 2, 4
@@ -127,10 +128,15 @@ class Rotary(nnx.Module):
     if self.kept:
       frequencies = nets.array(self.frequencies)
     else:
-      frequencies = 100.0 ** (-jnp.arange(0.0, self.head_dim, 2) / self.head_dim)
+      powers = self.numbers(self.head_dim // 2).astype(np.float32) * 2 / self.head_dim
+      frequencies = jnp.asarray(100.0**-powers)
     angles = jnp.arange(float(t))[:, None] * frequencies[None]
     q, k = turned(q, angles, self.neighbours), turned(k, angles, self.neighbours)
     return self.out(softmax_attention(q, k, v).reshape(b, t, -1))
+
+
+class RotaryConstant(Rotary):
+  numbers = staticmethod(np.arange)
 
 
 class Neighbours(Rotary):
@@ -325,6 +331,7 @@ def test_attributes_with_other_names_are_named():
 @pytest.mark.parametrize(
   ("kind", "arguments", "message"),
   [
+    (RotaryConstant, {"of": "size", "by": 2}, r"as its size: a constant of shape \(2,\) has"),
     (Flax, {"of": "queries", "by": 1}, "have no axis that can grow as its queries"),
     (RotaryKept, {"of": "size", "by": 1}, "a positive integer that 2 divides, found 1"),
     (Flax, {"of": "width", "by": 1}, "of: expected one of 'heads', 'queries', 'size'"),
@@ -430,7 +437,7 @@ def test_heads_of_the_zoo_are_found(name):
     else:
       model = nets.make(net.make)
       fn, variables = growth.nnx.forward(model), growth.nnx.variables(model)
-    found = growth.couple_heads(fn, variables, *net.inputs, attn=attn, **net.settings)
+    found = growth.couple_heads(fn, variables, *net.inputs, attn=attn)
   paths = {"/".join(member.path) for member in found.members}
   assert found.size == 2
   assert {path.split("/")[-2] for path in paths if path.startswith(attn)} == layers

@@ -101,8 +101,10 @@ def find(
         node.put(axis, start.labels, "an attention layer")
       operations = _couple.spread_from(graph, [node for node, _ in start.ends])
       found = _couple.of_labels(graph, int(start.labels.max()) + 1, operations)
-    except _graph.FixedAxisError:  # an axis of the batch, or of positions
+    except _graph.FixedAxisError as error:
       fixed.update((id(node), axis) for node in graph.labelled() for axis in node.labels)
+      if of == "size":  # otherwise it is an axis of the batch, or of positions
+        reasons.append(str(error))
       continue
     except ValueError as error:
       reasons.append(str(error))
@@ -114,7 +116,7 @@ def find(
   raise ValueError(
     f"attn {attn!r}: its queries and keys, of shapes"
     f" {[node.shape for node in attention.scores.nodes[:2]]}, have no axis that can grow as its"
-    f" {of}{': ' + reasons[0] if reasons else ''}"
+    f" {of}{': ' + reasons[-1 if of == 'size' else 0] if reasons else ''}"
   )
 
 
