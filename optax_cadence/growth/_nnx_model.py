@@ -52,10 +52,21 @@ def forward(model: nnx.Module) -> Callable[..., Any]:
 
   def run(tree: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     copy = nnx.merge(graphdef, filled(state, tree))
+    args, kwargs = _cloned((args, kwargs))
     output = copy(*args, **kwargs)
     return output, nnx.to_pure_dict(nnx.state(copy, nnx.Not(nnx.Param)))
 
   return run
+
+
+def _cloned(args: Any) -> Any:
+  """Arguments, of which objects with variables (`nnx.Rngs`) are copies that a trace may change."""
+  kind: Any = getattr(nnx, "Pytree", nnx.Object)
+
+  def is_object(x: Any) -> bool:
+    return isinstance(x, kind)
+
+  return jax.tree.map(lambda x: nnx.clone(x) if is_object(x) else x, args, is_leaf=is_object)
 
 
 def filled(state: Any, tree: Any) -> Any:
