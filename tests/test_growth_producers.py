@@ -115,6 +115,33 @@ def test_the_forward_pass_of_a_live_model_gets_its_arguments():
   assert tuple(model.stem.kernel.shape) == (5, 5, 1, 5)
 
 
+class Drops(nnx.Module):
+  """A forward pass that asks for random numbers by the name by which growth does."""
+
+  def __init__(self, rngs):
+    self.one, self.drop = nnx.Linear(4, 6, rngs=rngs), nnx.Dropout(0.5, deterministic=False)
+    self.two = nnx.Linear(6, 2, rngs=rngs)
+
+  def __call__(self, x, *, rngs):
+    x = jnp.tanh(self.one(x))
+    return self.two(x if rngs is None else self.drop(x, rngs=rngs))
+
+
+@pytest.mark.parametrize("rngs", [None, lambda: nnx.Rngs(params=0, dropout=1)])
+def test_random_numbers_go_to_the_forward_pass_too(rngs):
+  model, twin = nets.make(Drops), nets.make(Drops)
+  given = None if rngs is None else rngs()
+  growth.widen(model, X, producer=model.one, by=2, rngs=given)
+  assert tuple(model.one.kernel.shape) == (4, 8)
+  close(*(m(X, rngs=None if rngs is None else rngs()) for m in (model, twin)))
+
+
+def test_random_numbers_may_be_a_key():
+  model, twin = nets.make(Tower), nets.make(Tower)
+  growth.widen(model, X, producer="layers/0", by=2, rngs=jax.random.key(3), scaled=False)
+  close(model(X, scaled=False), twin(X, scaled=False))
+
+
 class LinenTower(nn.Module):
   width: int = 6
   middle: int = 6

@@ -6,6 +6,7 @@ at its new size.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -97,7 +98,7 @@ def widen(
   unit: int = 1,
   blocks: int = 1,
   fresh: Fresh | None = None,
-  rngs: nnx.Rngs | None = None,
+  rngs: nnx.Rngs | jax.Array | None = None,
   optimizer: nnx.Optimizer | None = None,
   alpha: float = 0.0,
   sizes: Mapping[str, Any] | None = None,
@@ -118,7 +119,7 @@ def widen(
     unit: Adjacent positions that make one unit.
     blocks: How often the units repeat along the axis: for the groups of a norm that grow.
     fresh: Where new entries come from; by default see `default_init`.
-    rngs: Random numbers for those initializers.
+    rngs: Random numbers for those initializers, and for the forward pass if that takes `rngs` too.
     optimizer: The model's optimizer, whose state follows.
     alpha: Value of the gate.
     sizes: New values of attributes of your own classes that hold a size, by name or by path, a glob
@@ -150,7 +151,7 @@ def enlarge(
   conv: nnx.Module,
   kernel_size: Sequence[int],
   fresh: Fresh | None = None,
-  rngs: nnx.Rngs | None = None,
+  rngs: nnx.Rngs | jax.Array | None = None,
   optimizer: nnx.Optimizer | None = None,
   alpha: float = 0.0,
   sizes: Mapping[str, Any] | None = None,
@@ -568,7 +569,7 @@ def _network(
   model: nnx.Module,
   inputs: Sequence[Any] = (),
   settings: Mapping[str, Any] | None = None,
-  rngs: nnx.Rngs | None = None,
+  rngs: nnx.Rngs | jax.Array | None = None,
 ) -> Network:
   """A model without a gate, as the driver sees it."""
   name = type(model).__name__
@@ -580,7 +581,9 @@ def _network(
   _trees.check_concrete("growth", tree)
   init = functools.partial(default_init, model, rngs)
   notes = functools.partial(_nnx_init.notes, model)
-  settings = settings or {}
+  settings = dict(settings or {})
+  if inputs and "rngs" not in settings and "rngs" in inspect.signature(model.__call__).parameters:
+    settings["rngs"] = rngs
   return Network(forward(model), tree, inputs, settings, init=init, notes=notes, output=("0",))
 
 
