@@ -261,3 +261,18 @@ def test_some_pieces_of_a_split_grow():
   close(forward(grown, X), fn(params, X))
   half = {**grown, "alpha": jnp.float32(0.5)}
   close(fn(growth.merge(half, plan), X), forward(half, X))
+
+
+def test_what_only_dead_code_reads_grows_too():
+  params = {**PARAMS, "scale": jnp.ones(UNITS)}
+
+  def fn(p, x):
+    h = x @ p["a"]
+    jnp.sort(h * p["scale"][None], 1)
+    return h @ p["b"]
+
+  units = growth.couple(fn, params, X, producer="a")
+  assert {m.path[0] for m in units.members} == {"a", "b", "scale"}
+  plan = growth.widening(params, units, 2)
+  grown = plan.apply(params, lambda path, shape, dtype: np.full(shape, 0.7, dtype))
+  close(growth.gated(fn, plan)(grown, X), fn(params, X))

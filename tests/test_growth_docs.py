@@ -34,9 +34,9 @@ def sections():
 BLOCKS = sections()
 
 
-def block(heading, word):
-  """The one block below a heading that has a word."""
-  (found,) = [code for code in BLOCKS[heading] if word in code]
+def block(word):
+  """The one block below "Which function" that has a word."""
+  (found,) = [code for code in BLOCKS["Which function"] if word in code]
   return found
 
 
@@ -90,7 +90,7 @@ def test_the_page_runs(capsys):
 
 @pytest.mark.ci
 def test_a_train_state_follows():
-  code = block("Which function", "state.replace")
+  code = block("state.replace(apply_fn=forward")
   old, new, x = nets.Transformer(), nets.Transformer(hidden=32), nets.TOKENS
   with nets.relaxed():
     state = train_state.TrainState.create(
@@ -107,14 +107,18 @@ def test_a_train_state_follows():
 def test_a_model_of_one_configuration_grows():
   names = {"__name__": "page", "growth": growth, "jax": jax}
   with nets.relaxed():
-    exec(block("Which function", "class Model(nn.Module)"), names)
+    exec(block("class Model(nn.Module)"), names)
     nets.close(
       names["forward"](names["grown"], names["x"]),
       names["old"].apply(names["variables"], names["x"]),
     )
     assert "params/up_1/kernel" in str(names["plan"])
     both = names["Model"](names["Config"](width=12, hidden=24))
-    growth.linen.widen(
-      names["old"], both, names["variables"], names["x"], producer=["params/embed", "params/up_*"],
-      by=[4, 8], fresh=nets.fresh,
-    )  # fmt: skip
+    named = {"producer": ["params/embed", "params/up_*"], "by": [4, 8]}
+    plans = [
+      growth.linen.widen(
+        names["old"], both, names["variables"], names["x"], fresh=nets.fresh, **told
+      )[2]
+      for told in (named, {})
+    ]
+    assert len({frozenset((c.path, c.after) for c in plan.changes) for plan in plans}) == 1

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import zoo
 from flax import linen as nn
 from flax import nnx
 from growth_nets import close
@@ -110,6 +111,7 @@ class Rotary(nnx.Module):
 
   neighbours = False
   kept = False
+  numbers = staticmethod(jnp.arange)
 
   def __init__(self, rngs):
     self.num_heads, self.head_dim = 2, 4
@@ -126,10 +128,15 @@ class Rotary(nnx.Module):
     if self.kept:
       frequencies = nets.array(self.frequencies)
     else:
-      frequencies = 100.0 ** (-jnp.arange(0.0, self.head_dim, 2) / self.head_dim)
+      powers = self.numbers(self.head_dim // 2).astype(np.float32) * 2 / self.head_dim
+      frequencies = jnp.asarray(100.0**-powers)
     angles = jnp.arange(float(t))[:, None] * frequencies[None]
     q, k = turned(q, angles, self.neighbours), turned(k, angles, self.neighbours)
     return self.out(softmax_attention(q, k, v).reshape(b, t, -1))
+
+
+class RotaryConstant(Rotary):
+  numbers = staticmethod(np.arange)
 
 
 class Neighbours(Rotary):
@@ -213,6 +220,8 @@ GROWTHS = {
   "repeated keys, queries": (Repeated, "queries", 1, {"n_heads": 6, "n_kv_heads": 2}),
   "rotary, heads": (Rotary, "heads", 1, {"num_heads": 3, "head_dim": 4}),
   "rotary neighbours, heads": (Neighbours, "heads", 1, {"num_heads": 3}),
+  "rotary, size": (Rotary, "size", 2, {"head_dim": 6}),
+  "rotary neighbours, size": (Neighbours, "size", 2, {"head_dim": 6}),
   "rotary with frequencies kept, size": (RotaryKept, "size", 2, {"head_dim": 6}),
   "neighbours with frequencies kept, size": (NeighboursKept, "size", 2, {"head_dim": 6}),
   "relative positions, heads": (Relative, "heads", 1, {}),
@@ -322,7 +331,7 @@ def test_attributes_with_other_names_are_named():
 @pytest.mark.parametrize(
   ("kind", "arguments", "message"),
   [
-    (Rotary, {"of": "size", "by": 2}, "axis that grows|no axis that can grow"),
+    (RotaryConstant, {"of": "size", "by": 2}, r"as its size: a constant of shape \(2,\) has"),
     (Flax, {"of": "queries", "by": 1}, "have no axis that can grow as its queries"),
     (RotaryKept, {"of": "size", "by": 1}, "a positive integer that 2 divides, found 1"),
     (Flax, {"of": "width", "by": 1}, "of: expected one of 'heads', 'queries', 'size'"),
@@ -335,6 +344,17 @@ def test_errors(kind, arguments, message):
   with nets.relaxed(), pytest.raises(ValueError, match=message):
     growth.heads(model, X, attn=model.attn, **arguments)
   nets.equal(growth.nnx.variables(model), before)
+
+
+@pytest.mark.parametrize("how", ["list", "glob"])
+def test_all_layers_at_once(how):
+  model, twin = nets.make(Net, Grouped), nets.make(Net, Grouped)
+  attn = [model.first, "attn"] if how == "list" else "[fa]*t*"
+  plan = growth.heads(model, X, attn=attn, by=1, fresh=fresh)
+  assert len(plan.dimensions) == 2
+  assert (model.first.n_heads, model.attn.n_heads, model.attn.n_kv_heads) == (6, 6, 3)
+  close(model(X), twin(X))
+  nets.opens_and_merges(model, twin, X)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,3 +413,31 @@ def test_what_is_no_attention_layer():
     growth.heads(model, nets.IMAGES, attn=model.one, by=1)
   with pytest.raises(ValueError, match="expected inputs of the forward pass"):
     growth.heads(model, attn=model.one, by=1)
+
+
+# The attention layers of the networks in `zoo.py`, and which members their heads have.
+OF_ZOO = {
+  "ViT": ("blocks/0/attention", {"query", "key", "value", "out"}),
+  "BERT": ("params/attention1", {"query", "key", "value", "out"}),
+  "GPT": ("blocks/1", {"qkv", "proj"}),
+  "Llama": ("layers/0/attention", {"q", "k", "v", "o"}),
+  "T5": ("params/decoder_cross", {"q", "k", "v", "o"}),
+}
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", list(OF_ZOO))
+def test_heads_of_the_zoo_are_found(name):
+  net = next(net for net in zoo.ZOO if net.name == name)
+  attn, layers = OF_ZOO[name]
+  with nets.relaxed():
+    if net.is_linen:
+      fn = net.make.apply
+      variables = jax.eval_shape(lambda: net.make.init(jax.random.key(0), *net.inputs))
+    else:
+      model = nets.make(net.make)
+      fn, variables = growth.nnx.forward(model), growth.nnx.variables(model)
+    found = growth.couple_heads(fn, variables, *net.inputs, attn=attn)
+  paths = {"/".join(member.path) for member in found.members}
+  assert found.size == 2
+  assert {path.split("/")[-2] for path in paths if path.startswith(attn)} == layers

@@ -115,6 +115,33 @@ def test_the_forward_pass_of_a_live_model_gets_its_arguments():
   assert tuple(model.stem.kernel.shape) == (5, 5, 1, 5)
 
 
+class Drops(nnx.Module):
+  """A forward pass that asks for random numbers by the name by which growth does."""
+
+  def __init__(self, rngs):
+    self.one, self.drop = nnx.Linear(4, 6, rngs=rngs), nnx.Dropout(0.5, deterministic=False)
+    self.two = nnx.Linear(6, 2, rngs=rngs)
+
+  def __call__(self, x, *, rngs):
+    x = jnp.tanh(self.one(x))
+    return self.two(x if rngs is None else self.drop(x, rngs=rngs))
+
+
+@pytest.mark.parametrize("rngs", [None, lambda: nnx.Rngs(params=0, dropout=1)])
+def test_random_numbers_go_to_the_forward_pass_too(rngs):
+  model, twin = nets.make(Drops), nets.make(Drops)
+  given = None if rngs is None else rngs()
+  growth.widen(model, X, producer=model.one, by=2, rngs=given)
+  assert tuple(model.one.kernel.shape) == (4, 8)
+  close(*(m(X, rngs=None if rngs is None else rngs()) for m in (model, twin)))
+
+
+def test_random_numbers_may_be_a_key():
+  model, twin = nets.make(Tower), nets.make(Tower)
+  growth.widen(model, X, producer="layers/0", by=2, rngs=jax.random.key(3), scaled=False)
+  close(model(X, scaled=False), twin(X, scaled=False))
+
+
 class LinenTower(nn.Module):
   width: int = 6
   middle: int = 6
@@ -160,6 +187,61 @@ def test_a_new_module_of_another_size_is_an_error_that_names_the_leaves(fresh):
       old, new, linen_variables(old), X, producer="params/layer1", by=3, train=True, fresh=fresh,
       rngs=jax.random.key(1),
     )  # fmt: skip
+
+
+def test_what_is_larger_in_the_new_module_grows():
+  class Net(nn.Module):
+    """One number sets all widths, as of a ResNet; the flattened pixels hold channels four times."""
+
+    filters: int = 3
+
+    @nn.compact
+    def __call__(self, x):
+      x = nn.relu(nn.Conv(self.filters, (3, 3))(x))
+      for width in (self.filters, 2 * self.filters):
+        y = nn.Conv(width, (1, 1))(nn.relu(nn.Conv(self.filters, (3, 3))(x)))
+        x = y if x.shape != y.shape else x + y
+      x = nn.max_pool(x, (2, 2), (2, 2))
+      return nn.Dense(2)(x.reshape(len(x), -1))
+
+  old, new, x = Net(), Net(5), nets.IMAGES
+  variables = old.init(jax.random.key(0), x)
+  grown, forward, plan = growth.linen.widen(old, new, variables, x, fresh=nets.fresh)
+  assert sorted((units.size, more) for units, more in plan.dimensions) == [
+    (3, 2), (3, 2), (3, 2), (6, 4),
+  ]  # fmt: skip
+  close(forward(grown, x), old.apply(variables, x))
+  opened = nets.with_alpha(grown, 1.0)
+  close(new.apply(growth.merge(opened, plan), x), forward(opened, x))
+
+  with pytest.raises(ValueError, match="larger than the old one, found the same"):
+    growth.linen.widen(old, Net(3), variables, x, fresh=nets.fresh)
+  with pytest.raises(ValueError, match=r"'.*' grows along axis . from 3 to 2: expected .* larger"):
+    growth.linen.widen(old, Net(2), variables, x, fresh=nets.fresh)
+  with pytest.raises(ValueError, match="expected both producer= and by=, or neither, found None"):
+    growth.linen.widen(old, new, variables, x, by=2, fresh=nets.fresh)
+
+
+@pytest.mark.parametrize("boxed", [True, False])
+def test_variables_with_names_for_their_axes(boxed):
+  class Named(nn.Module):
+    width: int = 6
+
+    @nn.compact
+    def __call__(self, x):
+      init = nn.with_partitioning(nn.initializers.normal(), ("in", "out"))
+      x = nn.tanh(nn.Dense(self.width, kernel_init=init, name="up")(x))
+      return nn.Dense(2, kernel_init=init, name="down")(x)
+
+  old, new = Named(), Named(9)
+  variables = old.init(jax.random.key(0), X)
+  variables = variables if boxed else nn.meta.unbox(variables)
+  grown, forward, _ = growth.linen.widen(
+    old, new, variables, X, producer="params/up", by=3, rngs=jax.random.key(1)
+  )
+  close(forward(grown, X), old.apply(variables, X))
+  with pytest.raises(ValueError, match="'params/up/bias'.* but .* by the plan"):
+    growth.linen.widen(old, Named(8), variables, X, producer="params/up", by=3, fresh=nets.fresh)
 
 
 def gpt():

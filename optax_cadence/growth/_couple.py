@@ -81,23 +81,28 @@ def couple(
     names = [producer] if isinstance(producer, str) else list(producer)
     described = dimension(variables, {name: Axis(axis, blocks, unit) for name in names})
   graph = _graph.read(fn, variables, *args, **kwargs)
-  spread(graph, described, "the description")
-  found = of_labels(graph, described.size)
+  operations = spread(graph, described, "the description")
+  found = of_labels(graph, described.size, operations)
   if producer is described:
     _check_complete(described, found.members, graph)
   return found
 
 
-def of_labels(graph: Graph, units: int) -> Dimension:
+def of_labels(graph: Graph, units: int, operations: Sequence[Operation]) -> Dimension:
   """The dimension of so many units that a program has been labelled with.
+
+  Args:
+    graph: The program.
+    units: Their number.
+    operations: The operations that they go through.
 
   Raises:
     ValueError: If no product sums over them.
   """
-  members = tuple(members_of(graph, units, graph.operations))
+  members = tuple(members_of(graph, units, operations))
   sums = [
     (operation, ends)
-    for operation in graph.operations
+    for operation in operations
     for tie, ends in operation.labelled()
     if tie.summed
   ]
@@ -110,12 +115,12 @@ def of_labels(graph: Graph, units: int) -> Dimension:
       f" them, so widening would change the output{_ends(graph)}"
     )
   of_weights = all(any(node.origin for node, _ in ends) for _, ends in sums)
-  extrema = any(map(_loses, graph.operations))
+  extrema = any(map(_loses, operations))
   folds = of_weights and not extrema and all(m.role != "both" for m in members)
-  for operation in graph.operations:
+  for operation in operations:
     _check_counts(operation, units)
   contractions = tuple(_contractions(graph))
-  regroups = any(map(_regroups, graph.operations))
+  regroups = any(map(_regroups, operations))
   return Dimension(units, members, contractions, folds, outputs, regroups)
 
 

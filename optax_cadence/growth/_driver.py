@@ -97,8 +97,8 @@ def couple(network: Network, producer: str | Sequence[str] | Dimension, **kwargs
 
 def widen(
   network: Network,
-  producer: str | Sequence[str] | Dimension,
-  by: int | Sequence[int],
+  producer: str | Sequence[str] | Dimension | None,
+  by: int | Sequence[int] | None,
   *,
   axis: int = -1,
   unit: int = 1,
@@ -111,7 +111,8 @@ def widen(
   Args:
     network: The network.
     producer: What makes the units: the path of a layer, or of a leaf, or a glob for several; or
-      a list of them; or a `Dimension`, which is checked if there are inputs.
+      a list of them; or a `Dimension`, which is checked if there are inputs. None: whatever is
+      larger where the network is defined at its new size.
     by: Number of new units, of each producer; or a list, a number for each that is named.
     axis: The axis of the producer's kernel that holds the units.
     unit: Adjacent positions that make one unit.
@@ -121,12 +122,47 @@ def widen(
   """
   if isinstance(producer, Dimension):
     units: dict[Dimension, Any] = {couple(network, producer) if network.inputs else producer: by}
-  elif network.inputs:
+  elif producer is None and network.defined is not None:
+    units = _of_definition(network.variables, network.defined(), network)
+  elif network.inputs and producer is not None:
     units = _of_producers(network, producer, by, Axis(axis, blocks, unit))
   else:
     raise ValueError("widen needs inputs, to find what reads the units, or consumers=[...]")
   plan = _planners.widening(network.variables, units, alpha=network.alpha)
   return grow(network, plan, fresh, alpha)
+
+
+def _of_definition(variables: Any, defined: Any, network: Network) -> dict[Dimension, Any]:
+  """The dimensions along which a definition of the network is larger, and by how much each."""
+  expected = _trees.shapes(defined)
+  left = {
+    (path, axis): (n, m)
+    for path, shape in _trees.shapes(variables).items()
+    if len(expected.get(path, ())) == len(shape)
+    for axis, (n, m) in enumerate(zip(shape, expected[path], strict=True))
+    if n != m
+  }
+  if not left:
+    raise ValueError("expected a new module that is larger than the old one, found the same shapes")
+  found: dict[Dimension, Any] = {}
+  while left:
+    # A longer axis may hold the units of a shorter one several times.
+    path, axis = min(left, key=lambda place: left[place][0])
+    before, after = left[path, axis]
+    name = f"{_paths.join(path)!r} grows along axis {axis} from {before} to {after}"
+    if after < before:
+      raise ValueError(f"{name}: expected the new module to be larger")
+    try:
+      units = couple(network, [_paths.join(path)], axis=axis)
+    except ValueError as error:
+      raise ValueError(
+        f"{name} in the new module, but what units these are cannot be derived: name their"
+        f" producer, and unit= or blocks= if need be. ({error})"
+      ) from error
+    found[units] = after - before
+    for member in units.members:
+      left.pop((member.path, member.axis), None)
+  return found
 
 
 def _of_producers(
@@ -236,10 +272,13 @@ def deepen(
 
 def grow(network: Network, plan: Plan, fresh: Any = None, alpha: float = 0.0) -> Grown:
   """Applies a plan; `fresh` and `alpha` as in `widen`."""
-  if network.defined is not None:
-    _check_defined(network.variables, network.defined(), plan)
+  made = None
   if fresh is None:
-    fresh, plan = network.init(), dataclasses.replace(plan, notes=network.notes(plan))
+    fresh = made = network.init()
+    plan = dataclasses.replace(plan, notes=network.notes(plan))
+  if network.defined is not None:
+    defined = network.defined() if made is None else made
+    _check_defined(network.variables, defined, plan)
   return Grown(plan.apply(network.variables, fresh, alpha=alpha), plan)
 
 
@@ -275,18 +314,19 @@ def check_layout(network: Network, plan: Plan, name: str, hint: str = "") -> Non
     name: What the network is called in errors.
     hint: What may be the reason.
   """
-  if not network.inputs:
+  dimensions = [dimension for dimension in plan.after() if dimension.regroups]
+  if not network.inputs or not dimensions:
     return
-  for dimension in plan.after():
-    if dimension.regroups:
-      try:
-        graph = _graph.read(network.forward, network.variables, *network.inputs, **network.settings)
-        _couple.check_layout(graph, dimension, "the dimension")
-      except ValueError as error:
-        raise ValueError(
-          f"{name} does not run at its new size with its units where they were, so nothing was"
-          f" changed. {hint or _HINT}. ({error})"
-        ) from error
+  try:
+    graph = _graph.read(network.forward, network.variables, *network.inputs, **network.settings)
+    for dimension in dimensions:
+      graph.clear()
+      _couple.check_layout(graph, dimension, "the dimension")
+  except ValueError as error:
+    raise ValueError(
+      f"{name} does not run at its new size with its units where they were, so nothing was"
+      f" changed. {hint or _HINT}. ({error})"
+    ) from error
 
 
 _HINT = "A shared dimension may lack a member, or a module keep its size in an attribute of its own"
@@ -309,7 +349,7 @@ def check_runs(network: Network, name: str, hint: str = "") -> None:
 
 def heads(
   network: Network,
-  attn: str,
+  attn: Iterable[str],
   by: int,
   of: str,
   *,
@@ -320,29 +360,31 @@ def heads(
 
   Args:
     network: The network, with inputs.
-    attn: Path of the attention layer.
-    by: Their number.
+    attn: Paths of attention layers, or globs.
+    by: How many more for each.
     of: See `growth.couple_heads`.
     fresh: See `widen`.
     alpha: See `widen`.
   """
-  units, entries = find_heads(network, attn, of)
-  if not isinstance(by, int) or isinstance(by, bool) or by < 1 or by % entries:
-    raise ValueError(
-      f"by: expected a positive integer{f' that {entries} divides' if entries > 1 else ''}, found"
-      f" {by!r}"
-    )
-  plan = _planners.widening(network.variables, units, by // entries, alpha=network.alpha)
-  return grow(network, plan, fresh, alpha)
-
-
-def find_heads(network: Network, attn: str, of: str) -> tuple[Dimension, int]:
-  """The units of an attention layer, and how many entries of a head one is."""
   if not network.inputs:
     raise ValueError("heads are found in the program: expected inputs of the forward pass")
-  return _heads.find(
-    network.forward, network.variables, *network.inputs, attn=attn, of=of, **network.settings
-  )
+  found: dict[Dimension, int] = {}
+  known: set[tuple[_paths.Path, int]] = set()
+  fixed: set[tuple[int, int]] = set()
+  graph = _graph.read(network.forward, network.variables, *network.inputs, **network.settings)
+  for path in (path for name in attn for path in _trees.layers(network.variables, name)):
+    units, entries = _heads.find(graph, _paths.join(path), of, fixed)
+    if not isinstance(by, int) or isinstance(by, bool) or by < 1 or by % entries:
+      raise ValueError(
+        f"by: expected a positive integer{f' that {entries} divides' if entries > 1 else ''}, found"
+        f" {by!r}"
+      )
+    members = {(member.path, member.axis) for member in units.members}
+    if not members & known:  # layers may share positions, and then their heads
+      found[units] = by // entries
+    known |= members
+  plan = _planners.widening(network.variables, found, alpha=network.alpha)
+  return grow(network, plan, fresh, alpha)
 
 
 def check_closed(larger: Network, plan: Plan) -> None:

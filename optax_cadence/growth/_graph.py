@@ -246,6 +246,8 @@ class Graph:
 
     def operation(eqns: reading.Eqns, operands: list[Any]) -> list[Any]:
       (eqn,), here = eqns, (*at, next(numbers))
+      if reading.is_empty(eqn):
+        return [Node(reading.shape(v)) for v in eqn.outvars]
       name, inner = eqn.primitive.name, reading.called(eqn)
       if inner is not None:
         return self._flatten(inner, operands, repeat, here)
@@ -270,7 +272,7 @@ class Graph:
       shape = np.shape(numbers[0])
       return Node(shape, "a constant", fixed=0 not in shape) if shape else None
 
-    return reading.walk([program], inputs, operation, constant, dead=False)
+    return reading.walk([program], inputs, operation, constant)
 
   def _flatten_scan(
     self,

@@ -68,18 +68,29 @@ def couple_heads(
     attn/out axis 0: outgoing
     attn/qkv axis 1: incoming
   """
-  return find(fn, variables, *args, attn=attn, of=of, **kwargs)[0]
+  return find(_graph.read(fn, variables, *args, **kwargs), attn, of)[0]
 
 
 def find(
-  fn: Callable[..., Any], variables: Any, *args: Any, attn: str, of: str, **kwargs: Any
+  graph: Graph, attn: str, of: str, fixed: set[tuple[int, int]] | None = None
 ) -> tuple[Dimension, int]:
-  """As `couple_heads`; returns also how many entries of a head one unit is, or else 1."""
+  """As `couple_heads`, in a program.
+
+  Args:
+    graph: The program.
+    attn: As for `couple_heads`.
+    of: As for `couple_heads`.
+    fixed: Axes, with the ids of their nodes, that are known to be tied to one that cannot grow;
+      what is found out about the program is added.
+
+  Returns:
+    The dimension, and how many entries of a head one unit is, or else 1.
+  """
+  fixed = set() if fixed is None else fixed
   if of not in _STARTS:
     raise ValueError(f"of: expected one of {', '.join(map(repr, _STARTS))}, found {of!r}")
-  graph = _graph.read(fn, variables, *args, **kwargs)
   attention = _Attention(graph, attn)
-  reasons, fixed = [], set()
+  reasons = []
   for start in _STARTS[of](attention):
     place = id(start.ends[0][0]), start.ends[0][1]
     if place in fixed:
@@ -88,10 +99,12 @@ def find(
     try:
       for node, axis in start.ends:
         node.put(axis, start.labels, "an attention layer")
-      _couple.spread_from(graph, [node for node, _ in start.ends])
-      found = _couple.of_labels(graph, int(start.labels.max()) + 1)
-    except _graph.FixedAxisError:  # an axis of the batch, or of positions
-      fixed.add(place)
+      operations = _couple.spread_from(graph, [node for node, _ in start.ends])
+      found = _couple.of_labels(graph, int(start.labels.max()) + 1, operations)
+    except _graph.FixedAxisError as error:
+      fixed.update((id(node), axis) for node in graph.labelled() for axis in node.labels)
+      if of == "size":  # otherwise it is an axis of the batch, or of positions
+        reasons.append(str(error))
       continue
     except ValueError as error:
       reasons.append(str(error))
@@ -103,7 +116,7 @@ def find(
   raise ValueError(
     f"attn {attn!r}: its queries and keys, of shapes"
     f" {[node.shape for node in attention.scores.nodes[:2]]}, have no axis that can grow as its"
-    f" {of}{': ' + reasons[0] if reasons else ''}"
+    f" {of}{': ' + reasons[-1 if of == 'size' else 0] if reasons else ''}"
   )
 
 

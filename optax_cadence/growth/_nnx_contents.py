@@ -43,6 +43,9 @@ def snapshot(model: Any) -> list[tuple[Any, dict[Any, Any]]]:
 
 def changes(before: list[tuple[Any, dict[Any, Any]]], model: Any) -> Contents:
   """What those that now hold something else held at a snapshot, by where they are now."""
+  different = [(node, items) for node, items in before if not _same(items, _items(node))]
+  if not different:
+    return {}
   paths = {
     id(node): tuple(map(str, path))
     for path, node in nnx.iter_graph(model)
@@ -60,13 +63,11 @@ def changes(before: list[tuple[Any, dict[Any, Any]]], model: Any) -> Contents:
       return _Made(dict, tuple((name, encoded(x)) for name, x in value.items()))
     return value
 
-  found = {}
-  for node, items in before:
-    now = _items(node)
-    same = items.keys() == now.keys() and all(items[name] is now[name] for name in items)
-    if id(node) in paths and not same:
-      found[paths[id(node)]] = {name: encoded(value) for name, value in items.items()}
-  return found
+  return {
+    paths[id(node)]: {name: encoded(value) for name, value in items.items()}
+    for node, items in different
+    if id(node) in paths
+  }
 
 
 def restore(model: Any, contents: Contents) -> None:
@@ -135,6 +136,11 @@ def _items(node: Any) -> dict[Any, Any]:
   items = node if isinstance(node, dict) else vars(node)
   private = ("_pytree__", "_object__")
   return {k: v for k, v in items.items() if not (isinstance(k, str) and k.startswith(private))}
+
+
+def _same(items: dict[Any, Any], others: dict[Any, Any]) -> bool:
+  """Whether both hold the same objects, by the same names."""
+  return items.keys() == others.keys() and all(items[name] is others[name] for name in items)
 
 
 def _put(node: Any, items: dict[Any, Any]) -> None:

@@ -51,7 +51,7 @@ class _Leaf(NamedTuple):
     return f"{self.name!r} of {type(self.module).__name__}"
 
 
-def default_init(model: nnx.Module, rngs: nnx.Rngs | None = None) -> Fresh:
+def default_init(model: nnx.Module, rngs: nnx.Rngs | jax.Array | None = None) -> Fresh:
   """Fresh values by the initializers that layers keep, or that their classes have by default.
 
   (Layers of Flax 0.11 and later keep none.) A class of the user's takes part if it has an attribute
@@ -61,21 +61,21 @@ def default_init(model: nnx.Module, rngs: nnx.Rngs | None = None) -> Fresh:
 
   Args:
     model: The model before it grows.
-    rngs: Random numbers.
+    rngs: Random numbers, or a key.
 
   Returns:
     A function `(path, shape, dtype) -> array` for `Plan.apply`; it raises a `ValueError` that
     names a leaf for which nothing is known and which has no mean.
   """
   modules, old = _modules(model), _trees.leaves(_nnx_model.variables(model))
-  rngs = nnx.Rngs(0) if rngs is None else rngs
+  source = rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(0 if rngs is None else rngs)
 
   def read(path: _paths.Path, shape: tuple[int, ...], dtype: Any) -> Any:
     leaf = _leaf(modules, path)
     module, name = leaf.module, leaf.name
     initializer = _initializer(leaf)
     if initializer is None:
-      return _alike(old[path], rngs.params(), shape, f"{_paths.join(path)!r}, {leaf}")
+      return _alike(old[path], source.params(), shape, f"{_paths.join(path)!r}, {leaf}")
     kernel = name in ("kernel", "embedding")
     axes = _nnx_model.rank(module, getattr(module, name)) if kernel else len(shape)
     own = flat = shape[len(shape) - axes :]
@@ -83,9 +83,9 @@ def default_init(model: nnx.Module, rngs: nnx.Rngs | None = None) -> Fresh:
       n = len(module.in_features)
       flat = (int(np.prod(own[:n])), int(np.prod(own[n:])))
     if own == shape:
-      return _drawn(initializer, rngs.params(), flat, dtype).reshape(shape)
+      return _drawn(initializer, source.params(), flat, dtype).reshape(shape)
     # Layers that are stacked are initialized one by one.
-    keys = jax.random.split(rngs.params(), int(np.prod(shape[:-axes])))
+    keys = jax.random.split(source.params(), int(np.prod(shape[:-axes])))
     return jnp.stack([_drawn(initializer, key, flat, dtype) for key in keys]).reshape(shape)
 
   return read

@@ -52,10 +52,21 @@ def forward(model: nnx.Module) -> Callable[..., Any]:
 
   def run(tree: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     copy = nnx.merge(graphdef, filled(state, tree))
+    args, kwargs = _cloned((args, kwargs))
     output = copy(*args, **kwargs)
     return output, nnx.to_pure_dict(nnx.state(copy, nnx.Not(nnx.Param)))
 
   return run
+
+
+def _cloned(args: Any) -> Any:
+  """Arguments, of which objects with variables (`nnx.Rngs`) are copies that a trace may change."""
+  kind: Any = getattr(nnx, "Pytree", nnx.Object)
+
+  def is_object(x: Any) -> bool:
+    return isinstance(x, kind)
+
+  return jax.tree.map(lambda x: nnx.clone(x) if is_object(x) else x, args, is_leaf=is_object)
 
 
 def filled(state: Any, tree: Any) -> Any:
@@ -94,15 +105,21 @@ def fit(model: nnx.Module, plan: Plan) -> None:
       node.group_size = _features(node)["num_features"] // node.num_groups
 
 
-def fit_heads(layer: Any, of: str, units: int, more: int) -> None:
+def fit_heads(layer: Any, path: _paths.Path, of: str, plan: Plan) -> None:
   """Makes attributes of an attention layer of the user's agree with its heads, by their names.
 
   Args:
     layer: The layer; it is changed in place.
+    path: Where it stands.
     of: What it has got more of: "heads", "queries" or "size".
-    units: How many there were: of one group, of queries.
-    more: How many are new.
+    plan: The plan, which has a dimension of it: heads, queries of one group, entries.
   """
+  n = len(path)
+  units, more = next(
+    (dimension.size, more)
+    for dimension, more in plan.dimensions
+    if any(member.path[:n] == path for member in dimension.members)
+  )
   own = {} if isinstance(layer, nnx.MultiHeadAttention) else dict(vars(layer))
   for name, value in own.items():
     if not isinstance(value, int) or isinstance(value, bool) or value % units:
@@ -157,27 +174,30 @@ def sizes_to_name(model: nnx.Module, plan: Plan) -> str:
     plan: The plan.
   """
   numbers: dict[int, int] = {}
-  for change in (c for c in plan.changes if not c.adds_axis):
-    for axis in change.positions:
-      numbers.setdefault((change.before or ())[axis], (change.after or ())[axis])
   for units, more in plan.dimensions:
     before, after = (0, more) if plan.grows else (more, 0)
     numbers[units.size + before] = units.size + after
+  of_units = set(numbers)
+  for change in (c for c in plan.changes if not c.adds_axis):
+    for axis in change.positions:
+      numbers.setdefault((change.before or ())[axis], (change.after or ())[axis])
   places = _sizes_of_users(model)
   values: dict[str, set[str]] = {}
   for (_, name), (_, value) in places.items():
     values.setdefault(name, set()).add(str(value))
-  hints: dict[str, None] = {}
+  hints: dict[str, bool] = {}
   for (path, name), (node, value) in places.items():
     expected = _resized(value, numbers)
     if expected != value:
       # The name alone stands for the attributes of all modules.
       key = name if len(values[name]) == 1 else _paths.join((*path, name))
-      hints[
+      hint = (
         f"{type(node).__name__} holds {key!r}, {value}: if that is the size which has changed, pass"
         f" sizes={{{key!r}: {expected}}}"
-      ] = None
-  return "; ".join([*hints][:8] + ["…"] * (len(hints) > 8))
+      )
+      hints[hint] = value not in of_units if type(value) is int else True
+  likely = sorted(hints, key=hints.__getitem__)  # first what is the number of units
+  return "; ".join(likely[:8] + ["…"] * (len(likely) > 8))
 
 
 def _resized(value: Any, numbers: Mapping[int, int]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 
 from optax_cadence import _paths
 from optax_cadence.growth import _driver
@@ -52,8 +53,8 @@ def widen(
   new: Any,
   variables: Any,
   *inputs: Any,
-  producer: str | Sequence[str],
-  by: int | Sequence[int],
+  producer: str | Sequence[str] | None = None,
+  by: int | Sequence[int] | None = None,
   axis: int = -1,
   unit: int = 1,
   blocks: int = 1,
@@ -70,8 +71,10 @@ def widen(
     variables: The variables of `old`: {"params": …, "batch_stats": …}.
     *inputs: Inputs of the module, arrays.
     producer: Path of the leaf that makes the units, or of a layer with one kernel:
-      "params/Dense_0"; or several, as a list or as a glob: "params/block_*/up".
-    by: Number of new units, of each producer; or a list, a number for each that is named.
+      "params/Dense_0"; or several, as a list or as a glob: "params/block_*/up". None: whatever is
+      larger in `new`, for models whose configuration sets the sizes of many layers.
+    by: Number of new units, of each producer; or a list, a number for each that is named. None if
+      no producer is named.
     axis: The axis of the leaf that holds the units.
     unit: Adjacent positions that make one unit.
     blocks: How often the units repeat along the axis.
@@ -86,6 +89,8 @@ def widen(
   Raises:
     ValueError: As `growth.couple`, `growth.widening` and `Plan.apply` do.
   """
+  if (producer is None) != (by is None):
+    raise ValueError(f"expected both producer= and by=, or neither, found {producer!r} and {by!r}")
   network = _network(old, variables, inputs, kwargs, new, rngs)
   grown = _driver.widen(
     network,
@@ -225,7 +230,7 @@ def heads(
   new: Any,
   variables: Any,
   *inputs: Any,
-  attn: str,
+  attn: str | Sequence[str],
   by: int,
   of: str = "heads",
   rngs: Any = None,
@@ -233,17 +238,19 @@ def heads(
   alpha: float = 0.0,
   **kwargs: Any,
 ) -> Grown:
-  """Gives an attention layer more heads, or larger ones, behind a gate.
+  """Gives attention layers more heads, or larger ones, behind one gate.
 
-  `attn` is the path of the layer, "params/attention"; `by` how many more there are of its "heads"
-  (with the queries that they serve), of the "queries" of each group, or of the entries of a head,
-  its "size", as `of` says. All other arguments, and what is returned, are as for `widen`.
+  `attn` is the path of a layer, "params/attention", a glob, or a list; `by` how many more there are
+  of its "heads" (with the queries that they serve), of the "queries" of each group, or of the
+  entries of a head, its "size", as `of` says. All other arguments, and what is returned, are as for
+  `widen`.
 
   Raises:
     ValueError: As `growth.couple_heads`, `growth.widening` and `Plan.apply` do.
   """
   network = _network(old, variables, inputs, kwargs, new, rngs)
-  grown = _driver.heads(network, attn, by, of, fresh=fresh, alpha=alpha)
+  names = [attn] if isinstance(attn, str) else attn
+  grown = _driver.heads(network, names, by, of, fresh=fresh, alpha=alpha)
   return _with_forward(old, new, grown)
 
 
@@ -381,11 +388,15 @@ def _network(
   def init() -> Any:
     if rngs is None:
       raise ValueError("new entries need a source: expected rngs=, for new.init, or fresh=")
-    return jax.jit(lambda rngs: new.init(rngs, *inputs, **_of_init(settings)))(rngs)
+    return jax.jit(of_new)(rngs)
 
   def defined() -> Any:
-    of_init = _of_init(settings)
-    return jax.eval_shape(lambda: new.init(jax.random.key(0), *inputs, **of_init))
+    return jax.eval_shape(of_new, jax.random.key(0))
+
+  def of_new(rngs: Any) -> Any:
+    fresh = new.init(rngs, *inputs, **_of_init(settings))
+    # The axes' names, with which modules may wrap their variables, are often taken off again.
+    return fresh if any(map(_is_boxed, _nodes(variables))) else meta.unbox(fresh)
 
   shapes = defined if inputs and new is not None else None
   return Network(
@@ -401,6 +412,15 @@ def _apply(module: Any, rngs: Any = None) -> Callable[..., Any]:
     return module.apply(variables, *inputs, **{"rngs": rngs, **settings})
 
   return forward
+
+
+def _is_boxed(node: Any) -> bool:
+  return isinstance(node, meta.AxisMetadata)
+
+
+def _nodes(variables: Any) -> list[Any]:
+  """The variables, each in the box in which it may be."""
+  return jax.tree.leaves(variables, is_leaf=_is_boxed)
 
 
 def _of_init(settings: Mapping[str, Any]) -> dict[str, Any]:

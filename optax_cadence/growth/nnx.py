@@ -6,6 +6,7 @@ at its new size.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -97,7 +98,7 @@ def widen(
   unit: int = 1,
   blocks: int = 1,
   fresh: Fresh | None = None,
-  rngs: nnx.Rngs | None = None,
+  rngs: nnx.Rngs | jax.Array | None = None,
   optimizer: nnx.Optimizer | None = None,
   alpha: float = 0.0,
   sizes: Mapping[str, Any] | None = None,
@@ -118,7 +119,7 @@ def widen(
     unit: Adjacent positions that make one unit.
     blocks: How often the units repeat along the axis: for the groups of a norm that grow.
     fresh: Where new entries come from; by default see `default_init`.
-    rngs: Random numbers for those initializers.
+    rngs: Random numbers for those initializers, and for the forward pass if that takes `rngs` too.
     optimizer: The model's optimizer, whose state follows.
     alpha: Value of the gate.
     sizes: New values of attributes of your own classes that hold a size, by name or by path, a glob
@@ -150,7 +151,7 @@ def enlarge(
   conv: nnx.Module,
   kernel_size: Sequence[int],
   fresh: Fresh | None = None,
-  rngs: nnx.Rngs | None = None,
+  rngs: nnx.Rngs | jax.Array | None = None,
   optimizer: nnx.Optimizer | None = None,
   alpha: float = 0.0,
   sizes: Mapping[str, Any] | None = None,
@@ -287,7 +288,7 @@ def stack(
 def heads(
   model: nnx.Module,
   *inputs: Any,
-  attn: nnx.Module,
+  attn: Producer | Sequence[Producer],
   by: int,
   of: str = "heads",
   sizes: Mapping[str, Any] | None = None,
@@ -297,7 +298,7 @@ def heads(
   alpha: float = 0.0,
   **kwargs: Any,
 ) -> Plan:
-  """Gives an attention layer of a live model more heads, or larger ones, behind a gate.
+  """Gives attention layers of a live model more heads, or larger ones, behind one gate.
 
   They are found in the program, whether or not the layer is Flax's. Attributes of a layer of your
   own that hold their number or size follow if their names say it (`num_heads`, `n_kv_heads`,
@@ -306,8 +307,8 @@ def heads(
   Args:
     model: The model; it is changed in place, or, on an error, not at all.
     *inputs: Inputs of its forward pass, arrays or `jax.ShapeDtypeStruct`s.
-    attn: The attention layer inside.
-    by: How many more.
+    attn: The attention layer inside, or its path; or several, as a list or glob: "blocks/*/attn".
+    by: How many more for each.
     of: What is added: "heads", with the queries that they serve where there are several for a
       key; "queries", to each group; or entries to every head, its "size".
     sizes: New values of attributes of your own classes, as for `widen`.
@@ -324,13 +325,14 @@ def heads(
     ValueError: If the heads cannot be found or grow; it says why.
   """
   network = _network(model, inputs, kwargs, rngs)
-  name = _paths.join(_path(model, attn))
-  grown = _driver.heads(network, name, by, of, fresh=fresh, alpha=alpha)
-  ((units, more),) = grown.plan.dimensions
+  names = _paths_of(model, attn)
+  grown = _driver.heads(network, names, by, of, fresh=fresh, alpha=alpha)
+  layers = {path for name in names for path in _trees.layers(network.variables, name)}
 
   def refit(model: nnx.Module) -> None:
-    modules = {_paths.join(tuple(map(str, path))): node for path, node in nnx.iter_graph(model)}
-    _nnx_model.fit_heads(modules[name], of, units.size, more)
+    for path, node in nnx.iter_graph(model):
+      if tuple(map(str, path)) in layers:
+        _nnx_model.fit_heads(node, tuple(map(str, path)), of, grown.plan)
 
   return _put(model, grown, network, optimizer, sizes=sizes, refit=refit)
 
@@ -567,7 +569,7 @@ def _network(
   model: nnx.Module,
   inputs: Sequence[Any] = (),
   settings: Mapping[str, Any] | None = None,
-  rngs: nnx.Rngs | None = None,
+  rngs: nnx.Rngs | jax.Array | None = None,
 ) -> Network:
   """A model without a gate, as the driver sees it."""
   name = type(model).__name__
@@ -579,7 +581,9 @@ def _network(
   _trees.check_concrete("growth", tree)
   init = functools.partial(default_init, model, rngs)
   notes = functools.partial(_nnx_init.notes, model)
-  settings = settings or {}
+  settings = dict(settings or {})
+  if inputs and "rngs" not in settings and "rngs" in inspect.signature(model.__call__).parameters:
+    settings["rngs"] = rngs
   return Network(forward(model), tree, inputs, settings, init=init, notes=notes, output=("0",))
 
 

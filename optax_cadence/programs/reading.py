@@ -222,7 +222,7 @@ def walk(
     if needed is not None and i not in needed:
       continue
     results = _columns(eqns, "outvars")
-    if needed is not None and all(map(_is_empty, eqns)):
+    if needed is not None and all(map(is_empty, eqns)):
       values.update((atoms, constant(tuple(map(_empty, atoms)))) for atoms in results)
       continue
     operands = [read(atoms) for atoms in _columns(eqns, "invars")]
@@ -252,12 +252,12 @@ def _needed(jaxpr: Any) -> set[int]:
   for i, eqn in reversed(list(enumerate(jaxpr.eqns))):
     if getattr(eqn, "effects", None) or not used.isdisjoint(eqn.outvars):
       needed.add(i)
-      if not _is_empty(eqn):
+      if not is_empty(eqn):
         used.update(v for v in eqn.invars if not is_literal(v))
   return needed
 
 
-def _is_empty(eqn: Any) -> bool:
+def is_empty(eqn: Any) -> bool:
   """Whether the results of an operation are arrays of numbers, and have no entries."""
   numbers = all(hasattr(getattr(v.aval, "dtype", None), "itemsize") for v in eqn.outvars)
   return numbers and not eqn.effects and all(0 in shape(v) for v in eqn.outvars)
