@@ -6,6 +6,7 @@ from typing import Any, TYPE_CHECKING
 from optax_cadence._cadence import cadence
 from optax_cadence._cadence import CadenceTransformation
 from optax_cadence._cadence import chain
+from optax_cadence._convert import convert
 from optax_cadence._learning_rate import scale_by_cadence
 from optax_cadence._learning_rate import ScaleByCadenceState
 from optax_cadence._state import CadenceState
@@ -81,6 +82,7 @@ __all__ = [
   "cadence",
   "chain",
   "channels",
+  "convert",
   "describe",
   "each_layer",
   "forward_order",

@@ -169,6 +169,12 @@ def of(tx: Any, call: str = "") -> "Cadence":
   return _owner(tx).cadence
 
 
+def chain_of(tx: Any) -> "Chain | None":
+  """The chain behind an `oc.chain`; None for anything else."""
+  owner = _owner(tx) if isinstance(tx, CadenceTransformation) else None
+  return owner if isinstance(owner, Chain) else None
+
+
 def stands_alone(tx: CadenceTransformation) -> bool:
   """Whether the cadence behind a transformation is given the gradients as they are."""
   return isinstance(_owner(tx), Cadence)
@@ -277,6 +283,10 @@ class Cadence:
 
     dtypes = list(map(self.mean_dtype, _dtypes(params)))
     return choice.choose(self.inner, layout, dtypes)
+
+  def layout_of(self, state: CadenceState, params: Any) -> layouts.Layout:
+    """The groups of parameters, as a state has them."""
+    return self._prepare(params, state, params, {}).layout
 
   def _check_policies(self, everys: Iterable[Every]) -> None:
     """Raises where a policy has no accumulator to judge."""
