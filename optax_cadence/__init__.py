@@ -30,6 +30,8 @@ from optax_cadence.regions.grids import stacked
 from optax_cadence.report.describe import describe
 from optax_cadence.report.describe import Description
 from optax_cadence.report.describe import GroupSummary
+from optax_cadence.report.gradient_norm import gradient_norm
+from optax_cadence.report.gradient_norm import GradientNormState
 from optax_cadence.report.metrics import has_updated
 from optax_cadence.report.metrics import metrics
 from optax_cadence.report.pictures import plot_confidence
@@ -66,6 +68,7 @@ __all__ = [
   "Description",
   "Estimate",
   "Every",
+  "GradientNormState",
   "Grid",
   "GroupState",
   "GroupSummary",
@@ -86,6 +89,7 @@ __all__ = [
   "describe",
   "each_layer",
   "forward_order",
+  "gradient_norm",
   "growth",
   "has_updated",
   "late",

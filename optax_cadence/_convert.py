@@ -95,7 +95,7 @@ def convert(
   >>> new = oc.cadence(optax.adam(0.1), {"a": 4, "b": 2})
   >>> state = oc.convert(state, old, params, to=new)
   >>> {name: int(group.remaining) for name, group in state.groups.items()}
-  {'4': 3, '2': 1}
+  {'2': 1, '4': 3}
   """
   if counters not in ("equal", "most", "least"):
     raise ValueError(

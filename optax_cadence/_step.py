@@ -49,6 +49,7 @@ class Call:
     in_place: Whether the targets are the parameters.
     sums: Whether the optimizer gets the sum of a window and not its mean.
     skips: Whether micro-batches that are not finite are left out.
+    usable: Whether the micro-batch is to be used for each leaf; None where it is for all.
     weights: How much the micro-batch counts for each leaf; None where all count alike.
     set_schedules: Sets the schedules in an inner state to a number of micro-steps; None where
       they count updates.
@@ -69,6 +70,7 @@ class Call:
   skips: bool
   set_schedules: Callable[[Any, jax.Array], Any] | None
   weights: Leaves | None = None
+  usable: Leaves | None = None
   moments: Mapping[int, list[Any]] = dataclasses.field(default_factory=dict)
   given: Mapping[Tensor, jax.Array] = dataclasses.field(default_factory=dict)
   summed: Collection[Tensor] = ()
@@ -124,14 +126,16 @@ def advance(
   for group in call.layout.groups:
     old, decision = state.groups[group.name], None
     tensors = [call.given.get(t, x) for t, x in zip(group.tensors, group.take(grads), strict=True)]
-    tree, flags = call.layout.tree(group, tensors), finite.get(group.name, ())
+    tree, counts = call.layout.tree(group, tensors), None
+    if (call.skips or call.usable is not None) and (tensors or group.masked):
+      counts = countable(call, group, tensors, finite.get(group.name, ()))
     summed = [t in call.summed for t in group.tensors]
     weights = None
     if call.weights is not None and (group.tensors or group.masked):
       from optax_cadence import _weights
 
       weights = _weights.of_regions(call.weights, group)
-    window = _window.accumulate(old, tensors, tree, flags, summed, weights)
+    window = _window.accumulate(old, tensors, tree, counts, summed, weights)
     due = fires = is_due(group, old, phase)
     if group.every.policy is not None and tensors:
       from optax_cadence.confidence import deciding
@@ -181,6 +185,25 @@ def advance_masks(
 
   assert state.masks is not None
   return masks.advance(call, state.masks, grads, turns, targets, micro_step)
+
+
+def countable(
+  call: Call, group: Group, tensors: Sequence[jax.Array], finite: Sequence[jax.Array]
+) -> jax.Array:
+  """Whether the micro-batch is usable in each of a group's regions: bool [R].
+
+  Args:
+    call: The call.
+    group: The group.
+    tensors: Its gradients.
+    finite: Whether those that it has of leaves under masks are finite.
+  """
+  found = []
+  if call.skips:
+    found.append(jnp.stack([*map(_window.all_finite, tensors), *finite]))
+  if call.usable is not None:
+    found.append(jnp.stack([call.usable[t.leaf] for t in (*group.tensors, *group.masked)]))
+  return functools.reduce(jnp.logical_and, found)
 
 
 def is_due(group: Group, state: GroupState, phase: Phase | None) -> bool | jax.Array:
