@@ -5,6 +5,7 @@ What happens at a micro-step is in `_step`; here is what it is given. `chain` is
 
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -87,6 +88,7 @@ def cadence(
   clock: Literal["updates", "micro_steps"] = "updates",
   weighted: bool = False,
   skip: Callable[[optax.Updates, optax.Params | None], Any] | None = None,
+  clip_norm: Any = None,
 ) -> CadenceTransformation:
   r"""Lets every part of the parameters accumulate gradients over its own period.
 
@@ -128,6 +130,10 @@ def cadence(
     skip: A function `(grads, params) -> bool` that says whether a micro-batch is left out, besides
       those that `nonfinite` leaves out and in the same way; what it returns may be a tree prefix of
       the parameters that says it for each.
+    clip_norm: The largest norm of what all groups that are due at a micro-step hand to `inner`,
+      together: more is scaled down to it. (`optax.clip_by_global_norm` inside a cadence sees one
+      group at a time.) A NaN clips nothing, and an infinity everything, to zero. In `jax.shard_map`
+      the norm is that of each shard.
 
   Returns:
     A `CadenceTransformation`: `init` and `update` as in Optax, where `update` takes
@@ -151,7 +157,9 @@ def cadence(
   [0. 0.] [-1. -1.]
   [-1. -1.] [-1. -1.]
   """
-  self = Cadence(inner, every, accumulate, accumulator_dtype, nonfinite, clock, weighted, skip)
+  self = Cadence(
+    inner, every, accumulate, accumulator_dtype, nonfinite, clock, weighted, skip, clip_norm
+  )
   return CadenceTransformation(self.init, self.update)
 
 
@@ -226,6 +234,7 @@ class Cadence:
     clock: str,
     weighted: bool,
     skip: Callable[[Any, Any], Any] | None,
+    clip_norm: Any,
   ):
     _one_of("accumulate", accumulate, ("mean", "sum", "latest"))
     _one_of("nonfinite", nonfinite, ("propagate", "skip"))
@@ -237,6 +246,9 @@ class Cadence:
     self.accumulator_dtype = accumulator_dtype
     if skip is not None and not callable(skip):
       raise ValueError(f"skip must be a function (grads, params), found {_checks.shown(skip)}")
+    if clip_norm is not None:
+      _checks.number("clip_norm", clip_norm, 0, math.inf)
+    self.clip_norm = clip_norm
     self.skips_nonfinite = nonfinite == "skip"
     self.skip_if = skip
     self.skip = self.skips_nonfinite or skip is not None
@@ -566,6 +578,7 @@ class Cadence:
       in_place=in_place,
       sums=self.accumulate == "sum",
       skips=self.skips_nonfinite,
+      clip_norm=self.clip_norm,
       set_schedules=self.set_schedules,
     )
 
