@@ -55,9 +55,10 @@ def convert(
   - Every entry of a parameter keeps its moments and what its window has gathered. A window may be
     longer than the period that it now has. One that is read as a mean (`optax.MultiSteps`) and kept
     as a sum is equal up to rounding, everything else to the bit.
-  - Micro-steps are counted on, so that a static period is due at t ≡ offset (mod period), and
-    `oc.phases(to, params, state)` is right. A window under a schedule has the length that the
-    schedule gives for the micro-step at which it began; one that is over is due next.
+  - Micro-steps are counted on (of `optax.MultiSteps` those that it did not skip), so that a static
+    period is due at t ≡ offset (mod period), and `oc.phases(to, params, state)` is right. A window
+    under a schedule has the length that the schedule gives for the micro-step at which it began;
+    one that is over is due next.
   - A group has the counters (Adam's, `updates`) and hyperparameters of the group its entries come
     from. With `inner` a function of the window's length, a hyperparameter that is as `init` made it
     is as `init` makes it for the new group.

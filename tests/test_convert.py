@@ -9,6 +9,9 @@ import optax
 import oracle
 import pytest
 import small_tree
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
 
 import optax_cadence as oc
 
@@ -88,6 +91,8 @@ def test_goes_on_as_if_it_had_begun_so(old, new, t):
   state = oc.convert(state, old, params, to=new)
   expected = run(new, PARAMS, new.init(PARAMS), 0, t)
   assert jax.tree.structure(state) == jax.tree.structure(expected[1])
+  kinds = [[jax.typeof(x) for x in jax.tree.leaves(tree)] for tree in (state, expected[1])]
+  assert kinds[0] == kinds[1]
   params, state = run(new, params, state, t, len(BATCHES))
   expected = run(new, *expected, t, len(BATCHES))
   jax.tree.map(
@@ -130,6 +135,53 @@ def test_from_cut_to_cut_every_entry_keeps_its_own():
     assert_same(back.groups[name].inner_state[0].mu, group.inner_state[0].mu)
     assert_same(back.groups[name].accumulators, group.accumulators)
     assert np.isfinite(jax.tree.leaves(group.accumulators)[0]).all()
+
+
+KERNELS = (
+  4,
+  oc.Every(4, offset=3),
+  oc.Every(lambda _: 4),
+  oc.until_certain(1.0, 2, 6),
+  oc.quadrants([[2, 4], [4, 8]]),
+  oc.channels([2, 4, 8]),
+  oc.channels([2, 4, 2, 4, 2, 4]),
+  oc.stacked([4, 4, 2, 8]),
+  RANDOM,
+  np.where(RANDOM == 4, 2, 4),
+)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+  old=st.sampled_from(KERNELS),
+  new=st.sampled_from(KERNELS),
+  n=st.integers(0, 3),
+  seed=st.integers(0, 99),
+)
+def test_every_entry_keeps_its_own(old, new, n, seed):
+  """In a state of random numbers, with as many micro-steps in each window."""
+  first, second = (oc.cadence(adam(), everywhere(4, kernel)) for kernel in (old, new))
+  rng = np.random.default_rng(seed)
+  state = jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype) if x.ndim else x, first.init(PARAMS)
+  )
+  groups = {name: g._replace(window=jnp.int32(n)) for name, g in state.groups.items()}
+  state = state._replace(groups=groups)
+  there = oc.convert(state, first, PARAMS, to=second)
+  back = oc.convert(there, second, PARAMS, to=first)
+  kept = [
+    [(g.inner_state, g.accumulators, g.window) for g in s.groups.values()] + [s.masks]
+    for s in (back, state._replace(groups=dict(sorted(groups.items()))))
+  ]
+  assert_same(*kept)
+  total = [sum(float(jnp.abs(x).sum()) for x in moments(s)) for s in (state, there)]
+  np.testing.assert_allclose(total[1], total[0], rtol=1e-5)
+
+
+def moments(state):
+  """All arrays of a state that have entries of parameters."""
+  parts = [(g.inner_state, g.accumulators) for g in state.groups.values()]
+  return [x for x in jax.tree.leaves((parts, state.masks)) if x.ndim]
 
 
 def test_counters_that_differ_are_an_error_or_a_choice():
