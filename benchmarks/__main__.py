@@ -26,6 +26,7 @@ import tqdm
 from benchmarks import builds
 from benchmarks import cases
 from benchmarks import confidence_cases
+from benchmarks import growth_cases
 from benchmarks import machine
 from benchmarks import measure
 from benchmarks import picture
@@ -97,6 +98,7 @@ def all_cases(
     | cases.all_cases(chosen, accelerator)
     | confidence_cases.all_cases(chosen)
     | pruning_cases.all_cases(chosen, jaxpruner)
+    | growth_cases.all_cases(chosen)
   )
 
 

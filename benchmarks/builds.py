@@ -1,4 +1,4 @@
-"""Cases that trace and compile programs, but do not run them: the wait before the first step.
+"""Cases of the wait before the first step: functions that are called once, traced or compiled.
 
 How they are timed is in `measure`; the cases that run are in `cases`.
 """
@@ -20,7 +20,7 @@ PERIODS = (8, 4, 2, 1)
 
 @dataclasses.dataclass(frozen=True)
 class BuildVariant:
-  """A program to trace or compile.
+  """A program to trace or compile, or a function to call.
 
   Attributes:
     name: What the table calls it.
@@ -40,7 +40,7 @@ class BuildCase:
   Attributes:
     name: For `--cases`, the JSON file and the picture.
     title: What a person reads.
-    stage: `"trace"` or `"compile"`.
+    stage: `"trace"` or `"compile"`; `"call"`, for a function that does its work as it is.
     variants: The programs.
     targets: What has to be reached.
     ours: Name of the variant that stands for the case.

@@ -414,8 +414,12 @@ def run_build_case(case: builds.BuildCase, rounds: int, tick: Tick) -> dict[str,
 
 
 def build_time(variant: builds.BuildVariant, stage: str) -> float:
-  """Seconds to trace a new program or, without the time to trace it, to compile it."""
+  """Seconds to trace a new program or, without the time to trace it, to compile it; or to call."""
   fn, arguments = variant.make()
+  if stage == "call":
+    start = time.perf_counter()
+    jax.block_until_ready(fn(*arguments))
+    return time.perf_counter() - start
   jitted = jax.jit(fn, donate_argnums=(0, 1))
   start = time.perf_counter()
   if stage == "trace":

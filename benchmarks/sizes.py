@@ -32,6 +32,9 @@ class Sizes:
     step_model: Features of the transformer; eight times the channels of the ResNet.
     step_tokens: Rows and length of a micro-batch of the transformer: a small one, and a large one.
     step_images: Images of a micro-batch of the ResNet.
+    grown_layers: Layers of the transformer that grows.
+    grown_width: Its width.
+    grown_tokens: Tokens of one step of it, a multiple of 16.
     bandwidth: Entries of each array in the bandwidth measurement.
   """
 
@@ -52,6 +55,9 @@ class Sizes:
   step_model: int = 256
   step_tokens: tuple[tuple[int, int], tuple[int, int]] = ((1, 64), (8, 128))
   step_images: int = 16
+  grown_layers: int = 48
+  grown_width: int = 64
+  grown_tokens: int = 1024
   bandwidth: int = 2**26
 
 
@@ -71,6 +77,8 @@ QUICK = Sizes(
   step_model=64,
   step_tokens=((1, 16), (4, 32)),
   step_images=2,
+  grown_layers=4,
+  grown_tokens=256,
   bandwidth=2**24,
 )
 

@@ -19,7 +19,7 @@ class Target:
 
   Attributes:
     variant: Name of the variant.
-    against: `"floor"`; `"temporaries"` (over the bytes of `allowance`); `"held bytes"`
+    against: `"floor"`; `"seconds"`; `"temporaries"` (over the bytes of `allowance`); `"held bytes"`
       (what the compiled held micro-step accesses, over its floor); or a variant's name.
     limit: The largest ratio that meets the target.
     noise: Whether a ratio above the limit still meets it where the quartiles overlap.
@@ -39,14 +39,16 @@ class Target:
   @property
   def headline(self) -> bool:
     """Whether the README has a row for it: it is about time, and not just about being no slower."""
-    about_time = self.against not in ("temporaries", "held bytes") and self.measure == "median_ms"
-    return about_time and not self.noise
+    about_time = self.against not in ("seconds", "temporaries", "held bytes")
+    return about_time and self.measure == "median_ms" and not self.noise
 
   def __str__(self) -> str:
     if self.against == "temporaries":
       return f"temporaries ≤ {self.allowed}"
     if self.against == "held bytes":
       return "held micro-step accesses its floor's bytes"
+    if self.against == "seconds":
+      return f"≤ {self.limit:g} s"
     limit = f"≤ {self.limit:g} {TIMES} {self.against}"
     if self.measure != "median_ms":
       return f"temporaries {limit}"
@@ -71,6 +73,8 @@ def _value(target: Target, variants: dict[str, dict[str, Any]]) -> float | None:
     return ours.get("ratio_floor")
   if target.against == "held bytes":
     return ours.get("ratio_held_bytes")
+  if target.against == "seconds":
+    return ours["median_ms"] / 1e3 if "median_ms" in ours else None
   if target.against == "temporaries":
     temporaries = ours.get("temp_bytes")
     return None if temporaries is None else max(0, temporaries - _SCALAR_BYTES) / target.allowance

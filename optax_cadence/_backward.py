@@ -24,6 +24,7 @@ from jax.interpreters import mlir
 
 from optax_cadence import _control
 from optax_cadence import _sharding
+from optax_cadence import _window
 from optax_cadence.programs import reading
 from optax_cadence.programs import scans
 from optax_cadence.regions.cuts import Box
@@ -90,6 +91,7 @@ def value_and_sums(
   leaves: Leaves,
   sums: Mapping[Tensor, jax.Array],
   parts: Sequence[Tensor] = (),
+  weight: jax.Array | None = None,
 ) -> tuple[Any, Leaves, dict[Tensor, jax.Array]]:
   """The value of a loss, and its gradient with respect to each leaf, or sums with that added.
 
@@ -100,12 +102,16 @@ def value_and_sums(
       large as it, or of a part.
     parts: The runs of rows that leaves fall into which are read by rows, for those that have a sum
       for a part.
+    weight: What the gradient is multiplied with where it is added to a sum: a scalar; where it is
+      not above 0, nothing is added, whatever the gradient is. None for 1.
 
   Returns:
     What the loss returns; the gradient of each leaf that is not mentioned in `sums` and `parts`;
     and of what is its sum with the gradient, or where it has none its gradient.
   """
-  jaxpr, numbers = reading.opened(loss.program)
+  # What closes over `loss` has its constants too, which may be tracers of a program around.
+  loss_program = loss.program
+  jaxpr, numbers = reading.opened(loss_program)
   whole = {t.leaf: x for t, x in sums.items() if t not in parts}
   of_parts = [sums.get(t) for t in parts]
   in_parts = {t.leaf: leaves[t.leaf] for t in parts}
@@ -122,13 +128,19 @@ def value_and_sums(
         assert isinstance(t.cut, Box)
         runs.setdefault(len(consts) + t.leaf, []).append((*t.cut.intervals[0], place))
       cut = scans.Cut(runs, [len(consts) + leaf for leaf in added])
-      value, *aux = cut.run(loss.program, given)
+      value, *aux = cut.run(loss_program, given)
     else:
       value, *aux = jax.core.eval_jaxpr(jaxpr, numbers, *given)
     return value, list(map(jnp.asarray, aux))  # some may be numbers that the program has
 
   def by_references(
-    consts: Any, others: Leaves, added: Leaves, in_parts: Leaves, whole: Leaves, of_parts: Any
+    consts: Any,
+    others: Leaves,
+    added: Leaves,
+    in_parts: Leaves,
+    whole: Leaves,
+    of_parts: Any,
+    weight: jax.Array | None,
   ) -> Any:
     places = [jnp.zeros_like(t.cut.take(in_parts[t.leaf])) for t in parts]
     arguments = others, added, places, consts, in_parts
@@ -151,30 +163,85 @@ def value_and_sums(
     value, backward, aux = _vjp(fn, others, added, places, has_aux=True)
     wanted = [_ad.GradValue() if x is None else x for x in references[1]]
     asked = jax.tree.map(lambda _: _ad.GradValue(), others), references[0], wanted
-    # What a gradient is to be multiplied with belongs here, where it costs nothing.
-    grads, _, found = backward.with_refs(*asked)(jnp.ones_like(value))
+    factor = jnp.ones_like(value) if weight is None else weight.astype(value.dtype)
+    grads, _, found = backward.with_refs(*asked)(factor)
+    grads, found = _divided(grads, weight), _divided(found, weight)
     whole, of_parts = jax.tree.map(jax.freeze, references)
     pairs = zip(found, of_parts, strict=True)
     return value, aux, grads, whole, [x if total is None else total for x, total in pairs]
 
   def by_gradients(
-    consts: Any, others: Leaves, added: Leaves, in_parts: Leaves, whole: Leaves, of_parts: Any
+    consts: Any,
+    others: Leaves,
+    added: Leaves,
+    in_parts: Leaves,
+    whole: Leaves,
+    of_parts: Any,
+    weight: jax.Array | None,
   ) -> Any:
     fn = jax.value_and_grad(functools.partial(evaluate, consts), argnums=(0, 1, 2), has_aux=True)
     (value, aux), (grads, more, cut) = fn(others, added, in_parts)
     found = [t.cut.take(cut[t.leaf]) for t in parts]
-    found = [x if total is None else total + x for x, total in zip(found, of_parts, strict=True)]
-    return value, aux, grads, jax.tree.map(jnp.add, whole, more), found
+    pairs = zip(found, of_parts, strict=True)
+    found = [x if total is None else _plus(total, x, weight) for x, total in pairs]
+    whole = jax.tree.map(lambda total, x: _plus(total, x, weight), whole, more)
+    return value, aux, grads, whole, found
 
-  operands = loss.consts, others, added, in_parts, whole, of_parts
-  if sums:
-    results = _as_one_operation(by_references, by_gradients, operands)
+  inputs = loss.consts, others, added, in_parts
+
+  def differentiated(inputs: Any, whole: Leaves, of_parts: Any, weight: Any) -> Any:
+    operands = *inputs, whole, of_parts, weight
+    if sums:
+      return _as_one_operation(by_references, by_gradients, operands)
+    return by_gradients(*operands)
+
+  if not sums or weight is None:
+    results = differentiated(inputs, whole, of_parts, None)
   else:
-    results = by_gradients(*operands)
+    results = _where_it_counts(differentiated, evaluate, inputs, whole, of_parts, weight)
   value, aux, grads, whole, of_parts = results
   given = dict(zip(parts, of_parts, strict=True))
   given |= {t: whole[t.leaf] for t in sums if t not in parts}
   return jax.tree.unflatten(jax.tree.structure(loss.returned), [value, *aux]), grads, given
+
+
+def _plus(total: jax.Array, x: jax.Array, weight: jax.Array | None) -> jax.Array:
+  return total + (x if weight is None else _window.multiply(x, weight))
+
+
+def _divided(tree: Any, weight: jax.Array | None) -> Any:
+  """Gradients, without the weight that they were multiplied with on the way."""
+  return tree if weight is None else jax.tree.map(lambda x: _window.divide(x, weight), tree)
+
+
+def _where_it_counts(
+  differentiated: Callable[..., Any],
+  evaluate: Callable[..., Any],
+  inputs: Any,
+  whole: Leaves,
+  of_parts: Sequence[jax.Array | None],
+  weight: jax.Array,
+) -> Any:
+  """What is differentiated where the weight is above 0; else the value, and no gradient.
+
+  Of a weight of 0 times a gradient that is not finite, something would come into the sums.
+  """
+  shapes = jax.eval_shape(differentiated, inputs, whole, of_parts, weight)
+  value, aux, grads, _, found = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  pairs = zip(found, of_parts, strict=True)
+  carry = value, aux, grads, whole, [x if total is None else total for x, total in pairs]
+
+  def counted(carry: Any, consts: Any) -> Any:
+    *_, whole, found = carry
+    pairs = zip(found, of_parts, strict=True)
+    sums = [None if total is None else x for x, total in pairs]
+    return differentiated(consts[0], whole, sums, consts[1])
+
+  carry = _control.maybe(weight > 0, counted, carry, (inputs, weight))
+  result = _control.maybe(
+    ~(weight > 0), lambda _, inputs: evaluate(*inputs), (carry[0], carry[1]), inputs
+  )
+  return *result, *carry[2:]
 
 
 def _as_one_operation(fn: Callable[..., Any], instead: Callable[..., Any], operands: Any) -> Any:

@@ -185,11 +185,14 @@ def open_window(
 ) -> Opened:
   """Adds the gradients to the window of a group, and says whether it is due."""
   decision = counts = weights = None
-  tensors = [call.given.get(t, x) for t, x in zip(group.tensors, group.take(grads), strict=True)]
+  tensors, summed = group.take(grads), []
+  if call.given:
+    pairs = zip(group.tensors, tensors, strict=True)
+    tensors = [call.given.get(t, x) for t, x in pairs]
+    summed = [t in call.summed for t in group.tensors]
   tree = call.layout.tree(group, tensors)
   if (call.skips or call.usable is not None) and (tensors or group.masked):
     counts = countable(call, group, tensors, finite)
-  summed = [t in call.summed for t in group.tensors]
   if call.weights is not None and (group.tensors or group.masked):
     from optax_cadence import _weights
 

@@ -5,7 +5,6 @@ cannot. `trainable` cuts parameters out of the backward pass where their gradien
 `phases` says which regions are due at each micro-step.
 """
 
-import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TYPE_CHECKING
 
@@ -58,8 +57,8 @@ def training_step(
   where something looks at the gradient (`nonfinite="skip"`, a policy such as `until_certain`,
   transformations before the cadence in an `oc.chain`), and in JAX before 0.10. So it is also, which
   only the call knows, under `jax.vmap` and differentiation, in `jax.shard_map`, on meshes with
-  explicit axes, in a step that is not compiled, and for a loss with effects such as
-  `jax.debug.print`.
+  explicit axes, in a step that is not compiled, for a loss with effects such as
+  `jax.debug.print`, and where every leaf has a weight of its own.
 
   Args:
     loss: `loss(params, *args)` returns a scalar; with `has_aux` a pair of that and anything else.
@@ -67,10 +66,10 @@ def training_step(
     has_aux: Whether `loss` returns a pair.
 
   Returns:
-    `step(params, state, *args, phase=None, **extra_args) -> params, state, value`: the value is
-    what `loss` returns; `phase` and `extra_args` are as in `tx.apply`. To update every buffer in
-    place, `jax.jit(step, donate_argnums=(0, 1), static_argnames="phase")`. With a phase, regions
-    that cannot use this gradient (`accumulate="latest"`) are not differentiated.
+    `step(params, state, *args, phase=None, weight=None, **extra_args) -> params, state, value`: the
+    value is what `loss` returns; `phase`, `weight` and `extra_args` are as in `tx.apply`. To update
+    every buffer in place, `jax.jit(step, donate_argnums=(0, 1), static_argnames="phase")`. With a
+    phase, regions that cannot use this gradient (`accumulate="latest"`) are not differentiated.
 
   Raises:
     ValueError: If `tx` is no cadence or `loss` no function.
@@ -98,6 +97,7 @@ def training_step(
     state: Any,
     *args: Any,
     phase: int | Phase | None = None,
+    weight: Any = None,
     **extra_args: Any,
   ) -> tuple[optax.Params, Any, Any]:
     def loss_of(leaves: layouts.Leaves) -> Any:
@@ -107,23 +107,27 @@ def training_step(
         given = trainable(given, tx, phase)
       return loss(given, *args)
 
-    leaves = layouts.leaves_of(params)
+    leaves, one_weight = layouts.leaves_of(params), _is_number(weight)
     traced = _backward.trace(loss_of, leaves, has_aux)
 
     def differentiate(
       call: _step.Call, state: CadenceState
     ) -> tuple[Any, layouts.Leaves, Any, Any]:
-      sums = _sums(cadence, call, state, leaves, traced)
+      # Of one weight for all leaves the whole backward pass is a multiple.
+      factor = jnp.asarray(weight, jnp.float32) if cadence.weighted and one_weight else None
+      sums = {}
+      if one_weight or not cadence.weighted:
+        sums = _sums(cadence, call, state, leaves, traced)
       parts = _parts(call.layout, sums)
-      value, grads, given = _backward.value_and_sums(traced, leaves, sums, parts)
+      value, grads, given = _backward.value_and_sums(traced, leaves, sums, parts, factor)
       # In the place of a gradient that does not exist stands what has its shape, and is not read.
       return value, leaves | grads, given, sums.keys()
 
     if alone:
-      return cadence.train(params, state, differentiate, phase, **extra_args)
+      return cadence.train(params, state, differentiate, phase, weight, **extra_args)
     value, found, _ = _backward.value_and_sums(traced, leaves, {})
     grads = jax.tree.unflatten(jax.tree.structure(params), found.values())
-    return *apply(params, state, grads, phase=phase, **extra_args), value
+    return *apply(params, state, grads, phase=phase, weight=weight, **extra_args), value
 
   return step
 
@@ -139,18 +143,26 @@ def _sums(
   reasons = why_stored(cadence, call.layout, call.param_dtypes)
   sums: dict[layouts.Tensor, jax.Array] = {}
   for group in filter(lambda group: cadence.accumulates(group.every), call.layout.groups):
-    chosen = []
-    for t in group.tensors:
+    window = _window.so_far(state.groups[group.name], call.layout.tree(group, group.take(leaves)))
+    mine = {}
+    for t, total in zip(group.tensors, window.sums, strict=True):
       read = loss.scanned if isinstance(t.cut, cuts.Whole) else loss.by_rows
-      chosen.append(reasons[t.leaf] is None and t.leaf in read)
-    if any(chosen):
-      tree = call.layout.tree(group, group.take(leaves))
-      window = _window.so_far(state.groups[group.name], tree)
+      if reasons[t.leaf] is None and t.leaf in read and total.dtype == leaves[t.leaf].dtype:
+        mine[t] = total
+    if mine:
       # What a window that has fired leaves behind may be NaN. One micro-step of a window clears it.
-      found = [x for x, is_chosen in zip(window.sums, chosen, strict=True) if is_chosen]
-      found = _control.maybe(window.length == 0, _cleared, found, None)
-      sums |= zip(itertools.compress(group.tensors, chosen), found, strict=True)
+      if window.by_region:
+        lengths = [window.length[i] for i, t in enumerate(group.tensors) if t in mine]
+        pairs = zip(lengths, mine.values(), strict=True)
+        cleared = [_control.maybe(n == 0, _cleared, [x], None)[0] for n, x in pairs]
+      else:
+        cleared = _control.maybe(window.length == 0, _cleared, list(mine.values()), None)
+      sums |= zip(mine, cleared, strict=True)
   return sums
+
+
+def _is_number(x: Any) -> bool:
+  return isinstance(x, int | float | np.generic | np.ndarray | jax.Array) and np.ndim(x) == 0
 
 
 def _parts(layout: layouts.Layout, sums: Collection[layouts.Tensor]) -> list[layouts.Tensor]:
@@ -200,8 +212,6 @@ def _is_run(cut: cuts.Cut, shape: tuple[int, ...]) -> bool:
 def _why_stored(cadence: _cadence.Cadence, group: layouts.Group, dtype: Any) -> str | None:
   """The same of a leaf that a group has all or a part of."""
   policy, window = group.every.policy, cadence.sum_dtype(dtype)
-  if cadence.weighted:
-    return "weighted=True"
   if cadence.skip:
     return 'nonfinite="skip"'
   if policy is not None and policy.reads_gradients:

@@ -295,3 +295,8 @@ def opens_and_merges(model, twin, x):
   growth.merge(model)
   close(model(x), expected)
   assert jnp.abs(expected - twin(x)).max() > 1e-3
+
+
+def with_alpha(variables, alpha):
+  """Variables of a Linen module with the gate at another value."""
+  return {**variables, "params": {**variables["params"], "alpha": jnp.float32(alpha)}}

@@ -43,6 +43,9 @@ TINY = sizes.Sizes(
   step_model=16,
   step_tokens=((1, 4), (2, 4)),
   step_images=2,
+  grown_layers=2,
+  grown_width=8,
+  grown_tokens=32,
   bandwidth=256,
 )
 MEMORY = 2**30
@@ -104,7 +107,7 @@ def test_every_case_names_variants_that_it_has(name, accelerator):
   assert case.name == name and {case.ours, case.peer} <= known
   for target in case.targets:
     assert target.variant in known
-    assert target.against in {"floor", "temporaries", "held bytes", *known}
+    assert target.against in {"floor", "seconds", "temporaries", "held bytes", *known}
     assert target.against != "temporaries" or target.allowance > 0
   for variant in case.variants:
     assert getattr(variant, "reference", None) in {None, *names}
@@ -244,11 +247,11 @@ def test_rounding_is_allowed_and_more_is_not():
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("name", ["compile", "trace"])
+@pytest.mark.parametrize("name", ["compile", "trace", "growth-search", "growth-compile"])
 def test_building_programs_is_timed(name):
   case = tiny(name)
   result = measure.run_build_case(case, 2, lambda text: None)
-  assert result["unit"] == f"ms to {name}"
+  assert result["unit"] == f"ms to {case.stage}"
   assert [len(row["samples_ms"]) for row in result["variants"]] == [2] * len(case.variants)
   assert all(target["value"] > 0 for target in result["targets"])
 

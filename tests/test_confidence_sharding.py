@@ -7,6 +7,11 @@ import re
 import subprocess
 import sys
 
+import pytest
+
+# In a process of its own, which compiles everything anew.
+pytestmark = pytest.mark.ci
+
 PROGRAM = r"""
 import re
 import jax, jax.numpy as jnp, numpy as np, optax

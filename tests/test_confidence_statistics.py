@@ -56,7 +56,7 @@ def kinds(n):
   ("n", "mu", "steps", "replicas"),
   [
     (2, 1.0, 800, 64),
-    (64, 0.5, 64, 4),
+    pytest.param(64, 0.5, 64, 4, marks=pytest.mark.ci),
     pytest.param(1000, 0.5, 8, 1, marks=pytest.mark.ci),
   ],
 )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from growth_nets import close
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from optax_cadence import growth
 
@@ -81,6 +82,23 @@ FORWARD = {
   "triangular solve": lambda h: lax.linalg.triangular_solve(
     jnp.eye(ROWS) + 0.1, h, left_side=True, lower=True
   ),
+  "padded by its edges": lambda h: jnp.pad(h, ((1, 2), (0, 0)), mode="edge"),
+  "images padded by their edges": lambda h: jnp.pad(
+    h.reshape(1, 2, 3, -1), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge"
+  ).reshape(20, -1),
+  "padded by a ramp": lambda h: jnp.pad(h, ((1, 2), (0, 0)), mode="linear_ramp"),
+  "padded by maxima": lambda h: jnp.pad(h, ((1, 2), (0, 0)), mode="maximum"),
+  "linear solve": lambda h: jnp.linalg.solve(jnp.eye(ROWS) + 0.1, h),
+  "linear solve, mapped": by_unit(lambda c: jnp.linalg.solve(jnp.eye(ROWS) + 0.1, c)),
+  "tridiagonal solve": lambda h: lax.linalg.tridiagonal_solve(
+    jnp.full(ROWS, 0.1), jnp.full(ROWS, 2.0), jnp.full(ROWS, 0.1), h
+  ),
+  "stacked": lambda h: jnp.stack([h, h * 2], 1).sum(1),
+  "named": lambda h: checkpoint_name(h, "h"),
+  "behind a barrier": lambda h: lax.optimization_barrier((h, h.T))[1].T,
+  "in groups of rows": lambda h: (
+    lax.ragged_dot(h, jnp.ones((2, h.shape[1], 1)), jnp.array([2, 4])) + h
+  ),
   "constrained": lambda h: lax.with_sharding_constraint(
     h, jax.sharding.SingleDeviceSharding(jax.devices()[0])
   ),
@@ -134,3 +152,127 @@ def test_integers_that_are_sizes():
   forward, tree = grown(fn(lambda h, n: lax.dynamic_slice_in_dim(h, n - 2, 2)))
   with pytest.raises(ValueError, match="integer that is 2 in the program before and 4 in the one"):
     forward(tree, X)
+
+
+@pytest.mark.parametrize(
+  ("along", "where"),
+  [
+    (lambda h: h[:, ::-1], r"rev of shapes \[\(6, 4\)\]"),
+    (lambda h: lax.map(jnp.sin, h.T).T, r"a loop over the first axis of shape \(4, 6\)"),
+    (lambda h: jnp.sort(h, 1), r"sort of shapes \[\(6, 4\)\]"),
+  ],
+)
+def test_where_units_end_is_said(along, where):
+  with pytest.raises(ValueError, match=rf"nothing uses the units of 'a'.* They end in {where}"):
+    growth.couple(lambda p, x: along(x @ p["a"]) @ p["b"], PARAMS, X, producer="a")
+
+
+def test_experts_whose_tokens_are_sorted_grow():
+  params = {"up": jnp.ones((2, 3, UNITS)) * 0.3, "down": jnp.ones((2, UNITS, 2)) * 0.2}
+  sizes = jnp.array([2, 4])
+
+  def fn(p, x):
+    return lax.ragged_dot(jnp.tanh(lax.ragged_dot(x, p["up"], sizes)), p["down"], sizes)
+
+  units = growth.couple(fn, params, X, producer="up")
+  assert [(m.path[0], m.axis, m.role) for m in units.members] == [
+    ("down", 1, "outgoing"), ("up", 2, "incoming"),
+  ]  # fmt: skip
+  plan = growth.widening(params, units, 3)
+  grown = plan.apply(params, lambda path, shape, dtype: np.full(shape, 0.7, dtype))
+  forward = jax.jit(growth.gated(fn, plan))
+  close(forward(grown, X), fn(params, X))
+  half = {**grown, "alpha": jnp.float32(0.5)}
+  close(fn(growth.merge(half, plan), X), forward(half, X))
+
+
+def test_the_derivative_of_a_linear_solve_is_its_own():
+  matrix = jnp.eye(ROWS) + 0.1
+
+  def fn(p, x):
+    return jnp.linalg.solve(p["m"], x @ p["a"]) @ p["b"]
+
+  params = {**PARAMS, "m": matrix}
+  plan = growth.widening(params, growth.couple(fn, params, X, producer="a"), 2)
+  grown = plan.apply(params, lambda path, shape, dtype: np.full(shape, 0.7, dtype))
+  gradient = lambda fn, p: jax.grad(lambda p: jnp.sin(fn(p, X)).sum())(p)["m"]
+  close(gradient(growth.gated(fn, plan), grown), gradient(fn, params))
+
+
+ALONG = {
+  "softmax": jax.nn.softmax,
+  "log_softmax": jax.nn.log_softmax,
+  "masked softmax": lambda h: jax.nn.softmax(jnp.where(h > 0.9, h, -jnp.inf)),
+  "minus the largest": lambda h: h - h.max(1, keepdims=True),
+  "minus the smallest": lambda h: h - jnp.min(h, 1, keepdims=True),
+  "numbered": lambda h: h * jnp.sin(jnp.arange(h.shape[1], dtype=h.dtype))[None],
+}
+
+
+@pytest.mark.parametrize("kind", list(ALONG))
+def test_what_goes_along_units_and_has_a_gate(kind):
+  def fn(p, x):
+    return ALONG[kind](x @ p["a"]) @ p["b"]
+
+  x = jnp.abs(X) + 0.1
+  params = {"a": jnp.linspace(1, 2, 3 * UNITS).reshape(3, UNITS), "b": PARAMS["b"]}
+  units = growth.couple(fn, params, x, producer="a")
+  assert not units.folds or kind == "numbered"
+  plan = growth.widening(params, units, 2)
+  grown = plan.apply(params, lambda path, shape, dtype: np.full(shape, 1.7, dtype))
+  forward = growth.gated(fn, plan)
+  gradient = lambda fn, p: jax.grad(lambda p: jnp.sin(fn(p, x)).sum())(p)
+  np.testing.assert_array_equal(forward(grown, x), fn(params, x))
+  found, expected = gradient(forward, grown), gradient(fn, params)
+  assert np.isfinite(found["alpha"])
+  close(found["a"][:, :UNITS], expected["a"])
+  at_one = {name: grown[name] for name in "ab"}
+  close(forward({**grown, "alpha": jnp.float32(1)}, x), fn(at_one, x))
+  assert jnp.abs(fn(at_one, x) - fn(params, x)).max() > 1e-3
+
+
+def test_numbers_that_old_units_would_not_keep():
+  def fn(p, x):
+    h = jnp.concatenate([x @ p["a"], x @ p["a"]], 1)
+    return (h * jnp.arange(h.shape[1], dtype=h.dtype)[None]) @ p["c"]
+
+  params = {"a": PARAMS["a"], "c": jnp.ones((2 * UNITS, 2))}
+  with pytest.raises(ValueError, match=r"counts along an axis of size 8 \(iota\) .* in a variable"):
+    growth.couple(fn, params, X, producer="a")
+  described = growth.dimension(params, {"a": -1, "c": growth.Axis(0, outer=2)})
+  plan = growth.widening(params, described, 2)
+  grown = plan.apply(params, lambda path, shape, dtype: np.full(shape, 0.7, dtype))
+  with pytest.raises(ValueError, match="counts along an axis that grows .* expected inputs"):
+    growth.gated(fn, plan)(grown, X)
+
+
+def test_some_pieces_of_a_split_grow():
+  params = {**PARAMS, "a": jnp.linspace(0.1, 1, 3 * (2 + UNITS)).reshape(3, 2 + UNITS)}
+
+  def fn(p, x):
+    gate, h = jnp.split(x @ p["a"], [2], 1)
+    return jnp.tanh(h) @ p["b"] * gate
+
+  units = growth.couple(fn, params, X, producer="b", axis=0)
+  assert [(m.path[0], m.axis) for m in units.members] == [("a", 1), ("b", 0)]
+  plan = growth.widening(params, units, 3)
+  grown = plan.apply(params, lambda path, shape, dtype: np.full(shape, 0.7, dtype))
+  forward = growth.gated(fn, plan)
+  close(forward(grown, X), fn(params, X))
+  half = {**grown, "alpha": jnp.float32(0.5)}
+  close(fn(growth.merge(half, plan), X), forward(half, X))
+
+
+def test_what_only_dead_code_reads_grows_too():
+  params = {**PARAMS, "scale": jnp.ones(UNITS)}
+
+  def fn(p, x):
+    h = x @ p["a"]
+    jnp.sort(h * p["scale"][None], 1)
+    return h @ p["b"]
+
+  units = growth.couple(fn, params, X, producer="a")
+  assert {m.path[0] for m in units.members} == {"a", "b", "scale"}
+  plan = growth.widening(params, units, 2)
+  grown = plan.apply(params, lambda path, shape, dtype: np.full(shape, 0.7, dtype))
+  close(growth.gated(fn, plan)(grown, X), fn(params, X))

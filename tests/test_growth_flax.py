@@ -211,6 +211,7 @@ def through_disk(path, state):
     return disk.restore(path, jax.tree.map(jnp.zeros_like, state))
 
 
+@pytest.mark.ci
 def test_orbax_with_a_live_model_and_its_optimizer(tmp_path):
   gate = growth.phase_in(optax.linear_schedule(0.0, 1.0, 6))
 

@@ -71,7 +71,7 @@ def test_groups_grow(kind):
   )  # fmt: skip
   close(model(IMAGES), expected)
   assert jnp.abs(expected - twin(IMAGES)).max() > 1e-3
-  growth.shrink(model, plan.inverse(), IMAGES, keep_groups="blocks" in how(model))
+  growth.shrink(model, plan.inverse(), IMAGES)
   close(model(IMAGES), twin(IMAGES))
 
 
@@ -157,3 +157,32 @@ def test_one_channel_of_images_grows():
   growth.widen(model, IMAGES, producer=model.conv, by=2, fresh=nets.fresh)
   assert tuple(model.norm.scale.shape) == tuple(model.norm.mean.shape) == (3,)
   close(model(IMAGES), twin(IMAGES))
+
+
+class Gated(nnx.Module):
+  """A depthwise convolution behind a layer that makes what it reads and its gate, as Mamba's."""
+
+  def __init__(self, rngs):
+    self.enter = nnx.Linear(4, 12, rngs=rngs)
+    self.conv = nnx.Conv(6, 6, (3,), padding="CAUSAL", feature_group_count=6, rngs=rngs)
+    self.mix = nnx.Einsum("btd,de->bte", (6, 5), (5,), rngs=rngs)
+    self.leave = nnx.Linear(5, 2, rngs=rngs)
+
+  def __call__(self, x):
+    h, gate = jnp.split(self.enter(x), 2, axis=-1)
+    return self.leave(self.mix(self.conv(h) * nnx.sigmoid(gate)))
+
+
+def test_blocks_of_one_layer_are_no_groups_of_the_next():
+  model, twin, x = nets.make(Gated), nets.make(Gated), ROWS.reshape(1, 5, 4)
+  plan = growth.widen(model, x, producer="enter", blocks=2, by=2, fresh=nets.fresh)
+  assert tuple(model.enter.kernel.shape) == (4, 16)
+  assert model.conv.feature_group_count == model.conv.in_features == 8
+  close(model(x), twin(x))
+  nets.opens_and_merges(model, twin, x)
+  assert model.mix.kernel_shape == (8, 5)
+  growth.shrink(model, plan.inverse(), x)
+  assert model.conv.feature_group_count == model.mix.kernel_shape[0] == 6
+  growth.widen(model, x, producer="mix", by=2, fresh=nets.fresh)
+  assert model.mix.bias_shape == (7,)
+  close(model(x), twin(x))

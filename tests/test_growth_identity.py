@@ -199,3 +199,19 @@ def test_two_leaves_at_one_place():
     growth.deepening(tree, deeper, moved={"a": "b"})
   with pytest.raises(ValueError, match="moved 'd': expected one of 'a', 'b', found"):
     growth.deepening(tree, deeper, moved={"d": "c"})
+
+
+def test_a_block_that_counts_behind_a_closed_gate_is_refused():
+  model = Stack()
+  before = nnx.to_pure_dict(nnx.state(model))
+
+  class Loud(Block):
+    def __call__(self, x):
+      return self.up(x)[:, :6] + self.down(nnx.relu(self.up(x)))
+
+  with pytest.raises(ValueError, match="the output still depends on the new layers"):
+    growth.deepen(
+      model, lambda m: m.blocks.append(Loud(8)), X, outgoing=lambda m: [m.blocks[2].down]
+    )
+  equal(nnx.to_pure_dict(nnx.state(model)), before)
+  assert len(model.blocks) == 2

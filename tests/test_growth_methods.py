@@ -213,6 +213,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.ci
 def test_a_pickle_is_read_in_another_process(tmp_path):
   model = Early(nnx.Rngs(0))
   if hasattr(model.encoder, "kernel_init"):

@@ -76,6 +76,66 @@ with use_mesh(mesh):
 """
 
 
+LAYERS = r"""
+import sys
+import jax, jax.numpy as jnp, numpy as np, optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from optax_cadence import growth
+
+mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType[sys.argv[1]],))
+use_mesh = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
+shapes = {"embed": (6, 4), "up": (3, 4, 6), "down": (3, 6, 4)}
+specs = {"embed": P("d"), "up": P(None, None, "d"), "down": P()}
+
+
+def laid_out(tree, specs):
+  for name, x in tree.items():
+    found = tuple(x.sharding.spec) + (None,) * (x.ndim - len(x.sharding.spec))
+    assert found == tuple(specs[name]) + (None,) * (x.ndim - len(specs[name])), (name, found)
+
+
+def main():
+  params = {
+    name: jax.device_put(np.random.rand(*shape), NamedSharding(mesh, specs[name]))
+    for name, shape in shapes.items()
+  }
+  tx = optax.adam(1e-2)
+  state = tx.update(params, tx.init(params), params)[1]
+  params = {"embed": params["embed"], "mlp": {"up": params["up"], "down": params["down"]}}
+  state = tx.update(params, tx.init(params), params)[1]
+  expert = {name: P(None, *spec) for name, spec in specs.items()}
+  for plan, inner in [
+    (growth.stacking(params, "mlp", times=2), specs),
+    (growth.adding_tokens(params, 2, embed="embed"), specs),
+    (growth.upcycling(params, "mlp", experts=2, features=4), expert),
+  ]:
+    fresh = lambda path, shape, dtype: np.zeros(shape, dtype)
+    grown = plan.apply(params, fresh)
+    found = growth.grow_state(tx, state, params, grown, plan)
+    for tree in (grown, found[0].mu):
+      laid_out({"embed": tree["embed"]}, specs)
+      mlp = tree["mlp"].get("experts", tree["mlp"])
+      laid_out(mlp, inner)
+    old = growth.undo(grown, plan)
+    for tree in (old, growth.grow_state(tx, found, grown, old, plan.inverse())[0].mu):
+      laid_out({"embed": tree["embed"]}, specs)
+      laid_out(tree["mlp"], specs)
+
+
+with use_mesh(mesh):
+  main()
+"""
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_layouts_of_layers_tokens_and_experts_stay(kind):
+  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+  done = subprocess.run(
+    [sys.executable, "-c", LAYERS, kind], env=environment, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_layouts_stay_and_what_does_not_divide_says_so(kind):
   environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}

@@ -320,6 +320,7 @@ def test_orbax_before_growth_and_in_mid_phase_in(tmp_path):
   equal(run(tx, fn, *through_disk("half", *half), 3), run(tx, fn, *half, 3))
 
 
+@pytest.mark.ci
 def test_gradmax_beats_random_draws_of_equal_norm():
   outer = growth.outer_product(
     lambda p: loss(forward, p), PARAMS, producer="one/kernel", consumer="two/kernel"

@@ -62,6 +62,7 @@ def test_masks_equal_those_of_a_full_sort(shapes, dtype):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("method", [selection.COMPARE, selection.HISTOGRAM])
 def test_both_ways_of_counting_give_the_masks_of_a_full_sort(method):
   rng = np.random.default_rng(1)
@@ -410,6 +411,7 @@ def test_criterion_that_reads_gradients_needs_inner():
     oc.prune(0.5, every=1, criterion="saliency")
 
 
+@pytest.mark.ci
 def test_vmap_over_sparsities_equals_single_runs():
   def final(s):
     tx, params = oc.prune(s, every=2), tree()
@@ -425,6 +427,7 @@ def test_vmap_over_sparsities_equals_single_runs():
     jax.tree.map(lambda b, x, i=i: np.testing.assert_array_equal(b[i], x), batch, single)
 
 
+@pytest.mark.ci
 def test_nnx_optimizer_and_train_state():
   model = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
   optimizer = nnx.Optimizer(
@@ -539,6 +542,7 @@ def test_held_step_copies_no_leaf():
   assert not [line for line in text.splitlines() if "f32[256,256]" in line and " copy(" in line]
 
 
+@pytest.mark.ci
 def test_checkpoint_resumes_exactly(tmp_path):
   tx = oc.prune(0.5, every=2, regrow=pruning.at_random(0), inner=optax.sgd(0.1))
   update, kept = jax.jit(tx.update), run(tx, 3)[-1]
@@ -595,6 +599,7 @@ for result, kind in re.findall(pattern, text):
 """
 
 
+@pytest.mark.ci
 def test_global_allocation_gathers_no_sharded_leaf():
   root = pathlib.Path(__file__).parents[1]
   flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}

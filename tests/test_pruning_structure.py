@@ -108,14 +108,19 @@ APART = {str(i): {"kernel": x} for i, x in enumerate(LAYERS)} | {"head": STACKED
 @pytest.mark.parametrize(
   "options",
   [
-    {"sparsity": 0.5},
-    {"sparsity": 0.75, "allocation": "erk"},
-    {"sparsity": 0.5, "allocation": "global"},
-    {"sparsity": 0.5, "structure": pruning.Channel()},
     {"sparsity": 0.5, "structure": pruning.Channel(), "allocation": "global"},
-    {"sparsity": 0.5, "structure": pruning.Block((4, 3))},
     {"structure": pruning.NM(2, 4)},
-    {"sparsity": 1.0, "structure": lambda x, s: x > s * x.mean()},
+    *(
+      pytest.param(options, marks=pytest.mark.ci)
+      for options in (
+        {"sparsity": 0.5},
+        {"sparsity": 0.75, "allocation": "erk"},
+        {"sparsity": 0.5, "allocation": "global"},
+        {"sparsity": 0.5, "structure": pruning.Channel()},
+        {"sparsity": 0.5, "structure": pruning.Block((4, 3))},
+        {"sparsity": 1.0, "structure": lambda x, s: x > s * x.mean()},
+      )
+    ),
   ],
 )
 def test_layers_that_are_stacked_are_pruned_as_layers(options):
@@ -145,6 +150,7 @@ def test_the_program_tells_which_leaves_are_stacked():
   assert (kept_per_group(masks["blocks"]["kernel"], (1,)) == 1).all()
 
 
+@pytest.mark.ci
 def test_regrowth_exchanges_within_each_layer():
   tx = oc.prune(
     0.5,

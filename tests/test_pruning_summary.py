@@ -162,7 +162,7 @@ def test_a_state_without_masks_is_an_error():
     pruning.masks(tree(), optax.sgd(0.1).init(tree()))
 
 
-@pytest.mark.parametrize("n", [3, 12])
+@pytest.mark.parametrize("n", [3, pytest.param(12, marks=pytest.mark.ci)])
 def test_plot_shows_every_leaf_where_all_are_as_sparse(n):
   params = {f"layer{i:02}": {"kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)} for i in range(n)}
   schedule = optax.linear_schedule(0.0, 0.8, 4)

@@ -35,8 +35,8 @@ def on_devices(program, names=()):
   ("program", "names", "at_least"),
   [
     ("eager", [], 30),
-    ("training_steps", [], 12),
     ("scans", FEW, len(FEW)),
+    pytest.param("training_steps", [], 12, marks=pytest.mark.ci),
     pytest.param("scans", [], 30, marks=pytest.mark.ci),
     pytest.param("shard_maps", [], 30, marks=pytest.mark.ci),
     pytest.param("optimizers", [], 150, marks=pytest.mark.ci),

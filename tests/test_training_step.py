@@ -10,6 +10,9 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
 from small_tree import assert_close
 from small_tree import assert_identical
 
@@ -322,9 +325,9 @@ def test_a_period_for_each_layer_under_vmap_and_differentiation():
     return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(carry[0])) + value
 
   step, other = compiled(oc.training_step(scanned, tx)), stored(scanned, tx)
-  for transform, given in ((jax.vmap, many), (jax.grad, params)):
-    expected = jax.jit(transform(functools.partial(final, other)))(given)
-    assert_near(jax.jit(transform(functools.partial(final, step)))(given), expected)
+  for transform, start in ((jax.vmap, many), (jax.grad, params)):
+    expected = jax.jit(transform(functools.partial(final, other)))(start)
+    assert_near(jax.jit(transform(functools.partial(final, step)))(start), expected)
 
 
 @pytest.mark.parametrize("accumulate", ["mean", "latest"])
@@ -581,3 +584,46 @@ def test_leaves_of_one_shape_are_told_apart(every, wrap):
     compiled(way(lambda p, x: wrap(loss)(p, x[:, :2]), tx)) for way in (oc.training_step, stored)
   )
   assert_near(runs(step, tx, params, 4), runs(other, tx, params, 4))
+
+
+PERIODS = st.integers(1, 4)
+ANY_LEAF = st.one_of(
+  PERIODS,
+  st.builds(lambda k, offset: oc.Every(k, offset % k), PERIODS, st.integers(0, 3)),
+  st.builds(lambda slope: oc.Every(lambda t: 1 + slope * t), st.integers(0, 1)),
+)
+ANY_LAYERS = st.one_of(
+  ANY_LEAF,
+  st.builds(oc.stacked, st.lists(PERIODS, min_size=LAYERS, max_size=LAYERS).map(sorted)),
+  st.builds(oc.channels, st.lists(PERIODS, min_size=2, max_size=3)),
+)
+
+
+@pytest.mark.ci
+@settings(max_examples=12)
+@given(
+  loss=st.sampled_from([*ONE_USE, *SEVERAL_USES, apart]),
+  every=st.fixed_dictionaries({"w": ANY_LAYERS, "b": ANY_LAYERS, "out": ANY_LEAF}),
+  options=st.sampled_from([{}, {"accumulate": "sum"}, {"accumulate": "latest"}, OPTIONS["skip"]]),
+  in_turns=st.booleans(),
+)
+def test_any_loss_and_any_cadence(loss, every, options, in_turns):
+  tx = oc.cadence(oracle.relaxed(optax.sgd(0.1, momentum=0.9)), every, **options)
+  params = parameters()
+  if loss in NESTED:
+    params = folded(params)
+    tx = oc.cadence(oracle.relaxed(optax.sgd(0.1)), every | {"w": oc.stacked([2, 3]), "b": 2})
+  step, other = compiled(oc.training_step(loss, tx)), compiled(stored(loss, tx))
+  expected = runs(other, tx, params, 6)
+  assert_near(runs([step, other] if in_turns else step, tx, params, 6), expected)
+  if tx.cycle is not None:
+    assert_near(runs(step, tx, params, 6, phases=True), expected)
+
+
+def test_a_state_with_accumulators_of_another_dtype():
+  tx, params = oc.cadence(adam(), 2), parameters()
+  state = oc.cadence(adam(), 2, accumulator_dtype=jnp.bfloat16).init(params)
+  found, expected = (
+    compiled(way(scanned, tx))(params, state, batch(0)) for way in (oc.training_step, stored)
+  )
+  assert_identical(found, expected)

@@ -349,7 +349,16 @@ KNOWN = {
 }
 
 
-@pytest.mark.parametrize("changes", KNOWN.values(), ids=KNOWN)
+LONG = {"pieces of a matrix, skipped", "by rank under a mask, injected"}
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    pytest.param(changes, id=name, marks=[pytest.mark.ci] * (name in LONG))
+    for name, changes in KNOWN.items()
+  ],
+)
 def test_known_pitfalls(changes):
   follow(dataclasses.replace(PLAIN, **changes), "float32", "float32")
 

@@ -7,8 +7,9 @@ gets labels, the number of the unit behind each of its positions; they pass from
 that are tied to it, forward and backward, until nothing changes. No parameter is changed here.
 """
 
+import heapq
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from optax_cadence.growth._dimension import Output
 from optax_cadence.growth._graph import Graph
 from optax_cadence.growth._graph import Node
 from optax_cadence.growth._graph import Operation
+from optax_cadence.growth._graph import Pair
 from optax_cadence.programs import primitives
 from optax_cadence.programs import reading
 
@@ -79,25 +81,118 @@ def couple(
     names = [producer] if isinstance(producer, str) else list(producer)
     described = dimension(variables, {name: Axis(axis, blocks, unit) for name in names})
   graph = _graph.read(fn, variables, *args, **kwargs)
-  spread(graph, described, "the description")
-  members = tuple(_members(graph, described.size))
+  operations = spread(graph, described, "the description")
+  found = of_labels(graph, described.size, operations)
   if producer is described:
-    _check_complete(described, members, graph)
+    _check_complete(described, found.members, graph)
+  return found
+
+
+def of_labels(graph: Graph, units: int, operations: Sequence[Operation]) -> Dimension:
+  """The dimension of so many units that a program has been labelled with.
+
+  Args:
+    graph: The program.
+    units: Their number.
+    operations: The operations that they go through.
+
+  Raises:
+    ValueError: If no product sums over them.
+  """
+  members = tuple(members_of(graph, units, operations))
   sums = [
     (operation, ends)
-    for operation in graph.operations
+    for operation in operations
     for tie, ends in operation.labelled()
     if tie.summed
   ]
-  if not any(operation.name in primitives.PRODUCTS for operation, _ in sums):
+  outputs = tuple(outputs_of(graph, members))
+  # A sum alone may be the statistics of a norm, after which the units are still there.
+  products = any(primitives.product(operation.eqn) for operation, _ in sums)
+  if not sums or (outputs and not products):
     raise ValueError(
       f"nothing uses the units of {_paths.listed(m.path for m in members)}: no product sums over"
-      " them, so widening would change the output"
+      f" them, so widening would change the output{_ends(graph)}"
     )
   of_weights = all(any(node.origin for node, _ in ends) for _, ends in sums)
-  folds = of_weights and all(m.role != "both" for m in members)
-  outputs = tuple(_outputs(graph, members))
-  return Dimension(described.size, members, tuple(_contractions(graph)), folds, outputs)
+  extrema = any(map(_loses, operations))
+  folds = of_weights and not extrema and all(m.role != "both" for m in members)
+  for operation in operations:
+    _check_counts(operation, units)
+  contractions = tuple(_contractions(graph))
+  regroups = any(map(_regroups, operations))
+  return Dimension(units, members, contractions, folds, outputs, regroups)
+
+
+def _ends(graph: Graph) -> str:
+  """Where units cannot be followed any further, in words: what is done along their own axis."""
+  ends = [
+    f"{operation.name} of shapes {[node.shape for node in operation.operands if node is not None]}"
+    for operation in graph.operations
+    if operation.name not in ("concatenate", "reshape", "slice", "split") and _loses(operation)
+  ]
+  ends += [
+    f"a loop over the first axis of shape {pair.outer.shape}"
+    for pair in graph.slices
+    if 0 in pair.outer.labels
+  ]
+  found = list(dict.fromkeys(ends))
+  return f". They end in {', '.join(found[:3])}" if found else ""
+
+
+def _loses(operation: Operation) -> bool:
+  """Whether an operation has units along an axis that it does not share with any other."""
+  if operation.name in ("concatenate", "reshape", "slice", "split"):
+    return False
+  tied = {end for tie in primitives.ties(operation.eqn) or [] for end in tie.operands}
+  return any(
+    (i, axis) not in tied
+    for i, node in enumerate(operation.operands)
+    if node is not None
+    for axis in node.labels
+  )
+
+
+def _check_counts(operation: Operation, units: int) -> None:
+  """Raises `ValueError` if a program counts along units where new ones do not come last."""
+  along = operation.eqn.params.get("dimension")
+  if operation.name == "iota" and along in operation.results[0].labels:
+    labels = operation.results[0].labels[along]
+    last = labels == units - 1
+    if not (last[-1] and (np.diff(last.astype(int)) >= 0).all()):
+      raise ValueError(
+        f"the program counts along an axis of size {len(labels)} (iota) on which new units would"
+        " not come behind all old ones, so that those would have other numbers than before:"
+        " expected it not to; keep the numbers in a variable"
+      )
+
+
+def _regroups(operation: Operation) -> bool:
+  """Whether an operation merges axes that have labels, or splits one."""
+  if operation.name != "reshape" or operation.operands[0] is None:
+    return False
+  source, target = operation.operands[0], operation.results[0]
+  return any(
+    any(a in source.labels for a in ins)
+    and sum(source.shape[a] > 1 for a in ins) + sum(target.shape[a] > 1 for a in outs) > 2
+    for ins, outs in primitives.reshape_groups(source.shape, target.shape)
+  )
+
+
+def check_layout(graph: Graph, dimension: Dimension, what: str) -> None:
+  """Raises `ValueError` unless a program has the units where a dimension says.
+
+  Args:
+    graph: The program.
+    dimension: The dimension, as it is in this program.
+    what: What it is called in errors.
+  """
+  spread(graph, dimension, what)
+  expected = {(m.path, m.axis): m.labels for m in dimension.members}
+  for path, leaf in graph.leaves.items():
+    for axis, labels in leaf.labels.items():
+      if (path, axis) not in expected or (expected[path, axis] != labels).any():
+        raise ValueError(f"{_paths.join(path)!r} of shape {leaf.shape} has other units of {what}")
 
 
 def _check_complete(described: Dimension, members: Sequence[Member], graph: Graph) -> None:
@@ -111,9 +206,9 @@ def _check_complete(described: Dimension, members: Sequence[Member], graph: Grap
       )
 
 
-def _members(graph: Graph, units: int) -> Iterator[Member]:
-  """The axes of leaves that have units, and what they do with them."""
-  roles = _roles(graph)
+def members_of(graph: Graph, units: int, operations: Iterable[Operation]) -> Iterator[Member]:
+  """The axes of leaves that have units, and what operations do with them."""
+  roles = _roles(graph, operations)
   for path, leaf in graph.leaves.items():
     for axis, labels in sorted(leaf.labels.items()):
       if units == 1 and (labels == 0).sum() > 1:
@@ -124,11 +219,11 @@ def _members(graph: Graph, units: int) -> Iterator[Member]:
       yield Member(path, axis, labels, roles.get((path, axis), "follows"))
 
 
-def _roles(graph: Graph) -> dict[tuple[_paths.Path, int], str]:
+def _roles(graph: Graph, operations: Iterable[Operation]) -> dict[tuple[_paths.Path, int], str]:
   """For axes of leaves whether products sum over them ("outgoing") or not ("incoming")."""
   roles: dict[tuple[_paths.Path, int], set[str]] = {}
-  for operation in graph.operations:
-    if operation.name in primitives.PRODUCTS or operation.name == "gather":
+  for operation in operations:
+    if primitives.product(operation.eqn) or operation.name == "gather":
       for tie, ends in operation.labelled():
         for node, axis in ends:
           if node.origin is None:
@@ -149,17 +244,17 @@ def _contractions(graph: Graph) -> Iterator[Contraction]:
       yield Contraction(flops, tuple((len(labels), int((labels == 0).sum())) for labels in axes))
 
 
-def _outputs(graph: Graph, members: Sequence[Member]) -> Iterator[Output]:
+def outputs_of(graph: Graph, members: Sequence[Member]) -> Iterator[Output]:
   """The outputs that have units, but for variables that the program returns anew."""
-  variables = {m.path for m in members}
+  variables = {_paths.join(m.path) for m in members}
   for path, node in zip(graph.output_paths, graph.outputs, strict=True):
-    if any(path[i:] in variables for i in range(len(path))):
+    if any(_paths.join(path[i:]) in variables for i in range(len(path))):
       continue
     for axis, labels in sorted(node.labels.items()):
       yield Output(path, axis, len(labels), int((labels == 0).sum()))
 
 
-def spread(graph: Graph, units: Dimension, what: str) -> None:
+def spread(graph: Graph, units: Dimension, what: str) -> list[Operation]:
   """Labels the members of a dimension, and all axes of the program that run over its units.
 
   Args:
@@ -167,27 +262,61 @@ def spread(graph: Graph, units: Dimension, what: str) -> None:
     units: The dimension.
     what: What the dimension is called in errors.
 
+  Returns:
+    The operations that the units go through.
+
   Raises:
     ValueError: If the units cannot be followed.
   """
   for member in units.members:
     graph.leaves[member.path].put(member.axis, member.labels, what)
-  changed = True
-  while changed:
-    changed = False
-    for operation in graph.operations:
-      changed |= _spread_through(operation)
-    for outside, inside in graph.slices:
-      for a in range(len(inside.shape)):
-        changed |= _spread_among([(outside, a + 1), (inside, a)], "a loop")
-    for node, other in graph.same:
-      for a in range(len(node.shape)):
-        changed |= _spread_among([(node, a), (other, a)], "a branch or loop")
+  return spread_from(graph, [graph.leaves[member.path] for member in units.members])
+
+
+def spread_from(graph: Graph, nodes: Sequence[Node]) -> list[Operation]:
+  """Labels all axes of the program that run over the units of some nodes.
+
+  Only what touches an axis with new labels is looked at again: in the order of the program, and
+  then from its start.
+
+  Args:
+    graph: The program.
+    nodes: The nodes that have labels.
+
+  Returns:
+    The operations that the units go through, in the order of the program.
+
+  Raises:
+    ValueError: If the units cannot be followed.
+  """
+  waiting = {i for node in nodes for i in graph.links_of[id(node)]}
+  seen = set(waiting)
+  queue = [(0, i) for i in sorted(waiting)]
+  while queue:
+    turn, i = heapq.heappop(queue)
+    waiting.discard(i)
+    link = graph.links[i]
+    changed = _spread_through(link) if isinstance(link, Operation) else _spread_between(link)
+    touched = {j for node in link.nodes for j in graph.links_of[id(node)]} if changed else set()
+    for j in touched - waiting:
+      heapq.heappush(queue, (turn if j > i else turn + 1, j))
+    waiting |= touched
+    seen |= touched
+  links = [graph.links[i] for i in sorted(seen)]
+  return [link for link in links if isinstance(link, Operation)]
+
+
+def _spread_between(pair: Pair) -> bool:
+  """Spreads labels between two nodes of which one lies in the other."""
+  where, changed = "a loop" if pair.shift else "a branch or loop", False
+  for a in range(len(pair.inner.shape)):
+    changed |= _spread_among([(pair.outer, a + pair.shift), (pair.inner, a)], where)
+  return changed
 
 
 def _spread_through(operation: Operation) -> bool:
   """Spreads labels through an operation; returns whether any is new."""
-  nodes = [node for node in [*operation.operands, *operation.results] if node is not None]
+  nodes = operation.nodes
   if not any(node.labels for node in nodes):
     return False
   where = f"{operation.name} of shapes {[node.shape for node in nodes]}"
@@ -274,7 +403,7 @@ def _regroup(source: Node, ins: list[int], target: Node, outs: list[int], where:
 
 def _cuts(operation: Operation) -> Iterator[tuple[Node | None, Node | None, int, np.ndarray]]:
   """What an operation cuts or joins: whole, part, the axis, and where in the whole it lies."""
-  eqn, operands, results, _ = operation
+  eqn, operands, results = operation.eqn, operation.operands, operation.results
   p = eqn.params
   if operation.name == "slice":
     sizes = reading.shape(eqn.outvars[0])

@@ -1,9 +1,11 @@
 """A dimension: one set of units, and the axes of leaves that have an entry for each of them."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from optax_cadence import _paths
@@ -95,6 +97,8 @@ class Dimension:
     folds: Whether nothing but products with weights, each used in this way alone, sums over
       the units, so that a gate can be folded into those weights.
     outputs: The outputs of the program that carry the units themselves.
+    regroups: Whether the program turns an axis that has them into several, or several into one,
+      which a network may do in another way at its new size.
   """
 
   size: int
@@ -102,6 +106,7 @@ class Dimension:
   contractions: tuple[Contraction, ...] | None = None
   folds: bool = False
   outputs: tuple[Output, ...] = ()
+  regroups: bool = False
 
   def __str__(self) -> str:
     lines = [f"{self.size} units"]
@@ -170,13 +175,55 @@ def extended(labels: np.ndarray, units: int, more: int) -> np.ndarray:
   >>> print(_dimension.extended(np.array([0, 0, 1, 1, -1, 0, 0, 1, 1]), units=2, more=1))
   [ 0  0  1  1  2  2 -1  0  0  1  1  2  2]
   """
-  pieces, start, n = [], 0, len(labels)
+  return extended_together([labels], [units], [more])[0]
+
+
+def extended_together(
+  labels: Sequence[Labels], units: Sequence[int], more: Sequence[int]
+) -> list[Labels]:
+  """The labels of several dimensions along one axis, at which each is given more units.
+
+  Args:
+    labels: For each dimension its labels along the axis.
+    units: For each the number of its units.
+    more: For each how many units it gets.
+
+  Returns:
+    For each its labels along the axis as it is then.
+
+  >>> import numpy as np
+  >>> from optax_cadence.growth import _dimension
+  >>> labels = np.array([0, 1, -1, -1]), np.array([-1, -1, 0, 1])
+  >>> print(*_dimension.extended_together(labels, units=[2, 2], more=[1, 2]))
+  [ 0  1  2 -1 -1 -1 -1] [-1 -1 -1  0  1  2  3]
+  """
+  together = np.stack(labels)
+  pieces, start, n = [], 0, together.shape[1]
   while start < n:
     end = start + 1
-    while end < n and labels[end] == labels[start]:
+    while end < n and (together[:, end] == together[:, start]).all():
       end += 1
-    pieces.append(labels[start:end])
-    if labels[start] == units - 1:
-      pieces.append(np.repeat(np.arange(units, units + more), end - start))
+    pieces.append(together[:, start:end])
+    for i, (number, new) in enumerate(zip(units, more, strict=True)):
+      if together[i, start] == number - 1:
+        added = np.full((len(labels), new * (end - start)), NO_UNIT)
+        added[i] = np.repeat(np.arange(number, number + new), end - start)
+        pieces.append(added)
     start = end
-  return np.concatenate(pieces)
+  return list(np.concatenate(pieces, axis=1))
+
+
+def entries(member: Member, units: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Which entries of a member belong to some of the units.
+
+  Args:
+    member: The member.
+    units: bool [units], or [layers, units] where layers are stacked along the first axis.
+    shape: The shape of its leaf.
+  """
+  labels = np.where(member.labels < 0, units.shape[-1], member.labels)
+  nowhere = jnp.zeros((*units.shape[:-1], 1), bool)
+  along = jnp.concatenate([units, nowhere], -1)[..., labels]
+  axes = {member.axis, *range(units.ndim - 1)}
+  along = along.reshape([n if i in axes else 1 for i, n in enumerate(shape)])
+  return jnp.broadcast_to(along, shape)

@@ -10,12 +10,21 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from optax_cadence import _paths
 from optax_cadence.growth import _couple
+from optax_cadence.growth import _dimension
+from optax_cadence.growth import _gate
 from optax_cadence.growth import _graph
+from optax_cadence.growth import _heads
 from optax_cadence.growth import _planners
 from optax_cadence.growth import _trees
+from optax_cadence.growth._dimension import Axis
 from optax_cadence.growth._dimension import Dimension
+from optax_cadence.growth._plan import float_dtype
 from optax_cadence.growth._plan import Plan
 
 
@@ -30,6 +39,9 @@ class Network(NamedTuple):
     settings: Further arguments of the forward pass.
     alpha: Path of the gate.
     init: A function that gives fresh values for new entries, as for `Plan.apply`.
+    notes: A function `notes(plan)` that says what `init` has to make up for it.
+    defined: A function that gives the variables at the new size, as far as shapes go; None where
+      they are not known beforehand.
     output: Where the network's output stands in what `forward` returns.
   """
 
@@ -39,7 +51,16 @@ class Network(NamedTuple):
   settings: Mapping[str, Any] = {}
   alpha: str = "alpha"
   init: Callable[[], Any] = dict
+  notes: Callable[[Plan], tuple[str, ...]] = lambda plan: ()
+  defined: Callable[[], Any] | None = None
   output: _paths.Path = ()
+
+  def kernels(self, layers: str) -> list[str]:
+    """The paths of the kernels, or embeddings, of all layers that a path or glob names."""
+    return [
+      _paths.join(_trees.kernel(self.variables, layer))
+      for layer in _trees.layers(self.variables, layers)
+    ]
 
   def kernel(self, layer: _paths.Path) -> str:
     """The path of a layer's kernel, or embedding."""
@@ -57,8 +78,14 @@ class Grown(NamedTuple):
   plan: Plan
 
 
-def couple(network: Network, producer: str | Dimension, **kwargs: Any) -> Dimension:
-  """As `growth.couple`, whose further arguments `kwargs` are."""
+def couple(network: Network, producer: str | Sequence[str] | Dimension, **kwargs: Any) -> Dimension:
+  """As `growth.couple`, whose further arguments `kwargs` are; several producers are one dimension.
+
+  A producer is the path of a layer, or of a leaf, or a glob for several.
+  """
+  if not isinstance(producer, Dimension):
+    names = [producer] if isinstance(producer, str) else producer
+    producer = [kernel for name in names for kernel in network.kernels(name)]
   settings = {**network.settings, **kwargs}
   units = _couple.couple(
     network.forward, network.variables, *network.inputs, producer=producer, **settings
@@ -70,8 +97,8 @@ def couple(network: Network, producer: str | Dimension, **kwargs: Any) -> Dimens
 
 def widen(
   network: Network,
-  producer: str | Dimension,
-  by: int,
+  producer: str | Sequence[str] | Dimension | None,
+  by: int | Sequence[int] | None,
   *,
   axis: int = -1,
   unit: int = 1,
@@ -83,23 +110,104 @@ def widen(
 
   Args:
     network: The network.
-    producer: Path of the kernel (or embedding) that makes the units, or a `Dimension`, which is
-      checked if there are inputs.
-    by: Number of new units.
+    producer: What makes the units: the path of a layer, or of a leaf, or a glob for several; or
+      a list of them; or a `Dimension`, which is checked if there are inputs. None: whatever is
+      larger where the network is defined at its new size.
+    by: Number of new units, of each producer; or a list, a number for each that is named.
     axis: The axis of the producer's kernel that holds the units.
     unit: Adjacent positions that make one unit.
     blocks: How often the units repeat along the axis: for the groups of a norm that grow.
     fresh: Where new entries come from, as for `Plan.apply`; by default from `network.init`.
     alpha: Value of the gate.
   """
-  if network.inputs:
-    units = couple(network, producer, axis=axis, unit=unit, blocks=blocks)
-  elif isinstance(producer, Dimension):
-    units = producer
+  if isinstance(producer, Dimension):
+    units: dict[Dimension, Any] = {couple(network, producer) if network.inputs else producer: by}
+  elif producer is None and network.defined is not None:
+    units = _of_definition(network.variables, network.defined(), network)
+  elif network.inputs and producer is not None:
+    units = _of_producers(network, producer, by, Axis(axis, blocks, unit))
   else:
     raise ValueError("widen needs inputs, to find what reads the units, or consumers=[...]")
-  plan = _planners.widening(network.variables, units, by, alpha=network.alpha)
+  plan = _planners.widening(network.variables, units, alpha=network.alpha)
   return grow(network, plan, fresh, alpha)
+
+
+def _of_definition(variables: Any, defined: Any, network: Network) -> dict[Dimension, Any]:
+  """The dimensions along which a definition of the network is larger, and by how much each."""
+  expected = _trees.shapes(defined)
+  left = {
+    (path, axis): (n, m)
+    for path, shape in _trees.shapes(variables).items()
+    if len(expected.get(path, ())) == len(shape)
+    for axis, (n, m) in enumerate(zip(shape, expected[path], strict=True))
+    if n != m
+  }
+  if not left:
+    raise ValueError("expected a new module that is larger than the old one, found the same shapes")
+  found: dict[Dimension, Any] = {}
+  while left:
+    # A longer axis may hold the units of a shorter one several times.
+    path, axis = min(left, key=lambda place: left[place][0])
+    before, after = left[path, axis]
+    name = f"{_paths.join(path)!r} grows along axis {axis} from {before} to {after}"
+    if after < before:
+      raise ValueError(f"{name}: expected the new module to be larger")
+    try:
+      units = couple(network, [_paths.join(path)], axis=axis)
+    except ValueError as error:
+      raise ValueError(
+        f"{name} in the new module, but what units these are cannot be derived: name their"
+        f" producer, and unit= or blocks= if need be. ({error})"
+      ) from error
+    found[units] = after - before
+    for member in units.members:
+      left.pop((member.path, member.axis), None)
+  return found
+
+
+def _of_producers(
+  network: Network, producer: str | Sequence[str], by: Any, axis: Axis
+) -> dict[Dimension, Any]:
+  """The dimensions of some producers, each with its number of new units.
+
+  Those of as many units that get as many new ones are one dimension, whether the program ties
+  them or not: it is followed through the program once.
+  """
+  names = [producer] if isinstance(producer, str) else list(producer)
+  numbers = list(by) if isinstance(by, Sequence) else [by] * len(names)
+  if len(numbers) != len(names) or not names:
+    raise ValueError(
+      f"by: expected a number of new units, or one for each of {len(names)} producers, found {by}"
+    )
+  shapes = _trees.shapes(network.variables)
+  alike: dict[tuple[int, Any], list[str]] = {}
+  for name, more in zip(names, numbers, strict=True):
+    for kernel in network.kernels(name):
+      units = _dimension.dimension(network.variables, {kernel: axis})
+      alike.setdefault((units.size, more), []).append(kernel)
+  found: dict[Dimension, Any] = {}
+  for (_, more), kernels in alike.items():
+    known = {(m.path, m.axis): n for units, n in found.items() for m in units.members}
+    new = []
+    for kernel in kernels:
+      path = tuple(kernel.split("/"))
+      other = known.get((path, axis.axis % len(shapes[path])))
+      if other is None:
+        new.append(kernel)
+      elif other != more:
+        raise ValueError(
+          f"producer {kernel!r} has units of a dimension that gets {other} new ones, and would get"
+          f" {more}: expected one number"
+        )
+    if new:
+      number, outer, inner = axis
+      settings = {"axis": number, "unit": inner, "blocks": outer}
+      units = couple(network, new, **settings)
+      if units.outputs:  # then one of them may be read by nothing
+        for kernel in new:
+          couple(network, [kernel], **settings)
+      found[units] = more
+  return found
 
 
 def enlarge(
@@ -164,18 +272,155 @@ def deepen(
 
 def grow(network: Network, plan: Plan, fresh: Any = None, alpha: float = 0.0) -> Grown:
   """Applies a plan; `fresh` and `alpha` as in `widen`."""
-  fresh = network.init() if fresh is None else fresh
+  made = None
+  if fresh is None:
+    fresh = made = network.init()
+    plan = dataclasses.replace(plan, notes=network.notes(plan))
+  if network.defined is not None:
+    defined = network.defined() if made is None else made
+    _check_defined(network.variables, defined, plan)
   return Grown(plan.apply(network.variables, fresh, alpha=alpha), plan)
 
 
-def check_runs(network: Network, name: str) -> None:
-  """Raises `ValueError` unless a network runs at its new size, if it is known on what."""
+def _check_defined(variables: Any, defined: Any, plan: Plan) -> None:
+  """Raises `ValueError` unless a plan leads to the shapes of a definition at the new size."""
+  shapes = {plan.moved.get(path, path): shape for path, shape in _trees.shapes(variables).items()}
+  shapes.update((change.path, change.after or ()) for change in plan.changes)
+  expected = _trees.shapes(defined)
+  wrong = [
+    f"{_paths.join(path)!r} {expected[path]}, but {shape} by the plan"
+    for path, shape in shapes.items()
+    if path in expected and expected[path] != shape
+  ]
+  if wrong:
+    listed = "; ".join(wrong[:8] + ["…"] * (len(wrong) > 8))
+    raise ValueError(
+      "the new module has another size than the plan, so nothing was changed. It has the shapes"
+      f" {listed}. Expected the same: where the new module is larger, name what makes those units"
+      " too (a producer for each layer, or a glob), and by how many; where it is smaller, it lacks"
+      " what grows along"
+    )
+
+
+def check_layout(network: Network, plan: Plan, name: str, hint: str = "") -> None:
+  """Raises `ValueError` unless a network has its units where a plan has put them.
+
+  It may run all the same, if it cuts an axis into heads or groups by a number that is not read
+  from an array: into wider ones, where more of them were added.
+
+  Args:
+    network: The network at its new size, without a gate.
+    plan: The plan.
+    name: What the network is called in errors.
+    hint: What may be the reason.
+  """
+  dimensions = [dimension for dimension in plan.after() if dimension.regroups]
+  if not network.inputs or not dimensions:
+    return
+  try:
+    graph = _graph.read(network.forward, network.variables, *network.inputs, **network.settings)
+    for dimension in dimensions:
+      graph.clear()
+      _couple.check_layout(graph, dimension, "the dimension")
+  except ValueError as error:
+    raise ValueError(
+      f"{name} does not run at its new size with its units where they were, so nothing was"
+      f" changed. {hint or _HINT}. ({error})"
+    ) from error
+
+
+_HINT = "A shared dimension may lack a member, or a module keep its size in an attribute of its own"
+
+
+def check_runs(network: Network, name: str, hint: str = "") -> None:
+  """Raises `ValueError` unless a network runs at its new size, if it is known on what.
+
+  `name` is what it is called in the error, `hint` what may be the reason.
+  """
   if not network.inputs:
     return
   try:
     _graph.trace(network.forward, network.variables, *network.inputs, **network.settings)
   except ValueError as error:
     raise ValueError(
-      f"{name} does not run at its new size, so nothing was changed. A shared dimension may lack"
-      f" a member, or a module keep its size in an attribute of its own. ({error})"
+      f"{name} does not run at its new size, so nothing was changed. {hint or _HINT}. ({error})"
     ) from error
+
+
+def heads(
+  network: Network,
+  attn: Iterable[str],
+  by: int,
+  of: str,
+  *,
+  fresh: Any = None,
+  alpha: float = 0.0,
+) -> Grown:
+  """More heads, queries of each group, or entries of a head.
+
+  Args:
+    network: The network, with inputs.
+    attn: Paths of attention layers, or globs.
+    by: How many more for each.
+    of: See `growth.couple_heads`.
+    fresh: See `widen`.
+    alpha: See `widen`.
+  """
+  if not network.inputs:
+    raise ValueError("heads are found in the program: expected inputs of the forward pass")
+  found: dict[Dimension, int] = {}
+  known: set[tuple[_paths.Path, int]] = set()
+  fixed: set[tuple[int, int]] = set()
+  graph = _graph.read(network.forward, network.variables, *network.inputs, **network.settings)
+  for path in (path for name in attn for path in _trees.layers(network.variables, name)):
+    units, entries = _heads.find(graph, _paths.join(path), of, fixed)
+    if not isinstance(by, int) or isinstance(by, bool) or by < 1 or by % entries:
+      raise ValueError(
+        f"by: expected a positive integer{f' that {entries} divides' if entries > 1 else ''}, found"
+        f" {by!r}"
+      )
+    members = {(member.path, member.axis) for member in units.members}
+    if not members & known:  # layers may share positions, and then their heads
+      found[units] = by // entries
+    known |= members
+  plan = _planners.widening(network.variables, found, alpha=network.alpha)
+  return grow(network, plan, fresh, alpha)
+
+
+def check_closed(larger: Network, plan: Plan) -> None:
+  """Raises `ValueError` if new layers count although the gate is closed.
+
+  The output must be the same whatever their weights are. Nothing is looked at if α multiplies none
+  of them, or if it is not known on which arrays the network runs.
+
+  Args:
+    larger: The network at its new size, without its gate.
+    plan: The plan by which it has grown.
+  """
+  inputs = larger.inputs
+  known = inputs and not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(inputs))
+  if not known or not plan.grows or not any(change.scaled for change in plan.changes):
+    return
+  gated = _gate.gated(larger.forward, plan)
+  leaves = _trees.leaves(larger.variables)
+  others = {}
+  for change in plan.changes:
+    leaf = leaves[change.path]
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+      at = change.new(0) if change.layers else ...
+      others[change.path] = leaf.at[at].add(jnp.asarray(0.5, leaf.dtype))
+
+  @jax.jit
+  def run(variables: Any) -> list[Any]:
+    found = _trees.leaves(gated(variables, *inputs, **larger.settings))
+    n = len(larger.output)
+    return [x for path, x in found.items() if path[:n] == larger.output]
+
+  closed = _trees.insert(larger.variables, plan.alpha, jnp.zeros((), float_dtype(leaves.values())))
+  first, second = run(closed), run(_trees.with_leaves(closed, others))
+  if not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(first, second, strict=True)):
+    raise ValueError(
+      "outgoing: with the gate closed the output still depends on the new layers, so nothing was"
+      " changed. Expected all layers through which they add to a residual stream, and that they do"
+      " nothing else to it, as x + f(norm(x)) does; without outgoing= new layers count at once"
+    )

@@ -22,6 +22,7 @@ import numpy as np
 from optax_cadence.growth import _parts
 from optax_cadence.growth._parts import Parts
 from optax_cadence.growth._parts import whole
+from optax_cadence.programs import primitives
 from optax_cadence.programs import reading
 
 
@@ -30,12 +31,17 @@ class Evaluator:
 
   Attributes:
     alpha: The gate: scalar array.
+    counts: Whether the program may count along an axis that grows: whether it is known that new
+      entries lie behind all old ones there.
     mixes: How often old and new have met so far.
+    made: What was computed of the gate before and may be used again, by what it was computed of.
   """
 
-  def __init__(self, alpha: Any):
+  def __init__(self, alpha: Any, counts: bool = True):
     self.alpha = alpha
+    self.counts = counts
     self.mixes = 0
+    self.made: dict[Any, Any] = {}
 
   def run(self, old: Any, new: Any, inputs: list[Parts]) -> list[Parts]:
     """The outputs of the programs, in parts.
@@ -44,7 +50,7 @@ class Evaluator:
       ValueError: If the programs do not have the same operations.
     """
     try:
-      return reading.walk([old, new], inputs, self._operation, self._constant)
+      return reading.walk([old, new], inputs, self._operation, self._constant, dead=False)
     except reading.DifferentProgramsError as error:
       raise ValueError(
         f"the programs before and after must have the same operations, found {error}; change one"
@@ -54,6 +60,8 @@ class Evaluator:
   def _constant(self, numbers: tuple[Any, ...]) -> Parts:
     """A constant, between that of the old program and that of the new one."""
     old, new = numbers
+    if np.size(old) == np.size(new) == 0:
+      return _parts.empty(old, new)
     if np.shape(old) != np.shape(new):
       raise ValueError(
         f"a constant of the program grows from shape {np.shape(old)} to {np.shape(new)}: pass it"
@@ -69,8 +77,20 @@ class Evaluator:
     if not jnp.issubdtype(dtype, jnp.floating):
       return Parts((), {(): old}, new=new)
     self.mixes += 1
-    old, new = jnp.asarray(old, dtype), jnp.asarray(new, dtype)
-    return whole(old + self.alpha.astype(dtype) * (new - old))
+    if isinstance(old, jax.core.Tracer) or isinstance(new, jax.core.Tracer) or np.ndim(old):
+      key: Any = id(old), id(new)
+    else:
+      key = float(old), float(new), dtype
+    if key not in self.made:
+      a, b = jnp.asarray(old, dtype), jnp.asarray(new, dtype)
+      self.made[key] = old, new, whole(a + self.alpha.astype(dtype) * (b - a))
+    return self.made[key][-1]
+
+  def _scaled(self, x: Any) -> Any:
+    """What comes from new entries times the gate; once, where several products read it."""
+    if id(x) not in self.made:
+      self.made[id(x)] = x, self.alpha.astype(x.dtype) * x  # x is kept, and so is its id
+    return self.made[id(x)][1]
 
   def _of_two(self, old: Any, new: Any, operands: list[Parts]) -> list[Parts]:
     """An operation on integers that are not the same in both programs, such as sizes.
@@ -107,6 +127,9 @@ class Evaluator:
       return self._while(old, new, operands)
     if name == "cond":
       return self._cond(old, new, operands)
+    if name == "custom_linear_solve":
+      (before, taken), (after, _) = reading.solver(old), reading.solver(new)
+      return self._custom(old, new, (before, after), operands, [operands[i] for i in taken])
     if inner[0] is None or inner[1] is None:
       return self._single(old, new, operands)
     if name.startswith("custom_"):
@@ -125,7 +148,16 @@ class Evaluator:
       if old.primitive.name != "conv_general_dilated":
         return [_parts.passed(old, operands)]
       _parts.check_taps(old, new, *operands)
+    if old.primitive.name == "iota" and not self.counts:
+      raise ValueError(
+        "the program counts along an axis that grows (iota), which it must not unless it is known"
+        " where new entries lie there: expected inputs when the units were described"
+      )
     axes = _parts.Combinations(old, new, operands)
+    # The gate multiplies what a product reads, unless that is of less precision than what it gives.
+    early = old.primitive.name in primitives.PRODUCTS and (
+      old.invars[0].aval.dtype == old.outvars[0].aval.dtype
+    )
     results = [Parts(grown, {}) for grown in axes.result_axes]
     for kept_bits in itertools.product((0, 1), repeat=len(axes.kept)):
       kept = dict(zip(axes.kept, kept_bits, strict=True))
@@ -133,27 +165,45 @@ class Evaluator:
       # The sum over what comes from old entries, then over what comes from new ones.
       for bits in itertools.product((0, 1), repeat=len(axes.summed)):
         at = {**kept, **dict(zip(axes.summed, bits, strict=True))}
-        outputs = _parts.bind(old, new, axes, at, axes.blocks(operands, at))
+        blocks = axes.blocks(operands, at)
+        gated = any(bits) and not any(kept_bits)
+        if gated and early:
+          blocks[0] = self._scaled(blocks[0])
+        outputs = _parts.bind(old, new, axes, at, blocks)
         if any(bits):
           self.mixes += 1
-          if not any(kept_bits):
-            outputs = [self.alpha.astype(y.dtype) * y for y in outputs]
-        totals = [a + b for a, b in zip(totals, outputs, strict=True)] if totals else outputs
+          alpha = self.alpha if gated and not early else None
+          pairs = zip(totals, outputs, strict=True)
+          totals = [_parts.met(old, a, b, alpha) for a, b in pairs]
+        else:
+          totals = outputs
       for i, (result, total) in enumerate(zip(results, totals, strict=True)):
-        result.blocks[axes.result_bits(i, kept)] = total
+        if axes.gives(i, kept):
+          result.blocks[axes.result_bits(i, kept)] = total
     return results
 
-  def _custom(self, old: Any, new: Any, inner: Any, operands: list[Parts]) -> list[Parts]:
+  def _custom(
+    self,
+    old: Any,
+    new: Any,
+    inner: Any,
+    operands: list[Parts],
+    inside_operands: list[Parts] | None = None,
+  ) -> list[Parts]:
     """A function with a derivative of its own, in which old and new entries must not meet.
 
     The old part is the old network's call. A new one lies among zeros in a call at the new
-    size, as the derivative was traced for shapes.
+    size, as the derivative was traced for shapes. `inner` are the programs of the function, of
+    these operands or of some of them.
     """
     name = old.primitive.name
     if any(_parts.TAPS in x.axes for x in operands):
       raise ValueError(f"a kernel whose taps grow goes through {name}")
-    inside = Evaluator(self.alpha)
-    jax.eval_shape(_Body(inside, inner, operands), _arrays(operands))
+    inside = Evaluator(self.alpha, self.counts)
+    taken = operands if inside_operands is None else inside_operands
+    jax.eval_shape(_Body(inside, inner, taken), _arrays(taken))
+    if inside.mixes and reading.has_true_derivative(old):
+      return self.run(inner[0], inner[1], operands)
     if inside.mixes:
       raise ValueError(
         f"{name} {old.params.get('name', '')} combines old and new entries, and its own derivative"
@@ -258,7 +308,10 @@ class _Body:
 
   def __call__(self, arrays: Any, constants: Any = ()) -> Any:
     inputs = [*constants, *_with_arrays(self.inputs, arrays)]
+    # What was computed outside may be used inside, but not the other way round.
+    outside, self.evaluator.made = self.evaluator.made, dict(self.evaluator.made)
     outputs = self.evaluator.run(self.programs[0], self.programs[1], inputs)
+    self.evaluator.made = outside
     # Without the arrays, which are of the transformation's own tracing.
     self.outputs = [x._replace(blocks=dict.fromkeys(x.blocks)) for x in outputs]
     return _arrays(outputs)

@@ -5,7 +5,7 @@ Each function here returns, or takes, a function `(path, shape, dtype) -> array`
 """
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 from optax_cadence import _paths
 from optax_cadence.growth import _graph
 from optax_cadence.growth import _trees
-from optax_cadence.growth._dimension import extended
+from optax_cadence.growth._dimension import extended_together
 from optax_cadence.growth._plan import LeafChange
 from optax_cadence.growth._plan import Plan
 from optax_cadence.programs import primitives
@@ -43,13 +43,18 @@ def copies(variables: Any, plan: Plan, fresh: Any, key: jax.Array, *, noise: flo
   """
   old = _trees.leaves(variables)
   rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
-  sources = {}
+  along: dict[tuple[_paths.Path, int], list[tuple[np.ndarray, int, int, np.ndarray]]] = {}
   for dimension, more in plan.dimensions:
     chosen = rng.integers(0, dimension.size, more)
     for member in dimension.members:
       if member.role != "outgoing":
-        new = extended(member.labels, dimension.size, more)
-        sources[member.path, member.axis] = _sources(member.labels, new, dimension.size, chosen)
+        described = member.labels, dimension.size, more, chosen
+        along.setdefault((member.path, member.axis), []).append(described)
+  sources = {}
+  for place, dimensions in along.items():
+    labels, units, numbers, copied = zip(*dimensions, strict=True)
+    extended = extended_together(labels, units, numbers)
+    sources[place] = _sources(labels, extended, units, copied)
   changes = plan.by_path
 
   def read(path: _paths.Path, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -65,22 +70,29 @@ def copies(variables: Any, plan: Plan, fresh: Any, key: jax.Array, *, noise: flo
   return read
 
 
-def _sources(labels: np.ndarray, new: np.ndarray, units: int, chosen: np.ndarray) -> np.ndarray:
+def _sources(
+  labels: Sequence[np.ndarray],
+  extended: Sequence[np.ndarray],
+  units: Sequence[int],
+  chosen: Sequence[np.ndarray],
+) -> np.ndarray:
   """For each position of the new axis the position of the old one to copy.
 
   Args:
-    labels: The unit of each old position.
-    new: The unit of each new position.
-    units: Number of old units.
-    chosen: For each unit that is new the old one that it copies.
+    labels: For each dimension the unit of each old position.
+    extended: For each the unit of each new position.
+    units: For each the number of old units.
+    chosen: For each the old units that those which are new copy.
   """
-  result = np.zeros(len(new), int)
-  positions_so_far: dict[int, int] = {}
-  for i, unit in enumerate(new.tolist()):
-    k = positions_so_far.get(unit, 0)  # the k-th position of a unit copies the k-th of its source
-    positions_so_far[unit] = k + 1
-    source = chosen[unit - units] if unit >= units else unit
-    result[i] = np.flatnonzero(labels == source)[k]
+  new = np.any([x >= n for x, n in zip(extended, units, strict=True)], axis=0)
+  result = np.cumsum(~new) - 1  # old ones stay what they are
+  for old, labels_now, number, copied in zip(labels, extended, units, chosen, strict=True):
+    positions_so_far: dict[int, int] = {}
+    for i in np.flatnonzero(labels_now >= number).tolist():
+      unit = int(labels_now[i])
+      k = positions_so_far.get(unit, 0)  # the k-th position of a unit copies the k-th of its source
+      positions_so_far[unit] = k + 1
+      result[i] = np.flatnonzero(old == copied[unit - number])[k]
   return result
 
 

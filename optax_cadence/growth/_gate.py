@@ -12,7 +12,7 @@ from optax_cadence.growth import _couple
 from optax_cadence.growth import _graph
 from optax_cadence.growth import _parts
 from optax_cadence.growth import _trees
-from optax_cadence.growth._dimension import extended
+from optax_cadence.growth._dimension import extended_together
 from optax_cadence.growth._evaluate import Evaluator
 from optax_cadence.growth._plan import LeafChange
 from optax_cadence.growth._plan import Plan
@@ -58,27 +58,38 @@ def gated(
   >>> print(*(y.round(2) for y in (fn(params, x), forward(grown, x), forward(at_one, x))))
   [[3.98 3.98]] [[3.98 3.98]] [[4.89 4.89]]
   """
-  if not plan.grows:
-    raise ValueError("expected a plan that grows: one that shrinks leaves no gate")
+  if not plan.grows or not plan.gate:
+    raise ValueError(
+      "expected a plan that grows behind a gate, found one"
+      f" {'without a gate: call the network as it is' if plan.grows else 'that shrinks'}"
+    )
   before = fn if old is None else old
 
   @functools.wraps(fn)
   def forward(variables: Any, *args: Any, **kwargs: Any) -> Any:
     alpha, variables = _without_gate(variables, plan)
-    changed = [c for c in plan.changes if c.positions]
+    changed = [c for c in plan.changes if c.positions and not c.layers]
     if not changed:
       leaves = _trees.leaves(variables)
-      scaled = {c.path: leaves[c.path] for c in plan.changes if c.scaled}
-      scaled = {path: leaf * alpha.astype(leaf.dtype) for path, leaf in scaled.items()}
+      scaled = {c.path: _scaled(c, leaves[c.path], alpha) for c in plan.changes if c.scaled}
       return fn(_trees.with_leaves(variables, scaled), *args, **kwargs)
     if len(changed) < len(plan.changes):
       raise ValueError(
-        f"the plan adds {_paths.listed(c.path for c in plan.changes if not c.positions)} and"
+        f"the plan adds {_paths.listed(c.path for c in plan.changes if c not in changed)} and"
         " changes shapes too: merge the gate of one growth before the next"
       )
     return _run(fn, before, plan, alpha, variables, args, kwargs)
 
   return forward
+
+
+def _scaled(change: LeafChange, leaf: Any, alpha: Any) -> Any:
+  """A leaf of which α multiplies all, or the entries of new layers."""
+  factor = alpha.astype(leaf.dtype)
+  if change.positions:
+    is_new = np.isin(np.arange(len(leaf)), change.new(0)).reshape(-1, *[1] * (leaf.ndim - 1))
+    factor = jnp.where(is_new, factor, jnp.ones((), leaf.dtype))
+  return leaf * factor
 
 
 def _without_gate(variables: Any, plan: Plan) -> tuple[Any, Any]:
@@ -107,7 +118,8 @@ def _run(fn: Any, old: Any, plan: Plan, alpha: Any, variables: Any, args: Any, k
     for path in after.paths
   ]
   inputs += map(_parts.whole, after.arrays)
-  outputs = Evaluator(alpha).run(before.program, after.program, inputs)
+  counts = all(dimension.contractions is not None for dimension, _ in plan.dimensions)
+  outputs = Evaluator(alpha, counts).run(before.program, after.program, inputs)
   for x in outputs:
     if x.new is not None:
       raise ValueError(
@@ -138,14 +150,23 @@ def _does_not_run(plan: Plan, variables: Any, error: Exception) -> ValueError:
 
 def _output_positions(traced: _graph.Traced, plan: Plan) -> list[dict[int, np.ndarray]]:
   """For each output and grown axis, where the old entries lie."""
+  graphs = []
+  for dimension, _ in plan.dimensions:
+    graphs.append(_graph.Graph(traced))
+    _couple.spread(graphs[-1], dimension, "the plan")
   positions: list[dict[int, np.ndarray]] = []
-  for dimension, more in plan.dimensions:
-    graph = _graph.Graph(traced)
-    _couple.spread(graph, dimension, "the plan")
-    positions = positions or [{} for _ in graph.outputs]
-    for at, node in zip(positions, graph.outputs, strict=True):
-      for axis, labels in node.labels.items():
-        at[axis] = np.flatnonzero(extended(labels, dimension.size, more) < dimension.size)
+  for nodes in zip(*(graph.outputs for graph in graphs), strict=True):
+    positions.append({})
+    for axis in range(len(nodes[0].shape)):
+      described = [
+        (node.labels[axis], dimension.size, more)
+        for node, (dimension, more) in zip(nodes, plan.dimensions, strict=True)
+        if axis in node.labels
+      ]
+      if described:
+        labels, units, more = zip(*described, strict=True)
+        pairs = zip(extended_together(labels, units, more), units, strict=True)
+        positions[-1][axis] = np.flatnonzero(np.all([x < n for x, n in pairs], axis=0))
   return positions
 
 
@@ -162,14 +183,25 @@ def merge(variables: Any, plan: Plan) -> Any:
       " (statistics of a norm, a product of two activations, a weight used both ways): expected 1"
     )
   leaves = _trees.leaves(variables)
-  folded = {c.path: leaves[c.path] * _factor(c, alpha, leaves[c.path]) for c in plan.changes}
+  folded = {
+    c.path: leaves[c.path] * _factor(c, alpha, leaves[c.path])
+    for c in plan.changes
+    if c.scaled or not c.layers
+  }
   return _trees.with_leaves(variables, folded)
+
+
+def undo(variables: Any, plan: Plan) -> Any:
+  """The tree as it was before it grew; see `growth.undo`."""
+  if plan.gate and plan.alpha in _trees.leaves(variables):
+    variables = _trees.remove(variables, plan.alpha)
+  return plan.inverse().apply(variables)
 
 
 def _factor(change: LeafChange, alpha: float, leaf: Any) -> Any:
   """What the gate multiplies each entry of a leaf by."""
   if change.scaled:
-    return jnp.asarray(alpha, leaf.dtype)
+    return _scaled(change, jnp.ones_like(leaf), jnp.asarray(alpha))
   factor = np.ones(leaf.shape)
   through = {axis: axis in change.outgoing or axis in change.taps for axis in change.positions}
   for axis in sorted(through, key=through.__getitem__, reverse=True):

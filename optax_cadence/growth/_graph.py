@@ -4,7 +4,10 @@ The values between operations are nodes. `_couple` puts labels on their axes to 
 axes grow together; the products among the operations give the FLOPs of a forward pass.
 """
 
+import collections
 import dataclasses
+import functools
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +22,10 @@ from optax_cadence.growth._dimension import Labels
 from optax_cadence.growth._dimension import NO_UNIT
 from optax_cadence.programs import primitives
 from optax_cadence.programs import reading
+
+
+class FixedAxisError(ValueError):
+  """Units were followed to an axis that cannot grow: of an argument, or of a constant."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -50,9 +57,10 @@ class Node:
       if (labels == NO_UNIT).all():
         return False
       if self.fixed:
-        raise ValueError(
+        raise FixedAxisError(
           f"{self.what} of shape {self.shape} has the units along its axis {axis} (found at"
-          f" {where}): it does not grow, so expected none there; name another axis"
+          f" {where}): it does not grow, so expected none there; name another axis, or pass it"
+          " among the variables"
         )
       self.labels[axis] = labels
       return True
@@ -78,17 +86,24 @@ class Operation(NamedTuple):
     operands: A node for each operand; None for a scalar constant.
     results: A node for each result.
     repeat: How often it runs, more than once inside a scan.
+    at: Where it stands: its number in its program, after those of what that program is inside.
   """
 
   eqn: Any
   operands: list[Node | None]
   results: list[Node]
   repeat: int
+  at: tuple[int, ...]
 
   @property
   def name(self) -> str:
     """The name of its primitive."""
     return self.eqn.primitive.name
+
+  @property
+  def nodes(self) -> list[Node]:
+    """Its operands and results."""
+    return [node for node in (*self.operands, *self.results) if node is not None]
 
   @property
   def flops(self) -> int:
@@ -132,6 +147,25 @@ class Operation(NamedTuple):
     return bool((pieces == pieces[:, :1]).all())
 
 
+class Pair(NamedTuple):
+  """Two nodes of which one lies in the other.
+
+  Attributes:
+    outer: What has all axes.
+    inner: The same, or a slice of it that a loop reads or writes.
+    shift: How many axes the outer one has in front of those of the inner one.
+  """
+
+  outer: Node
+  inner: Node
+  shift: int
+
+  @property
+  def nodes(self) -> list[Node]:
+    """Both."""
+    return [self.outer, self.inner]
+
+
 class Graph:
   """The flat form of a traced program.
 
@@ -140,7 +174,7 @@ class Graph:
     outputs: The nodes of what the program returns.
     output_paths: Where each of them stands in it.
     operations: In the order in which they run.
-    slices: Pairs (outside, inside) of what a scan reads or writes one slice of at a time.
+    slices: Pairs of what a scan reads or writes one slice of at a time.
     same: Pairs that stand for one value.
   """
 
@@ -148,8 +182,8 @@ class Graph:
     """Flattens a program."""
     program, paths, self.output_paths = traced.program, traced.paths, traced.outputs
     self.operations: list[Operation] = []
-    self.slices: list[tuple[Node, Node]] = []
-    self.same: list[tuple[Node, Node]] = []
+    self.slices: list[Pair] = []
+    self.same: list[Pair] = []
     nodes = []
     for i, var in enumerate(reading.opened(program)[0].invars):
       if i < len(paths):
@@ -157,7 +191,7 @@ class Graph:
       else:
         nodes.append(Node(reading.shape(var), f"argument {i - len(paths)}", fixed=True))
     self.leaves = dict(zip(paths, nodes, strict=False))
-    self.outputs = [node or Node(()) for node in self._flatten(program, nodes, 1)]
+    self.outputs = [node or Node(()) for node in self._flatten(program, nodes, 1, ())]
 
   def flops(self, factor: Callable[[_paths.Path], float] = lambda path: 1.0) -> tuple[int, int]:
     """FLOPs now, and with each product's multiplied by `factor` of the leaf that is its weight."""
@@ -168,35 +202,86 @@ class Graph:
       after += operation.flops * max(map(factor, weights), default=1.0)
     return before, round(after)
 
-  def _flatten(self, program: Any, inputs: list[Any], repeat: int) -> list[Any]:
-    """Adds the operations of a program that runs `repeat` times; returns its results' nodes."""
+  @functools.cached_property
+  def links(self) -> list[Operation | Pair]:
+    """All that ties axes of some nodes to each other, in the order in which it is looked at."""
+    return [*self.operations, *self.slices, *self.same]
+
+  @functools.cached_property
+  def links_of(self) -> dict[int, list[int]]:
+    """For the id of each node the numbers of the links that have it."""
+    found: dict[int, list[int]] = collections.defaultdict(list)
+    for i, link in enumerate(self.links):
+      for node in {id(node) for node in link.nodes}:
+        found[node].append(i)
+    return found
+
+  @functools.cached_property
+  def maker_of(self) -> dict[int, Operation]:
+    """For the id of each node that is a result the operation."""
+    return {id(node): operation for operation in self.operations for node in operation.results}
+
+  def labelled(self) -> list[Node]:
+    """The nodes that have labels."""
+    return [node for node in self._nodes.values() if node.labels]
+
+  def clear(self) -> None:
+    """Takes all labels off."""
+    for node in self.labelled():
+      node.labels.clear()
+
+  @functools.cached_property
+  def _nodes(self) -> dict[int, Node]:
+    return {id(node): node for link in self.links for node in link.nodes}
+
+  def _flatten(
+    self, program: Any, inputs: list[Any], repeat: int, at: tuple[int, ...]
+  ) -> list[Any]:
+    """Adds the operations of a program that stands at `at` and runs `repeat` times.
+
+    Returns:
+      The nodes of its results.
+    """
+    numbers = itertools.count()
 
     def operation(eqns: reading.Eqns, operands: list[Any]) -> list[Any]:
-      (eqn,) = eqns
+      (eqn,), here = eqns, (*at, next(numbers))
+      if reading.is_empty(eqn):
+        return [Node(reading.shape(v)) for v in eqn.outvars]
       name, inner = eqn.primitive.name, reading.called(eqn)
       if inner is not None:
-        return self._flatten(inner, operands, repeat)
+        return self._flatten(inner, operands, repeat, here)
+      if name == "custom_linear_solve":
+        inner, taken = reading.solver(eqn)
+        return self._flatten(inner, [operands[i] for i in taken], repeat, here)
       results = [Node(reading.shape(v)) for v in eqn.outvars]
       if name == "scan":
-        self._flatten_scan(eqn, operands, results, repeat)
+        self._flatten_scan(eqn, operands, results, repeat, here)
       elif name == "cond":
-        for branch in eqn.params["branches"]:
-          self._add_same(self._flatten(branch, operands[1:], repeat), results)
+        for i, branch in enumerate(eqn.params["branches"]):
+          self._add_same(self._flatten(branch, operands[1:], repeat, (*here, i)), results)
       elif name == "while":
-        self._flatten_while(eqn, operands, results, repeat)
+        self._flatten_while(eqn, operands, results, repeat, here)
       else:
         if name in primitives.REARRANGEMENTS and operands[0] is not None:
           results[0].origin = operands[0].origin
-        self.operations.append(Operation(eqn, operands, results, repeat))
+        self.operations.append(Operation(eqn, operands, results, repeat, here))
       return results
 
     def constant(numbers: tuple[Any, ...]) -> Node | None:
       shape = np.shape(numbers[0])
-      return Node(shape, "a constant", fixed=True) if shape else None
+      return Node(shape, "a constant", fixed=0 not in shape) if shape else None
 
     return reading.walk([program], inputs, operation, constant)
 
-  def _flatten_scan(self, eqn: Any, operands: list[Any], results: list[Node], repeat: int) -> None:
+  def _flatten_scan(
+    self,
+    eqn: Any,
+    operands: list[Any],
+    results: list[Node],
+    repeat: int,
+    at: tuple[int, ...],
+  ) -> None:
     consts, carried = reading.scan_counts(eqn)
     body, _ = reading.opened(eqn.params["jaxpr"])
     first = consts + carried  # the first operand that is read slice by slice
@@ -205,25 +290,32 @@ class Graph:
       node = Node(reading.shape(var))
       if outside is not None:
         node.origin = outside.origin
-        self.slices.append((outside, node))
+        self.slices.append(Pair(outside, node, 1))
       inside.append(node)
-    outputs = self._flatten(eqn.params["jaxpr"], inside, repeat * eqn.params["length"])
+    outputs = self._flatten(eqn.params["jaxpr"], inside, repeat * eqn.params["length"], at)
     self._add_same(outputs[:carried], results[:carried])
     self._add_same(operands[consts:first], results[:carried])
     pairs = zip(results[carried:], outputs[carried:], strict=True)
-    self.slices += [(result, node) for result, node in pairs if node is not None]
+    self.slices += [Pair(result, node, 1) for result, node in pairs if node is not None]
 
-  def _flatten_while(self, eqn: Any, operands: list[Any], results: list[Node], repeat: int) -> None:
+  def _flatten_while(
+    self,
+    eqn: Any,
+    operands: list[Any],
+    results: list[Node],
+    repeat: int,
+    at: tuple[int, ...],
+  ) -> None:
     head, body = reading.while_counts(eqn)
-    carry = operands[head + body :]
-    self._flatten(eqn.params["cond_jaxpr"], operands[:head] + carry, repeat)
-    outputs = self._flatten(eqn.params["body_jaxpr"], operands[head : head + body] + carry, repeat)
+    of_head, of_body, carry = operands[:head], operands[head : head + body], operands[head + body :]
+    self._flatten(eqn.params["cond_jaxpr"], of_head + carry, repeat, (*at, 0))
+    outputs = self._flatten(eqn.params["body_jaxpr"], of_body + carry, repeat, (*at, 1))
     self._add_same(outputs, results)
     self._add_same(carry, results)
 
   def _add_same(self, nodes: list[Any], others: list[Node]) -> None:
     pairs = zip(nodes, others, strict=True)
-    self.same += [(node, other) for node, other in pairs if node is not None]
+    self.same += [Pair(node, other, 0) for node, other in pairs if node is not None]
 
 
 def flops(fn: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) -> int:

@@ -19,8 +19,10 @@ from flax import nnx
 
 from optax_cadence import _paths
 from optax_cadence.growth import _gate
+from optax_cadence.growth import _nnx_contents
 from optax_cadence.growth import _nnx_model
 from optax_cadence.growth import _plan
+from optax_cadence.growth._nnx_contents import Contents
 from optax_cadence.growth._plan import Plan
 
 ALPHA = "alpha"
@@ -39,36 +41,35 @@ class Gate:
     cls: The model's class.
     plan: The plan by which it has grown.
     before: Attributes of its layers that repeat sizes, as they were before.
+    contents: What its modules held before that hold something else now.
   """
 
   cls: type
   plan: Plan
   before: Mapping[_PLACE, Any]
+  contents: Contents
 
   def call(self, model: Any, what: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """`fn(model, *args, **kwargs)` through the gate; `what` is what it is called in errors."""
-    inputs = _Inputs(args, kwargs)
-    added: dict[_PLACE, type] = {}
+    of_model = Call(model, what, fn, args, kwargs)
 
-    def adapt(copy: Any) -> None:
-      modules = _modules(copy)
+    def adapt(modules: Mapping[_paths.Path, Any]) -> None:
       for (path, name), value in self.before.items():
         setattr(modules[path], name, value)
 
-    new = _function(model, what, fn, inputs, added)
-    old = _function(model, what, fn, inputs, added, adapt)
-    gated = _gate.gated(new, self.plan, old=old)
-    tree = _nnx_model.variables(model)
-    output, changed, of_inputs, more = gated(tree, inputs.states(), inputs.others)
-    _put(model, changed)
-    inputs.put(of_inputs)
-    modules = _modules(model)
-    for (path, name), value in zip(added, more, strict=True):
-      setattr(modules[path], name, added[path, name](value))
-    return output
+    gated = _gate.gated(of_model.function(), self.plan, old=of_model.function(adapt))
+    return of_model.finish(gated(*of_model.arguments()))
 
   def __reduce__(self) -> Any:
-    return _gate_of_pickle, (self.cls, self.plan, self.before)
+    return _gate_of_pickle, (self.cls, self.plan, self.before, self.contents)
+
+  def put_back(self, model: Any) -> None:
+    """Puts back what was there before the growth, but for the arrays, and takes the gate away."""
+    modules = _modules(model)
+    detach(model)
+    for (path, name), value in self.before.items():
+      setattr(modules[path], name, value)
+    _nnx_contents.restore(model, self.contents)
 
   def __repr__(self) -> str:
     return f"Gate({self.cls.__name__})"
@@ -101,9 +102,11 @@ class Inside:
     return _inside_of_pickle, (self.cls, self.path, self.model)
 
 
-def _gate_of_pickle(cls: type, plan: Plan, before: Mapping[_PLACE, Any]) -> Gate:
+def _gate_of_pickle(
+  cls: type, plan: Plan, before: Mapping[_PLACE, Any], contents: Contents
+) -> Gate:
   _look_for_marks(cls)
-  return Gate(cls, plan, before)
+  return Gate(cls, plan, before, contents)
 
 
 def _inside_of_pickle(cls: type, path: str, model: str) -> Inside:
@@ -116,13 +119,15 @@ def mark_of(module: Any) -> Gate | Inside | None:
   return vars(module).get(_MARK)
 
 
-def attach(model: nnx.Module, plan: Plan, alpha: Any, before: Mapping[_PLACE, Any]) -> None:
+def attach(
+  model: nnx.Module, plan: Plan, alpha: Any, before: Mapping[_PLACE, Any], contents: Contents
+) -> None:
   """Attaches the gate to a model whose arrays have grown: a parameter, and the marks."""
   floats = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
   grown = {change.path[:n] for change in plan.changes for n in range(len(change.path))}
   for path, module in _modules(model).items():
     if path == ():
-      setattr(module, _MARK, Gate(type(module), plan, before))
+      setattr(module, _MARK, Gate(type(module), plan, before, contents))
     elif path in grown:
       name = type(model).__name__
       setattr(module, _MARK, Inside(type(module), _paths.join(path), name))
@@ -134,19 +139,23 @@ def attach(model: nnx.Module, plan: Plan, alpha: Any, before: Mapping[_PLACE, An
 def detach(model: nnx.Module) -> None:
   """Takes the gate away."""
   delattr(model, ALPHA)
-  _unmark(model)
+  _unmark(_modules(model))
 
 
-def _unmark(model: nnx.Module) -> None:
-  for module in _modules(model).values():
+def _unmark(modules: Mapping[_paths.Path, Any]) -> None:
+  for module in modules.values():
     if mark_of(module) is not None:
       delattr(module, _MARK)
 
 
 def attributes(model: nnx.Module) -> dict[_PLACE, Any]:
   """What the modules of a model have in attributes but variables and modules."""
+  return _attributes(_modules(model))
+
+
+def _attributes(modules: Mapping[_paths.Path, Any]) -> dict[_PLACE, Any]:
   found = {}
-  for path, module in _modules(model).items():
+  for path, module in modules.items():
     for name, value in vars(module).items():
       if not name.startswith(("_pytree__", "_object__")) and not isinstance(
         value, (nnx.Variable, _OBJECTS)
@@ -173,12 +182,24 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _modules(model: Any) -> dict[_paths.Path, Any]:
   """The modules in a model, by path; lists and dicts of them hold no forward pass."""
+  return _looked_through(model)[0]
+
+
+_Modules = dict[_paths.Path, Any]
+_Variables = list[tuple[Any, _paths.Path]]
+
+
+def _looked_through(model: Any) -> tuple[_Modules, _Variables]:
+  """The modules in a model and its variables: as one, for it takes long in a deep one."""
   containers = tuple(getattr(nnx, name) for name in ("List", "Dict") if hasattr(nnx, name))
-  return {
-    tuple(map(str, path)): node
-    for path, node in nnx.iter_graph(model)
-    if isinstance(node, nnx.Module) and not isinstance(node, containers)
-  }
+  modules: _Modules = {}
+  variables: _Variables = []
+  for names, node in nnx.iter_graph(model):
+    if isinstance(node, nnx.Variable):
+      variables.append((node, tuple(map(str, names))))
+    elif isinstance(node, nnx.Module) and not isinstance(node, containers):
+      modules[tuple(map(str, names))] = node
+  return modules, variables
 
 
 class _Inputs:
@@ -215,13 +236,41 @@ class _Inputs:
       _put(x, arrays)
 
 
+class Call:
+  """A call of a function of a live model, as one of the model's variables."""
+
+  def __init__(self, model: Any, what: str, fn: Callable[..., Any], args: Any, kwargs: Any):
+    """Takes what is called: `fn(model, *args, **kwargs)`; `what` is what errors call it."""
+    self._model, self._what, self._fn = model, what, fn
+    self._inputs = _Inputs(args, kwargs)
+    self._added: dict[_PLACE, type] = {}
+
+  def arguments(self) -> tuple[Any, Any, Any]:
+    """What `function` is called with."""
+    return _nnx_model.variables(self._model), self._inputs.states(), self._inputs.others
+
+  def function(self, adapt: Callable[[Any], None] = lambda modules: None) -> Callable[..., Any]:
+    """The call as a function; `adapt` adapts copies of modules to the sizes of their variables."""
+    return _function(self._model, self._what, self._fn, self._inputs, self._added, adapt)
+
+  def finish(self, result: Any) -> Any:
+    """Puts what the function has changed into the model and the arguments; returns its output."""
+    output, changed, of_inputs, more = result
+    _put(self._model, changed)
+    self._inputs.put(of_inputs)
+    modules = _modules(self._model)
+    for (path, name), value in zip(self._added, more, strict=True):
+      setattr(modules[path], name, self._added[path, name](value))
+    return output
+
+
 def _function(
   model: Any,
   what: str,
   fn: Callable[..., Any],
   inputs: _Inputs,
   added: dict[_PLACE, type],
-  adapt: Callable[[Any], None] = lambda model: None,
+  adapt: Callable[[Any], None] = lambda modules: None,
 ) -> Callable[..., Any]:
   """A call as a function of the model's variables and of the arguments.
 
@@ -231,7 +280,7 @@ def _function(
     fn: A function of the model and the arguments.
     inputs: The arguments.
     added: Gets the kinds of the variables that the call adds, which `sow` does.
-    adapt: Adapts a copy of the model to the sizes of the variables.
+    adapt: Adapts the modules of a copy, by path, to the sizes of the variables.
 
   Returns:
     A function that returns the output of the call; the variables that it changed, of the model
@@ -241,26 +290,27 @@ def _function(
 
   def run(tree: Any, states: list[Any], others: list[Any]) -> Any:
     copy = nnx.merge(graphdef, _nnx_model.filled(state, tree))
-    _unmark(copy)
-    adapt(copy)
+    modules, variables = _looked_through(copy)
+    _unmark(modules)
+    adapt(modules)
     args, kwargs, objects = inputs.rebuilt(states, others)
-    watched = [copy, *objects]
-    before = [_arrays(x) for x in watched]
-    attributes_before = attributes(copy)
+    before = [_arrays(variables), *map(_arrays_of, objects)]
+    attributes_before = _attributes(modules)
     output = fn(copy, *args, **kwargs)
-    different = changed(attributes_before, attributes(copy))
+    modules, variables = _looked_through(copy)
+    different = changed(attributes_before, _attributes(modules))
     if different:
       listed = _paths.listed((*path, name) for path, name in different)
       raise ValueError(
         f"{what} sets the attributes {listed}, which a model with a gate cannot follow: set them"
         " outside, or merge the gate first"
       )
-    after = [_arrays(x) for x in watched]
+    after = [_arrays(variables), *map(_arrays_of, objects)]
     differing = [
       {name: x for name, x in new.items() if name in old and old[name] is not x}
       for old, new in zip(before, after, strict=True)
     ]
-    kinds = {p: type(variable) for variable, p in _nnx_model.paths_of_variables(copy)}
+    kinds = {p: type(variable) for variable, p in variables}
     more = {p: kind for p, kind in kinds.items() if _paths.join(p) not in before[0]}
     added.update({(path[:-1], path[-1]): kind for path, kind in more.items()})
     return output, differing[0], differing[1:], [after[0][_paths.join(p)] for p in more]
@@ -268,10 +318,13 @@ def _function(
   return run
 
 
-def _arrays(model: Any) -> dict[str, Any]:
+def _arrays(variables: _Variables) -> dict[str, Any]:
   """What the variables hold, by path."""
-  pairs = _nnx_model.paths_of_variables(model)
-  return {_paths.join(path): _nnx_model.get_array(variable) for variable, path in pairs}
+  return {_paths.join(path): _nnx_model.get_array(variable) for variable, path in variables}
+
+
+def _arrays_of(model: Any) -> dict[str, Any]:
+  return _arrays(_nnx_model.paths_of_variables(model))
 
 
 def _put(model: Any, arrays: Mapping[str, Any]) -> None:

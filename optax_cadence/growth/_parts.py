@@ -4,6 +4,7 @@ An operation that runs over grown axes is run once for each combination of old a
 along them, at the sizes of that combination. See `_evaluate` for whole programs.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -50,6 +51,18 @@ def whole(x: Any) -> Parts:
   return Parts((), {(): x})
 
 
+def empty(old: Any, new: Any) -> Parts:
+  """A value without entries, which may have grown along any axis."""
+  axes = tuple(a for a, (n, m) in enumerate(zip(old.shape, new.shape, strict=True)) if n != m)
+  blocks = {}
+  for bits in itertools.product((0, 1), repeat=len(axes)):
+    shape = list(old.shape)
+    for axis, bit in zip(axes, bits, strict=True):
+      shape[axis] = new.shape[axis] - shape[axis] if bit else shape[axis]
+    blocks[bits] = jnp.zeros(shape, old.dtype)
+  return Parts(axes, blocks)
+
+
 def cut(leaf: Any, change: LeafChange) -> Parts:
   """A leaf in parts: old and new entries along every axis that has grown."""
   taps = change.taps
@@ -58,9 +71,9 @@ def cut(leaf: Any, change: LeafChange) -> Parts:
   for axis in axes:
     old, new = change.positions[axis], change.new(axis)
     blocks = {
-      (*bits, bit): _take(x, at, axis)
+      (*bits, bit): part
       for bits, x in blocks.items()
-      for bit, at in ((0, old), (1, new))
+      for bit, part in enumerate(_taken(x, old, new, axis))
     }
   if not taps:
     return Parts(axes, blocks)
@@ -76,10 +89,15 @@ def cut(leaf: Any, change: LeafChange) -> Parts:
   return Parts((TAPS, *axes), {**old_taps, **new_taps}, offset)
 
 
-def _take(x: Any, at: np.ndarray, axis: int) -> Any:
-  if (np.diff(at) == 1).all():
-    return jax.lax.slice_in_dim(x, int(at[0]), int(at[-1]) + 1, axis=axis)
-  return jnp.take(x, at, axis=axis, unique_indices=True, indices_are_sorted=True, mode="clip")
+def _taken(x: Any, old: np.ndarray, new: np.ndarray, axis: int) -> list[Any]:
+  """The parts of an array at some positions along an axis, and at all others."""
+  if (np.concatenate([old, new]) == np.arange(len(old) + len(new))).all():
+    # Whose gradients are joined again, where those of slices would be padded and added up.
+    return list(jax.lax.split(x, (len(old), len(new)), axis))
+  return [
+    jnp.take(x, at, axis=axis, unique_indices=True, indices_are_sorted=True, mode="clip")
+    for at in (old, new)
+  ]
 
 
 def joined(x: Parts, positions: dict[int, np.ndarray]) -> Any:
@@ -172,6 +190,11 @@ class Combinations:
     """Which part of a result a combination gives."""
     return tuple(at[self.of_result[result, a]] for a in self.result_axes[result])
 
+  def gives(self, result: int, at: dict[int, int]) -> bool:
+    """Whether a combination gives a part of a result: new entries along other axes do not."""
+    own = {self.of_result[result, a] for a in self.result_axes[result]}
+    return not any(bit for number, bit in at.items() if number not in own)
+
   def blocks(self, operands: list[Parts], at: dict[int, int]) -> list[Any]:
     """The parts of the operands that a combination takes."""
     return [
@@ -203,10 +226,15 @@ def _ties_in_parts(old: Any, new: Any, grown: set[tuple[int, int]]) -> Iterator[
         yield primitives.Tie(((0, a[0]),), ((0, b[0]),))
   elif name == "split":
     axis = old.params["axis"]
-    yield primitives.Tie(((0, axis),), tuple((i, axis) for i in range(len(old.outvars))))
+    pairs = enumerate(zip(old.outvars, new.outvars, strict=True))
+    pieces = tuple((i, axis) for i, (a, b) in pairs if axis in grown_axes(a, b))
+    yield primitives.Tie(((0, axis),), pieces)
   elif name == "concatenate":
     axis = old.params["dimension"]
     yield primitives.Tie(tuple((i, axis) for i in range(len(old.invars))), ((0, axis),))
+  elif name in _EXTREMA:
+    for axis in old.params["axes"]:
+      yield primitives.Tie(((0, axis),), summed=True)
   elif name == "slice":
     tied = {a for tie in ties for _, a in tie.operands}
     for pair in sorted(grown):
@@ -215,6 +243,33 @@ def _ties_in_parts(old: Any, new: Any, grown: set[tuple[int, int]]) -> Iterator[
   taps = tuple(pair for pair in sorted(grown) if pair[1] == TAPS)
   if taps:
     yield primitives.Tie(taps, summed=True)
+
+
+_EXTREMA = {"reduce_max": jnp.maximum, "reduce_min": jnp.minimum}
+
+
+def met(eqn: Any, old: Any, new: Any, alpha: Any) -> Any:
+  """What an operation that goes over an axis gives of its old entries and of its new ones.
+
+  Args:
+    eqn: The operation: a sum, or the largest or smallest entry.
+    old: What it gives of the old entries.
+    new: What it gives of the new ones.
+    alpha: The gate, if this goes to old entries; else None.
+  """
+  extremum = _EXTREMA.get(eqn.primitive.name)
+  if extremum is None:
+    return old + (new if alpha is None else alpha.astype(new.dtype) * new)
+  both = extremum(old, new)
+  if alpha is None:
+    return both
+  if not jnp.issubdtype(old.dtype, jnp.floating):
+    return jnp.where(alpha >= 1, both, old)
+  # An infinity, as of what is masked, is not approached but jumped from.
+  far = jnp.where(alpha > 0, both, old)
+  near = jnp.isfinite(both) & jnp.isfinite(old)
+  way = jnp.where(near, both, 0) - jnp.where(near, old, 0)
+  return jnp.where(near, old + alpha.astype(old.dtype) * way, far)
 
 
 def _ties_of_groups(ties: list[primitives.Tie], more_groups: bool) -> Iterator[primitives.Tie]:
@@ -241,7 +296,11 @@ def bind(
     # The old entries keep their own numbers; new ones must not repeat them.
     bits = sum(bit << i for i, bit in enumerate(axes.result_bits(0, at)))
     blocks = [jax.random.fold_in(blocks[0], bits)]
-  return reading.bind(old, blocks, **_changed_parameters(old, new, axes, at))
+  results = reading.bind(old, blocks, **_changed_parameters(old, new, axes, at))
+  along = 0, old.params.get("dimension")
+  if name == "iota" and at.get(axes.of_result.get(along, -1)):  # new ones are counted on
+    results[0] += jnp.asarray(reading.shape(old.outvars[0])[along[1]], results[0].dtype)
+  return results
 
 
 def _changed_parameters(
@@ -261,11 +320,7 @@ def _changed_parameters(
 
   before, after = reading.shape(old.outvars[0]), reading.shape(new.outvars[0])
   result = sizes(before, after, [axes.of_result.get((0, a)) for a in range(len(before))])
-  if name in ("broadcast_in_dim", "random_bits"):
-    return {"shape": result}
-  if name == "iota":
-    if p["dimension"] in axes.result_axes[0] and any(at.values()):
-      raise ValueError("the program counts along an axis that grows (iota): expected it not to")
+  if name in ("broadcast_in_dim", "iota", "random_bits"):
     return {"shape": result}
   if name == "reshape":
     return {"new_sizes": result}

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,6 +17,7 @@ from optax_cadence import _paths
 from optax_cadence import _tables
 from optax_cadence.growth import _trees
 from optax_cadence.growth._dimension import Dimension
+from optax_cadence.growth._dimension import extended_together
 
 Shape = tuple[int, ...]
 
@@ -31,9 +33,15 @@ class LeafChange:
     role: "incoming", "outgoing", "both", "follows", "taps", "added" or "removed".
     positions: For each axis that changes, where the entries of the smaller leaf lie in the
       larger: int arrays.
-    scaled: Whether α multiplies the whole leaf (what a new residual block ends in).
+    scaled: Whether α multiplies the whole leaf (what a new residual block ends in), or, of
+      stacked layers, the entries of those that are new.
     spatial: The spatial axes of a kernel that gets new taps.
     outgoing: The axes along which its new entries are weights out of new units.
+    layers: Whether it grows along one axis over which a program runs layer by layer, or which it
+      has not had before (experts): then there is no program of the old size to keep old entries in.
+    sources: Of such a leaf, for every position along that axis the old one that it is a copy of.
+      None: new entries are fresh.
+    copies_state: Whether what an optimizer keeps of new entries is a copy too.
   """
 
   path: _paths.Path
@@ -44,6 +52,14 @@ class LeafChange:
   scaled: bool = False
   spatial: tuple[int, ...] = ()
   outgoing: tuple[int, ...] = ()
+  layers: bool = False
+  sources: np.ndarray | None = None
+  copies_state: bool = False
+
+  @property
+  def adds_axis(self) -> bool:
+    """Whether the axis along which it grows is there only in the larger leaf."""
+    return None not in (self.before, self.after) and len(self.before) != len(self.after)  # type: ignore[arg-type]
 
   @property
   def taps(self) -> tuple[int, ...]:
@@ -54,7 +70,14 @@ class LeafChange:
   def index(self) -> tuple[np.ndarray, ...]:
     """Where the smaller leaf lies in the larger, for `numpy`'s indexing."""
     small = min((s for s in (self.before, self.after) if s is not None), key=math.prod)
+    if self.adds_axis:
+      return self.inside(small)
     return np.ix_(*(self.positions.get(a, np.arange(n)) for a, n in enumerate(small)))
+
+  def inside(self, small: Shape) -> tuple[Any, ...]:
+    """Where an array of this shape lies in one that has an axis more, as `adds_axis` has it."""
+    ((axis, positions),) = self.positions.items()
+    return (*(slice(n) for n in small[:axis]), int(positions[0]))
 
   def new(self, axis: int) -> np.ndarray:
     """Positions of the new entries along an axis that grows."""
@@ -68,13 +91,16 @@ class Plan:
   Attributes:
     changes: One `LeafChange` per leaf that changes or is added.
     grows: Whether leaves become larger; otherwise they become smaller.
-    alpha: Path of the gate in the tree.
+    alpha: Path of the gate in the tree, or where it would be.
     flops: Multiplications and additions of one forward pass of the traced program before and
       after; None where no program was read.
-    dimensions: The dimensions that are widened, each with its number of new units.
+    dimensions: The dimensions that change, as they are in the smaller tree, each with the number of
+      units that the larger one has more.
+    gate: Whether there is a gate. Without it new entries count at once.
     moved: For each leaf that stands elsewhere in the larger tree, as when a block is put before
       others: from its path in the smaller tree to that in the larger. All other paths of a plan
       are those of the larger tree.
+    notes: What else is to be known of it, in words: printed below the table.
   """
 
   changes: tuple[LeafChange, ...]
@@ -83,11 +109,36 @@ class Plan:
   flops: tuple[int, int] | None = None
   dimensions: tuple[tuple[Dimension, int], ...] = ()
   moved: Mapping[_paths.Path, _paths.Path] = dataclasses.field(default_factory=dict)
+  notes: tuple[str, ...] = ()
+  gate: bool = True
 
   @property
   def by_path(self) -> dict[_paths.Path, LeafChange]:
     """The changes, by path."""
     return {change.path: change for change in self.changes}
+
+  def after(self) -> list[Dimension]:
+    """The dimensions as they are when the plan has been applied."""
+    if not self.grows:
+      return [dimension for dimension, _ in self.dimensions]
+    along: dict[tuple[_paths.Path, int], list[tuple[Dimension, int, Any]]] = {}
+    for dimension, more in self.dimensions:
+      for member in dimension.members:
+        place = member.path, member.axis
+        along.setdefault(place, []).append((dimension, more, member))
+    members: dict[Dimension, list[Any]] = {dimension: [] for dimension, _ in self.dimensions}
+    for described in along.values():
+      labels = extended_together(
+        [member.labels for _, _, member in described],
+        [dimension.size for dimension, _, _ in described],
+        [more for _, more, _ in described],
+      )
+      for (dimension, _, member), new in zip(described, labels, strict=True):
+        members[dimension].append(dataclasses.replace(member, labels=new))
+    return [
+      dataclasses.replace(dimension, size=dimension.size + more, members=tuple(members[dimension]))
+      for dimension, more in self.dimensions
+    ]
 
   def __add__(self, other: "Plan") -> "Plan":
     """Both changes at once, behind one gate.
@@ -96,7 +147,7 @@ class Plan:
       ValueError: If one grows and one shrinks, the gates are two, or a leaf is in both along
         the same axis.
     """
-    if self.grows != other.grows or self.alpha != other.alpha:
+    if (self.grows, self.gate, self.alpha) != (other.grows, other.gate, other.alpha):
       raise ValueError("plans can be added if both grow, or both shrink, and the gate is one")
     changes = joined([*self.changes, *other.changes])
     flops = None
@@ -104,7 +155,10 @@ class Plan:
       flops = (self.flops[0], self.flops[1] + other.flops[1] - self.flops[0])
     dimensions = self.dimensions + other.dimensions
     moved = {**self.moved, **other.moved}
-    return Plan(changes, self.grows, self.alpha, flops, dimensions, moved)
+    notes = tuple(dict.fromkeys(self.notes + other.notes))
+    return Plan(
+      changes, self.grows, self.alpha, flops, dimensions, moved, notes=notes, gate=self.gate
+    )
 
   def __str__(self) -> str:
     header = ("leaf", "role", "before", "after", "parameters")
@@ -121,10 +175,11 @@ class Plan:
     if self.flops:
       before, after = self.flops
       lines.append(f"FLOPs of a forward pass: {before} before, {after} after ({after - before:+d})")
-    for dimension, more in self.dimensions:
-      lines += [output.grown(more) for output in dimension.outputs]
     if self.grows:
-      lines.append(f"gate: {_paths.join(self.alpha)}")
+      for dimension, more in self.dimensions:
+        lines += [output.grown(more) for output in dimension.outputs]
+      lines += self.notes
+      lines.append(f"gate: {_paths.join(self.alpha) if self.gate else 'none'}")
     return "\n".join(lines)
 
   def apply(self, variables: Any, fresh: Any = None, *, alpha: float = 0.0) -> Any:
@@ -134,8 +189,8 @@ class Plan:
       variables: The tree that the plan was made for.
       fresh: Where new entries come from: a tree at the new shapes (of which only the new
         entries are read), or a function `(path, shape, dtype) -> array`. Not for a plan
-        that shrinks.
-      alpha: The value of the gate, which is added at `self.alpha`.
+        that shrinks, nor for leaves whose new entries are copies.
+      alpha: The value of the gate, which is added at `self.alpha` if there is one.
 
     Returns:
       The new tree. Old entries are the same, bit for bit.
@@ -156,8 +211,8 @@ class Plan:
     old = {self.moved.get(path, path): leaf for path, leaf in leaves.items()}
     source = fresh if callable(fresh) else _reader(fresh, old)
     grown = {c.path: _grown(c, old.get(c.path), source) for c in self.changes}
-    gate = {self.alpha: jnp.asarray(alpha, float_dtype(old.values()))}
-    if self.alpha in old:
+    gate = {self.alpha: jnp.asarray(alpha, float_dtype(old.values()))} if self.gate else {}
+    if self.gate and self.alpha in old:
       raise ValueError(
         f"{_paths.join(self.alpha)!r}: expected nothing at this path, found something"
       )
@@ -178,7 +233,8 @@ class Plan:
       for c in self.changes
     )
     flops = self.flops and self.flops[::-1]
-    return Plan(tuple(changes), False, self.alpha, flops, moved=self.moved)
+    dimensions = self.dimensions
+    return Plan(tuple(changes), False, self.alpha, flops, dimensions, self.moved, gate=self.gate)
 
   def check(self, variables: Any, when: str) -> None:
     """Raises `ValueError` unless the leaves have their shapes "before" or "after"."""
@@ -269,6 +325,8 @@ def _reader(fresh: Any, old: Mapping[_paths.Path, Any]) -> Callable[..., Any]:
 
 def _grown(change: LeafChange, old: Any, fresh: Callable[..., Any]) -> Any:
   """A leaf at its new shape."""
+  if change.sources is not None:
+    return copied(change, old)
   new = fresh(change.path, change.after, None if old is None else jnp.asarray(old).dtype)
   if tuple(np.shape(new)) != change.after:
     raise ValueError(
@@ -283,10 +341,43 @@ def _grown(change: LeafChange, old: Any, fresh: Callable[..., Any]) -> Any:
   return _trees.placed(new, change.index, old, repr(_paths.join(change.path)))
 
 
+def copied(change: LeafChange, old: Any, axis: int | None = None) -> Any:
+  """What a leaf becomes, or what an optimizer keeps for it, whose new entries are copies of old.
+
+  It lies on devices as the old one does. A random key gets another one in place of a copy.
+
+  Args:
+    change: The change, which has `sources`.
+    old: The leaf, or what follows it and has the same axis, or lacks the same.
+    axis: The axis; None: that of the leaf.
+
+  Raises:
+    ValueError: If the new size cannot be divided among the devices.
+  """
+  assert change.sources is not None
+  old = jnp.asarray(old)
+  axis = next(iter(change.positions)) if axis is None else axis
+  is_key = jax.dtypes.issubdtype(old.dtype, jax.dtypes.prng_key)
+  data = np.asarray(jax.random.key_data(old) if is_key else old)
+  data = np.expand_dims(data, axis) if change.adds_axis else data
+  value = np.take(data, change.sources, axis)
+  if is_key:
+    impl = jax.random.key_impl(old)
+    for i in np.setdiff1d(np.arange(value.shape[axis]), change.positions[axis]).tolist():
+      at = (*[slice(None)] * axis, i)
+      keys = jax.random.wrap_key_data(jnp.asarray(value[at]), impl=impl)
+      folded = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys.reshape(-1))
+      value[at] = jax.random.key_data(folded).reshape(value[at].shape)
+    return jax.random.wrap_key_data(jnp.asarray(value), impl=impl)
+  return _trees.like(value, old, repr(_paths.join(change.path)), axis=axis)
+
+
 def _smaller(change: LeafChange, leaf: Any) -> Any:
   """A leaf at its new shape, which is smaller."""
   what = repr(_paths.join(change.path))
-  return _trees.taken(leaf, change.index, what) if change.positions else leaf
+  if not change.positions:
+    return leaf
+  return _trees.taken(leaf, change.index, what, axis=next(iter(change.positions)))
 
 
 def float_dtype(arrays: Iterable[Any]) -> Any:

@@ -1,5 +1,6 @@
 """The four ways to a plan: more units, fewer units, larger filters, new layers."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,8 +14,9 @@ from optax_cadence.growth import _plan
 from optax_cadence.growth import _trees
 from optax_cadence.growth._dimension import Contraction
 from optax_cadence.growth._dimension import Dimension
-from optax_cadence.growth._dimension import extended
+from optax_cadence.growth._dimension import extended_together
 from optax_cadence.growth._dimension import Member
+from optax_cadence.growth._dimension import NO_UNIT
 from optax_cadence.growth._plan import LeafChange
 from optax_cadence.growth._plan import Plan
 from optax_cadence.growth._plan import Shape
@@ -54,15 +56,15 @@ def widening(
   """
   numbers = dimensions if isinstance(dimensions, Mapping) else {dimensions: by}
   shapes = _trees.shapes(variables)
-  changes, flops = [], []
+  along: dict[tuple[_paths.Path, int], list[tuple[Member, int, int]]] = {}
+  flops = []
   for dimension, more in numbers.items():
     if not isinstance(more, int | np.integer) or isinstance(more, bool) or more < 1:
       raise ValueError(f"by must be a positive integer, found {more!r}")
     for member in dimension.members:
-      labels = extended(member.labels, dimension.size, more)
-      at = np.flatnonzero(labels < dimension.size)
-      changes.append(_change(member, shapes, len(labels), at))
+      along.setdefault((member.path, member.axis), []).append((member, dimension.size, int(more)))
     flops.append(_flops(dimension.contractions, more))
+  changes = [_widened(described, shapes) for described in along.values()]
   total = None
   known = [f for f in flops if f is not None]
   if known and len(known) == len(flops):
@@ -70,6 +72,32 @@ def widening(
     total = before, before + sum(n - m for m, n in known)
   path = tuple(alpha.split("/"))
   return Plan(_plan.joined(changes), True, path, total, tuple(numbers.items()))  # type: ignore[arg-type]
+
+
+def _widened(
+  described: Sequence[tuple[Member, int, int]], shapes: Mapping[_paths.Path, Shape]
+) -> LeafChange:
+  """The change of a leaf along one axis, of which each dimension may have a piece.
+
+  `described` has for each dimension its member, its units, and how many more there will be.
+  """
+  members, units, more = zip(*described, strict=True)
+  labels = [member.labels for member in members]
+  where = f"axis {members[0].axis} of {_paths.join(members[0].path)!r}"
+  if len({len(x) for x in labels}) > 1 or (np.stack(labels) >= 0).sum(0).max() > 1:
+    raise ValueError(
+      f"{where} has positions that belong to units of two dimensions: expected each in one;"
+      " widen one after the other"
+    )
+  roles = {member.role for member in members}
+  if len(roles) > 1 and "outgoing" in roles:
+    raise ValueError(
+      f"{where} has units of two dimensions, one of which it makes and one it uses: expected one"
+      " or the other; widen one after the other"
+    )
+  extended = extended_together(labels, units, more)
+  old = [(x < n) for x, n in zip(extended, units, strict=True)]
+  return _change(members[0], shapes, len(extended[0]), np.flatnonzero(np.all(old, axis=0)))
 
 
 def shrinking(
@@ -99,12 +127,17 @@ def shrinking(
       f"expected some of {dimension.size} units to go and some to stay, found {len(kept)} to stay"
     )
   shapes = _trees.shapes(variables)
-  changes = []
+  changes, members = [], []
+  number = np.full(dimension.size + 1, NO_UNIT)  # of each unit then; the last is of no unit
+  number[kept] = np.arange(len(kept))
   for member in dimension.members:
     at = np.flatnonzero(np.isin(member.labels, kept) | (member.labels < 0))
     changes.append(_change(member, shapes, len(at), at))
-  flops = _flops(dimension.contractions, len(kept) - dimension.size)
-  return Plan(_plan.joined(changes), False, flops=flops)
+    members.append(dataclasses.replace(member, labels=number[member.labels[at]]))
+  smaller = dataclasses.replace(dimension, size=len(kept), members=tuple(members))
+  less = dimension.size - len(kept)
+  flops = _flops(dimension.contractions, -less)
+  return Plan(_plan.joined(changes), False, flops=flops, dimensions=((smaller, less),))
 
 
 def _chosen(units: Any, size: int) -> np.ndarray:

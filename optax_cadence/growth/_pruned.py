@@ -19,7 +19,7 @@ from optax_cadence import _restart
 from optax_cadence.growth import _graph
 from optax_cadence.growth import _trees
 from optax_cadence.growth._dimension import Dimension
-from optax_cadence.growth._dimension import Member
+from optax_cadence.growth._dimension import entries
 from optax_cadence.programs import primitives
 from optax_cadence.programs import reading
 
@@ -95,7 +95,7 @@ def follow_pruned(
     for member in units.members:
       if member.role == "follows" and member.path in weights:
         update, param = moves[member.path], weights[member.path]
-        there = _entries(member, gone, param.shape)
+        there = entries(member, gone, param.shape)
         moves[member.path] = jnp.where(there, -param.astype(update.dtype), update)
     updates = _trees.with_leaves(updates, moves)
 
@@ -103,7 +103,7 @@ def follow_pruned(
       new = {path: jnp.zeros(x.shape, bool) for path, x in weights.items()}
       for member in units.members:
         if member.path in weights:
-          new[member.path] |= _entries(member, newly, weights[member.path].shape)
+          new[member.path] |= entries(member, newly, weights[member.path].shape)
       return _restart.restarted(extended, state, after, _trees.with_leaves(params, new))
 
     newly = gone & ~before
@@ -144,7 +144,7 @@ def fold_pruned(fn: Callable[..., Any], variables: Any, units: Dimension, *args:
   for member in units.members:
     if member.role == "outgoing":
       leaf = leaves[member.path]
-      alone[member.path] = jnp.where(_entries(member, gone, leaf.shape), leaf, jnp.zeros_like(leaf))
+      alone[member.path] = jnp.where(entries(member, gone, leaf.shape), leaf, jnp.zeros_like(leaf))
   constants = _constants(fn, variables, args, alone)
   new = {path: leaves[path] - part for path, part in alone.items()}
   for path in alone:
@@ -163,14 +163,6 @@ def fold_pruned(fn: Callable[..., Any], variables: Any, units: Dimension, *args:
       )
     new[bias] = new.get(bias, leaves[bias]) + rows[0].astype(leaves[bias].dtype)
   return _trees.with_leaves(variables, new)
-
-
-def _entries(member: Member, units: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Which entries of a member belong to some of the units: bool of the leaf's shape."""
-  labels = np.where(member.labels < 0, len(units), member.labels)
-  along = jnp.concatenate([units, jnp.zeros(1, bool)])[labels]
-  along = along.reshape([-1 if i == member.axis else 1 for i in range(len(shape))])
-  return jnp.broadcast_to(along, shape)
 
 
 def _constants(

@@ -11,6 +11,7 @@ import optax
 
 from optax_cadence import _paths
 from optax_cadence.growth import _trees
+from optax_cadence.growth._plan import copied
 from optax_cadence.growth._plan import LeafChange
 from optax_cadence.growth._plan import Plan
 from optax_cadence.growth._plan import plan_for
@@ -35,12 +36,13 @@ def grow_state(
   by the names in a parameter's path follows it too; so do the masks of `prune`, packed to bits or
   not. Where the parameters are a single array, every leaf of its shape follows it.
 
-  What follows a parameter keeps its old entries bit for bit and gets new ones as `init` makes
-  them. What follows a parameter that has moved (see `deepening`) moves with it. Everything else
-  (counters, hyperparameters, random keys) is kept. Three things are as `init` makes them: what
-  follows a parameter that is new, the gate among them, whose schedule so begins anew; what was not
-  in the old state, such as a new group of a cadence; and what a policy keeps under
-  `confidence.sample`, entries of the old parameters to compare the next ones with.
+  What follows a parameter keeps its old entries bit for bit and gets new ones as `init` makes them,
+  or copies of old ones with a parameter whose new entries are copies (see `stacking`). What follows
+  a parameter that has moved (see `deepening`) moves with it. Everything else (counters,
+  hyperparameters, random keys) is kept. Three things are as `init` makes them: what follows a
+  parameter that is new, the gate among them, whose schedule so begins anew; what was not in the old
+  state, such as a new group of a cadence; and what a policy keeps under `confidence.sample`,
+  entries of the old parameters to compare the next ones with.
 
   Args:
     tx: The transformation that `state` is of.
@@ -105,16 +107,24 @@ def grow_state(
     assert source is not None
     # The change of a parameter that shrinks is told by its path before, as that is the larger one.
     change = changes.get(path if plan.grows else source)
-    if old_value is not None and not (in_regions and change):
-      packed = _is_packed(keys, new, path, after[path])
+    if change is not None and plan.grows and change.adds_axis and not change.copies_state:
+      return new
+    packed = _is_packed(keys, new, path, after[path])
+    some_layers = change is not None and change.layers and _is_cut(old_value, before[source])
+    if old_value is not None and not (in_regions and change) and (packed or not some_layers):
       value = packing.unpack(old_value, before[source]) if packed else old_value
       new = packing.unpack(new, after[path]) if packed else new
       index = _index(change, np.shape(value), np.shape(new), plan.grows)
-      if index is not None:
+      axis = _copied_axis(change, np.shape(value), np.shape(new), plan.grows)
+      if axis is not None:
+        assert change is not None
+        value = copied(change, value, axis)
+      elif index is not None:
         if plan.grows:
           value = _trees.placed(new, index, value, where)
         else:
-          value = _trees.taken(value, index, where)
+          axes = change.positions if change is not None else {}
+          value = _trees.taken(value, index, where, axis=next(iter(axes), 0))
       if np.shape(value) == np.shape(new):
         return packing.pack(jnp.asarray(value)) if packed else value
     shapes = ["nothing there" if x is None else f"shape {np.shape(x)}" for x in (old_value, new)]
@@ -203,6 +213,10 @@ def _index(
   """
   if change is None or old == new:
     return None
+  if change.adds_axis:
+    larger, smaller = (new, old) if grows else (old, new)
+    (axis,) = change.positions
+    return change.inside(smaller) if _without(larger, axis) == smaller else None
   if (old, new) == (change.before, change.after):
     return change.index
   if len(old) != len(new) or change.before is None or change.after is None:
@@ -219,3 +233,33 @@ def _index(
         return None
       at[axis] = candidates[0]
   return np.ix_(*at)
+
+
+def _is_cut(leaf: Any, shape: tuple[int, ...]) -> bool:
+  """Whether what is kept of a stack is that of some of its layers, which have a period."""
+  found = np.shape(leaf)
+  same = len(found) == len(shape) > 1 and found[1:] == shape[1:]
+  return same and found[0] != shape[0]
+
+
+def _copied_axis(
+  change: LeafChange | None, old: tuple[int, ...], new: tuple[int, ...], grows: bool
+) -> int | None:
+  """Along which axis what is kept of a parameter is copied with it; None if it is not."""
+  if not grows or change is None or change.sources is None or not change.copies_state:
+    return None
+  more = len(change.sources)
+  if change.adds_axis:
+    (added,) = change.positions
+    return added if len(new) > added and _without(new, added) == old else None
+  if len(old) != len(new):
+    return None
+  assert change.before is not None
+  different = [a for a, (n, m) in enumerate(zip(old, new, strict=True)) if n != m]
+  fits = len(different) == 1 and (old[different[0]], new[different[0]]) == (change.before[0], more)
+  return different[0] if fits else None
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+  """A shape without one of its axes."""
+  return (*shape[:axis], *shape[axis + 1 :])

@@ -1,5 +1,6 @@
 """Trees of variables: finding leaves by path, putting new ones in, telling arrays from flags."""
 
+import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,14 +40,41 @@ def find(known: Any, name: str) -> _paths.Path:
   return path
 
 
+def layers(tree: Any, name: str) -> list[_paths.Path]:
+  """The paths of all layers, or leaves, that a path or a glob names, in the order of the tree.
+
+  As for `by_path`, `*` also crosses `/`; what is below a path that matches is not looked at.
+
+  Raises:
+    ValueError: If a glob matches nothing.
+  """
+  if not set("*?[") & set(name):
+    return [tuple(name.split("/"))]
+  found: dict[_paths.Path, None] = {}
+  for path in shapes(tree):
+    prefixes = (path[:n] for n in range(1, len(path) + 1))
+    matching = (prefix for prefix in prefixes if fnmatch.fnmatchcase(_paths.join(prefix), name))
+    if first := next(matching, None):
+      found[first] = None
+  if not found:
+    raise ValueError(
+      f"{name!r} matches nothing: expected layers or leaves of {_paths.listed(shapes(tree))}"
+    )
+  return list(found)
+
+
 def kernel(tree: Any, prefix: _paths.Path) -> _paths.Path:
   """The path of a layer's kernel: of the leaves at or under a path the one with the most axes.
+
+  Of several it is the one that the layer itself has, to which those below are added, as of LoRA.
 
   Raises:
     ValueError: If there are none, or several.
   """
   under = {p: len(s) for p, s in shapes(tree).items() if p[: len(prefix)] == prefix}
   kernels = [path for path, axes in under.items() if axes == max(under.values())]
+  own = [path for path in kernels if len(path) == len(prefix) + 1]
+  kernels = own if len(own) == 1 else kernels
   if len(kernels) != 1:
     raise ValueError(
       f"{_paths.join(prefix)!r}: expected one kernel there, found"
@@ -136,26 +164,40 @@ def placed(large: Any, index: Any, small: Any, what: str) -> Any:
   return like(result, small, what)
 
 
-def taken(large: Any, index: Any, what: str) -> Any:
-  """What lies at an index of `large`, by way of the host too, laid out over devices as it is."""
-  return like(np.asarray(large)[index], large, what)
+def taken(large: Any, index: Any, what: str, *, axis: int = 0) -> Any:
+  """What lies at an index of `large`, by way of the host too, laid out over devices as it is.
+
+  `axis` is the one that it has not, if it has one less.
+  """
+  if jax.dtypes.issubdtype(jnp.asarray(large).dtype, jax.dtypes.prng_key):
+    return large[index]
+  return like(np.asarray(large)[index], large, what, axis=axis)
 
 
-def like(value: Any, other: Any, what: str) -> Any:
+def like(value: Any, other: Any, what: str, *, axis: int = 0) -> Any:
   """The value as an array that lies on devices as another does, whose shape may differ.
+
+  It may also have one axis more, or less, than the other, which is not divided.
 
   Args:
     value: The value.
     other: The other array.
     what: What the value is called in errors.
+    axis: The axis that it has more, or less.
 
   Raises:
     ValueError: If its size cannot be divided among the devices as that of the other is.
   """
   if not isinstance(other, jax.Array) or not other.committed:
     return jnp.asarray(value)
+  sharding: Any = other.sharding
+  more = np.ndim(value) - other.ndim
+  if more and isinstance(sharding, jax.sharding.NamedSharding):
+    axes = [*sharding.spec, *[None] * (other.ndim - len(sharding.spec))]
+    axes[axis : axis + (more < 0)] = [None] * (more > 0)
+    sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*axes))
   try:
-    return jax.device_put(value, other.sharding)
+    return jax.device_put(value, sharding)
   except ValueError as error:
     raise ValueError(
       f"{what} is laid out over devices by {other.sharding}: expected a shape that divides among"

@@ -5,36 +5,47 @@ call in place of `new.apply` until `growth.merge(variables, plan)`; and the plan
 `growth.grow_state` takes the optimizer's state along.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from flax.core import meta
 
+from optax_cadence import _paths
 from optax_cadence.growth import _driver
 from optax_cadence.growth import _gate
 from optax_cadence.growth import _planners
+from optax_cadence.growth import _recycle
+from optax_cadence.growth import _stacking
+from optax_cadence.growth import _trees
+from optax_cadence.growth import _vocabulary
 from optax_cadence.growth._dimension import Dimension
 from optax_cadence.growth._driver import Network
 from optax_cadence.growth._plan import Plan
+from optax_cadence.growth._recycle import Recycle
 
 Grown = tuple[Any, Callable[..., Any], Plan]
 
 
-def couple(module: Any, variables: Any, *inputs: Any, producer: str, **kwargs: Any) -> Dimension:
+def couple(
+  module: Any, variables: Any, *inputs: Any, producer: str | Sequence[str], **kwargs: Any
+) -> Dimension:
   """As `growth.couple`, for the path of a layer: every axis that grows with one of its own.
 
   Args:
     module: The module.
     variables: Its variables.
     *inputs: Its inputs, arrays or `jax.ShapeDtypeStruct`s.
-    producer: Path of the layer, or leaf, that makes the units.
+    producer: Path of the layer, or leaf, that makes the units, or a glob; several of as many units
+      are one dimension.
     **kwargs: As for `growth.couple` (`axis`, `unit`, `blocks`), or of the forward pass.
 
   Returns:
     The `Dimension`, for the tree `variables`.
   """
-  network = _network(module, variables, inputs, {})
-  return _driver.couple(network, _kernel(network, producer), **kwargs)
+  return _driver.couple(_network(module, variables, inputs, {}), producer, **kwargs)
 
 
 def widen(
@@ -42,8 +53,8 @@ def widen(
   new: Any,
   variables: Any,
   *inputs: Any,
-  producer: str,
-  by: int,
+  producer: str | Sequence[str] | None = None,
+  by: int | Sequence[int] | None = None,
   axis: int = -1,
   unit: int = 1,
   blocks: int = 1,
@@ -60,8 +71,10 @@ def widen(
     variables: The variables of `old`: {"params": …, "batch_stats": …}.
     *inputs: Inputs of the module, arrays.
     producer: Path of the leaf that makes the units, or of a layer with one kernel:
-      "params/Dense_0".
-    by: Number of new units.
+      "params/Dense_0"; or several, as a list or as a glob: "params/block_*/up". None: whatever is
+      larger in `new`, for models whose configuration sets the sizes of many layers.
+    by: Number of new units, of each producer; or a list, a number for each that is named. None if
+      no producer is named.
     axis: The axis of the leaf that holds the units.
     unit: Adjacent positions that make one unit.
     blocks: How often the units repeat along the axis.
@@ -76,10 +89,12 @@ def widen(
   Raises:
     ValueError: As `growth.couple`, `growth.widening` and `Plan.apply` do.
   """
+  if (producer is None) != (by is None):
+    raise ValueError(f"expected both producer= and by=, or neither, found {producer!r} and {by!r}")
   network = _network(old, variables, inputs, kwargs, new, rngs)
   grown = _driver.widen(
     network,
-    _kernel(network, producer),
+    producer,
     by,
     axis=axis,
     unit=unit,
@@ -87,6 +102,9 @@ def widen(
     fresh=fresh,
     alpha=alpha,
   )
+  merged = _trees.remove(grown.variables, grown.plan.alpha)
+  resized = network._replace(forward=_apply(new, rngs), variables=merged)
+  _driver.check_layout(resized, grown.plan, type(new).__name__)
   return _with_forward(old, new, grown)
 
 
@@ -114,7 +132,12 @@ def enlarge(
   """
   network = _network(old, variables, inputs, kwargs, new, rngs)
   grown = _driver.enlarge(
-    network, _kernel(network, conv), kernel_size, causal=causal, fresh=fresh, alpha=alpha
+    network,
+    network.kernel(tuple(conv.split("/"))),
+    kernel_size,
+    causal=causal,
+    fresh=fresh,
+    alpha=alpha,
   )
   return _with_forward(old, new, grown)
 
@@ -140,12 +163,142 @@ def deepen(
   is the one that has its name. All other arguments, and what is returned, are as for `widen`.
 
   Raises:
-    ValueError: As `growth.deepening` does.
+    ValueError: If what is new counts although the gate is closed, or as `growth.deepening` does.
   """
   network = _network(old, variables, inputs, kwargs, new, rngs)
   deeper = _network(new, network.init() if fresh is None else fresh, inputs, kwargs)
   grown = _driver.deepen(network, deeper, outgoing=outgoing, moved=moved, alpha=alpha)
+  _check_closed(new, grown, inputs, kwargs, rngs)
   return _with_forward(old, new, grown)
+
+
+def stack(
+  old: Any,
+  new: Any,
+  variables: Any,
+  *inputs: Any,
+  layers: str,
+  times: int | None = None,
+  by: int | None = None,
+  where: str | int = "end",
+  outgoing: Iterable[str] = (),
+  copy_state: bool | None = None,
+  rngs: Any = None,
+  fresh: Any = None,
+  alpha: float = 0.0,
+  **kwargs: Any,
+) -> Grown:
+  """Adds layers to a stack that `nn.scan` or `nn.vmap` has made along axis 0.
+
+  `layers` is the path of the stack, "params/blocks". `times` or `by`, `where`, `outgoing` (layers
+  through which a layer adds to its residual stream: α multiplies what is new in them; none: no
+  gate) and `copy_state` are as for `growth.stacking`. New layers are copies of old ones, unless
+  `rngs` or `fresh` say where they come from. All other arguments, and what is returned, are as for
+  `widen`; without a gate the forward pass is `new.apply`.
+
+  Raises:
+    ValueError: If `new` has not as many layers, if new ones count although the gate is closed, or
+      as `growth.stacking` does.
+  """
+  network = _network(old, variables, inputs, kwargs, new, rngs)
+  copies = rngs is None and fresh is None
+  # What a stack has in other collections, such as running statistics, is at the same path there.
+  inside = tuple(layers.split("/"))[1:]
+  others = {
+    _paths.join((path[0], *inside))
+    for path in _trees.shapes(variables)
+    if path[1 : 1 + len(inside)] == inside and inside
+  }
+  plan = _stacking.stacking(
+    variables,
+    [layers, *sorted(others - {layers})],
+    times=times,
+    by=by,
+    where=where,
+    outgoing=outgoing,
+    copy=copies,
+    copy_state=copy_state,
+    alpha=network.alpha,
+  )
+  grown = _driver.grow(network, plan, {} if copies else fresh, alpha)
+  _check_closed(new, grown, inputs, kwargs, rngs)
+  return _with_forward(old, new, grown)
+
+
+def heads(
+  old: Any,
+  new: Any,
+  variables: Any,
+  *inputs: Any,
+  attn: str | Sequence[str],
+  by: int,
+  of: str = "heads",
+  rngs: Any = None,
+  fresh: Any = None,
+  alpha: float = 0.0,
+  **kwargs: Any,
+) -> Grown:
+  """Gives attention layers more heads, or larger ones, behind one gate.
+
+  `attn` is the path of a layer, "params/attention", a glob, or a list; `by` how many more there are
+  of its "heads" (with the queries that they serve), of the "queries" of each group, or of the
+  entries of a head, its "size", as `of` says. All other arguments, and what is returned, are as for
+  `widen`.
+
+  Raises:
+    ValueError: As `growth.couple_heads`, `growth.widening` and `Plan.apply` do.
+  """
+  network = _network(old, variables, inputs, kwargs, new, rngs)
+  names = [attn] if isinstance(attn, str) else attn
+  grown = _driver.heads(network, names, by, of, fresh=fresh, alpha=alpha)
+  return _with_forward(old, new, grown)
+
+
+def vocabulary(
+  new: Any,
+  variables: Any,
+  *inputs: Any,
+  by: int,
+  embed: str,
+  head: str | None = None,
+  given: Mapping[str, Any] | None = None,
+  **kwargs: Any,
+) -> Grown:
+  """Adds tokens after the last one. Logits of old ones stay; there is no gate.
+
+  Args:
+    new: The module, defined with more tokens.
+    variables: The variables of the old one.
+    *inputs: Inputs of the module.
+    by: Number of new tokens.
+    embed: Path of the `nn.Embed`, "params/embed".
+    head: Path of the layer that makes the logits; None for a tied one.
+    given: New entries by the path of their leaf. By default a new token is the mean of the old
+      ones, see `growth.mean_tokens`.
+    **kwargs: Further arguments of the forward pass.
+
+  Returns:
+    The grown variables, `new.apply`, and the plan.
+
+  Raises:
+    ValueError: If `new` is of another size, or as `growth.adding_tokens` does.
+  """
+  network = _network(new, variables, inputs, kwargs, new)
+  plan = _vocabulary.adding_tokens(variables, by, embed=embed, head=head, alpha=network.alpha)
+  grown = _driver.grow(network, plan, _vocabulary.mean_tokens(variables, plan, given))
+  return grown.variables, new.apply, plan
+
+
+def _check_closed(
+  new: Any, grown: _driver.Grown, inputs: Sequence[Any], settings: Mapping[str, Any], rngs: Any
+) -> None:
+  """Raises `ValueError` if what is new counts although the gate is closed."""
+  plan, variables = grown.plan, grown.variables
+  if plan.gate:
+    network = _network(new, _trees.remove(variables, plan.alpha), inputs, settings, rngs=rngs)
+    # With `mutable` the output stands before what has changed.
+    output = ("0",) if settings.get("mutable") else ()
+    _driver.check_closed(network._replace(output=output), plan)
 
 
 def shrink(
@@ -173,12 +326,48 @@ def shrink(
     ValueError: If `new` does not run with what is left, or as `growth.shrinking` does.
   """
   network = _network(old, variables, inputs, kwargs)
-  name = _kernel(network, producer)
-  units = _driver.couple(network, name, axis=axis, unit=unit, blocks=blocks)
+  units = _driver.couple(network, producer, axis=axis, unit=unit, blocks=blocks)
   plan = _planners.shrinking(variables, units, keep=keep, remove=remove)
   smaller = plan.apply(variables)
-  _driver.check_runs(_network(new, smaller, inputs, kwargs), type(new).__name__)
+  resized = network._replace(forward=_apply(new), variables=smaller)
+  _driver.check_runs(resized, type(new).__name__)
+  _driver.check_layout(resized, plan, type(new).__name__)
   return smaller, plan
+
+
+def recycle(
+  module: Any,
+  variables: Any,
+  *inputs: Any,
+  init: Callable[[jax.Array], Any] | None = None,
+  **settings: Any,
+) -> Recycle:
+  """As `growth.recycle`, for a module: fresh weights come from its own initializers.
+
+  Args:
+    module: The module.
+    variables: Its variables.
+    *inputs: Its inputs, arrays or `jax.ShapeDtypeStruct`s.
+    init: `init(key)`, fresh parameters; by default those of `module.init`.
+    **settings: As for `growth.recycle` (`inner`, `utility`, `rate` and so on), or of `apply`
+      (`rngs`, `mutable`) and the forward pass (`train`).
+
+  Returns:
+    `Recycle(forward, transformation)`. `forward(variables, *inputs)` takes what `module.apply`
+    does, and returns `(result, activity)`. The transformation is for `variables["params"]`.
+  """
+  of_recycle = inspect.signature(_recycle.recycle).parameters
+  of_call = {name: value for name, value in settings.items() if name not in of_recycle}
+
+  def fresh(key: jax.Array) -> Any:
+    names = ["params", *(of_call.get("rngs") or {})]
+    rngs = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
+    flags = {name: value for name, value in of_call.items() if name not in ("mutable", "rngs")}
+    return module.init(rngs, *zeros, **flags)["params"]
+
+  settings["init"] = fresh if init is None else init
+  return _recycle.recycle(module.apply, variables, *inputs, within="params", **settings)
 
 
 def _network(
@@ -190,26 +379,58 @@ def _network(
   rngs: Any = None,
 ) -> Network:
   """A module as the driver sees it; `new` and `rngs` give its new entries."""
+  if "params" not in variables:
+    raise ValueError(
+      'expected variables as `init` returns them, {"params": …}, found the keys'
+      f" {sorted(variables)}"
+    )
 
   def init() -> Any:
     if rngs is None:
       raise ValueError("new entries need a source: expected rngs=, for new.init, or fresh=")
-    of_init = {name: value for name, value in settings.items() if name != "mutable"}
-    return jax.jit(lambda rngs: new.init(rngs, *inputs, **of_init))(rngs)
+    return jax.jit(of_new)(rngs)
 
-  return Network(module.apply, variables, inputs, settings, "params/alpha", init)
+  def defined() -> Any:
+    return jax.eval_shape(of_new, jax.random.key(0))
+
+  def of_new(rngs: Any) -> Any:
+    fresh = new.init(rngs, *inputs, **_of_init(settings))
+    # The axes' names, with which modules may wrap their variables, are often taken off again.
+    return fresh if any(map(_is_boxed, _nodes(variables))) else meta.unbox(fresh)
+
+  shapes = defined if inputs and new is not None else None
+  return Network(
+    _apply(module, rngs), variables, inputs, settings, "params/alpha", init, defined=shapes
+  )
 
 
-def _kernel(network: Network, name: str) -> str:
-  """The path of the kernel of a layer, or of a leaf, that was named."""
-  if "params" not in network.variables:
-    raise ValueError(
-      'expected variables as `init` returns them, {"params": …}, found the keys'
-      f" {sorted(network.variables)}"
-    )
-  return network.kernel(tuple(name.split("/")))
+def _apply(module: Any, rngs: Any = None) -> Callable[..., Any]:
+  """The forward pass as it is traced; dropout gets random numbers, be it those of `init`."""
+  rngs = jax.random.key(0) if rngs is None else rngs
+
+  def forward(variables: Any, *inputs: Any, **settings: Any) -> Any:
+    return module.apply(variables, *inputs, **{"rngs": rngs, **settings})
+
+  return forward
+
+
+def _is_boxed(node: Any) -> bool:
+  return isinstance(node, meta.AxisMetadata)
+
+
+def _nodes(variables: Any) -> list[Any]:
+  """The variables, each in the box in which it may be."""
+  return jax.tree.leaves(variables, is_leaf=_is_boxed)
+
+
+def _of_init(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """The further arguments of a forward pass that `init` takes too."""
+  of_apply = ("capture_intermediates", "mutable", "rngs")
+  return {name: value for name, value in settings.items() if name not in of_apply}
 
 
 def _with_forward(old: Any, new: Any, grown: _driver.Grown) -> Grown:
   """The result of a growth: the variables, the forward pass with its gate, and the plan."""
+  if not grown.plan.gate:
+    return grown.variables, new.apply, grown.plan
   return grown.variables, _gate.gated(new.apply, grown.plan, old=old.apply), grown.plan

@@ -52,8 +52,8 @@ ELEMENTWISE = frozenset(
   abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
   bitcast_convert_type cbrt ceil clamp clz complex conj convert_element_type copy cos cosh digamma
   div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac imag integer_pow
-  is_finite le le_to lgamma log log1p logistic lt lt_to max min mul ne neg nextafter not
-  optimization_barrier or polygamma population_count pow real reduce_precision
+  igamma_grad_a is_finite le le_to lgamma log log1p logistic lt lt_to max min mul mulhi name ne neg
+  nextafter not optimization_barrier or polygamma population_count pow real reduce_precision
   regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic
   shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
   """.split()  # noqa: SIM905
@@ -102,6 +102,9 @@ def ties(eqn: Any) -> list[Tie] | None:
   cut, padded, or new in the result.
   """
   name = eqn.primitive.name
+  rule = _RULES.get(name)
+  if rule is not None:
+    return rule(eqn)
   if name in ELEMENTWISE:
     return _same_shape(eqn)
   if name in _REDUCTIONS:
@@ -109,8 +112,7 @@ def ties(eqn: Any) -> list[Tie] | None:
   if name in _ALONG:
     along = np.atleast_1d(eqn.params[_ALONG[name]]).tolist()
     return [t for t in _same_shape(eqn) if t.results[0][1] not in along]
-  rule = _RULES.get(name)
-  return rule(eqn) if rule else None
+  return None
 
 
 def product(eqn: Any) -> Product | None:
@@ -145,8 +147,18 @@ def _same_shape(eqn: Any) -> list[Tie]:
   return tied
 
 
+def _each(eqn: Any) -> list[Tie]:
+  """Each result is what its operand is."""
+  return [
+    Tie(((i, axis),), ((i, axis),))
+    for i, v in enumerate(eqn.invars)
+    for axis in range(len(shape(v)))
+  ]
+
+
 def _reduce(eqn: Any) -> list[Tie]:
-  axes = set(eqn.params["axes"])
+  params = eqn.params
+  axes = set(params["axes"] if "axes" in params else params["dimensions"])
   kept = [a for a in range(len(shape(eqn.invars[0]))) if a not in axes]
   tied = [Tie(((0, a),), ((0, i),)) for i, a in enumerate(kept)]
   if eqn.primitive.name == "reduce_sum":
@@ -291,8 +303,30 @@ def _triangular_solve(eqn: Any) -> list[Tie]:
   return [*_leading(eqn, 2), Tie(((1, free),), ((0, free),))]
 
 
+def _tridiagonal_solve(eqn: Any) -> list[Tie]:
+  """Diagonals [..., n] and right sides [..., n, k]."""
+  free = len(shape(eqn.invars[3])) - 1
+  return [*_leading(eqn, 2)[: free - 1], Tie(((3, free),), ((0, free),))]
+
+
+def _ragged_dot(eqn: Any) -> list[Tie]:
+  """Rows [n, k], which fall into groups, times matrices [groups, k, m]."""
+  numbers = eqn.params["ragged_dot_dimension_numbers"]
+  (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = numbers.dot_dimension_numbers
+  groups = numbers.rhs_group_dimensions
+  batch = list(zip(lhs_batch, rhs_batch, strict=True))
+  if len(groups) != 1:  # what only a derivative does: sums over a group alone
+    return []
+  tied = [Tie(((0, a), (1, b)), summed=True) for a, b in zip(lhs_sum, rhs_sum, strict=True)]
+  tied += [Tie(((0, a), (1, b)), ((0, i),)) for i, (a, b) in enumerate(batch)]
+  free = [(0, a) for a in _rest(eqn.invars[0], lhs_sum, lhs_batch)]
+  free += [(1, b) for b in _rest(eqn.invars[1], rhs_sum, rhs_batch, groups)]
+  return tied + [Tie((pair,), ((0, len(batch) + i),)) for i, pair in enumerate(free)]
+
+
 def _top_k(eqn: Any) -> list[Tie]:
-  along = eqn.params.get("axis", -1) % len(shape(eqn.invars[0]))
+  axis = eqn.params.get("axis", eqn.params.get("reduction_dimension", -1))
+  along = axis % len(shape(eqn.invars[0]))
   return [tie for tie in _same_shape(eqn) if tie.results[0][1] != along]
 
 
@@ -312,12 +346,14 @@ def _none(eqn: Any) -> list[Tie]:
 
 
 _RULES: dict[str, Callable[[Any], list[Tie]]] = {
+  "approx_top_k": _top_k,
   "argmax": _reduce,
   "argmin": _reduce,
   "broadcast_in_dim": _broadcast_in_dim,
   "cholesky": _matrix,
   "concatenate": _concatenate,
   "conv_general_dilated": _conv,
+  "device_put": _each,
   "dot_general": _dot_general,
   "dynamic_slice": _whole_axes,
   "dynamic_update_slice": _dynamic_update_slice,
@@ -325,18 +361,23 @@ _RULES: dict[str, Callable[[Any], list[Tie]]] = {
   "eigh": _matrix,
   "fft": _fft,
   "gather": _gather,
+  "hessenberg": _matrix,
   "householder_product": _matrix,
   "iota": _none,
   "lu": _matrix,
   "mesh_cast": _same_shape,
+  "optimization_barrier": _each,
   "pad": _whole_axes,
   "qr": _matrix,
+  "ragged_dot": _ragged_dot,
+  "ragged_dot_general": _ragged_dot,
   "random_bits": _none,
   "random_fold_in": _none,
   "random_seed": _none,
   "random_split": _none,
   "random_unwrap": _none,
   "random_wrap": _none,
+  "reduce": _reduce,
   "reduce_window_max": _reduce_window,
   "reduce_window_min": _reduce_window,
   "reduce_window_sum": _reduce_window,
@@ -348,6 +389,7 @@ _RULES: dict[str, Callable[[Any], list[Tie]]] = {
   "scatter-min": _scatter,
   "scatter-mul": _scatter,
   "scatter-sub": _scatter,
+  "schur": _matrix,
   "sharding_constraint": _same_shape,
   "slice": _whole_axes,
   "split": _split,
@@ -358,6 +400,8 @@ _RULES: dict[str, Callable[[Any], list[Tie]]] = {
   "top_k": _top_k,
   "transpose": _transpose,
   "triangular_solve": _triangular_solve,
+  "tridiagonal": _matrix,
+  "tridiagonal_solve": _tridiagonal_solve,
   "unstack": _unstack,
 }
 

@@ -89,7 +89,7 @@ def called(eqn: Any) -> Any | None:
 
   So do `jit`, `remat`, `custom_jvp_call` and their like; None for every other operation.
   """
-  if eqn.primitive.name in ("cond", "scan", "while"):
+  if eqn.primitive.name in ("cond", "custom_linear_solve", "scan", "while"):
     return None
   programs = bodies(eqn)
   if not programs:
@@ -98,6 +98,16 @@ def called(eqn: Any) -> Any | None:
   # Not what combines two entries of an operand, as in a `reduce`: it takes numbers.
   axes, outside = ([len(shape(v)) for v in variables] for variables in (body.invars, eqn.invars))
   return programs[0] if axes == outside and len(body.outvars) == len(eqn.outvars) else None
+
+
+def has_true_derivative(eqn: Any) -> bool:
+  """Whether the derivative that a function defines for itself is the one that its program has.
+
+  So it is for a softmax of JAX, which defines one to save memory; others may say anything.
+  """
+  inner = called(eqn)
+  info = None if inner is None else getattr(opened(inner)[0], "debug_info", None)
+  return getattr(info, "func_name", "") == "_softmax"
 
 
 def scan_counts(eqn: Any) -> tuple[int, int]:
@@ -117,6 +127,14 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
 def while_counts(eqn: Any) -> tuple[int, int]:
   """How many operands of a while loop only its condition reads, and how many only its body."""
   return eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+
+
+def solver(eqn: Any) -> tuple[Any, list[int]]:
+  """The program by which a `custom_linear_solve` solves, and which of its operands that takes."""
+  lengths = eqn.params["const_lengths"]
+  before = lengths.matvec + lengths.vecmat
+  right_sides = range(sum(lengths), len(eqn.invars))
+  return eqn.params["jaxprs"].solve, [*range(before, before + lengths.solve), *right_sides]
 
 
 def branch_results(
@@ -160,6 +178,7 @@ def walk(
   operation: Callable[[Eqns, list[Any]], Sequence[Any]],
   constant: Callable[[tuple[Any, ...]], Any],
   unknown: Any = None,
+  dead: bool = True,
 ) -> list[Any]:
   """Walks programs with the same operations side by side, on values of any kind.
 
@@ -171,6 +190,8 @@ def walk(
     constant: `constant(numbers) -> value`: from a constant or literal, which each program has one
       of, its value.
     unknown: The value of arguments that a part of a program leaves out; None if there are none.
+    dead: Whether operations count that no result needs. A result without entries needs nothing: if
+      they do not, it is a constant.
 
   Returns:
     The values of the results.
@@ -196,9 +217,16 @@ def walk(
       raise DifferentProgramsError("an operand that differs")
     return unknown
 
-  for eqns in _columns(jaxprs, "eqns"):
+  needed = None if dead else _needed(jaxprs[0])
+  for i, eqns in enumerate(_columns(jaxprs, "eqns")):
+    if needed is not None and i not in needed:
+      continue
+    results = _columns(eqns, "outvars")
+    if needed is not None and all(map(is_empty, eqns)):
+      values.update((atoms, constant(tuple(map(_empty, atoms)))) for atoms in results)
+      continue
     operands = [read(atoms) for atoms in _columns(eqns, "invars")]
-    values.update(zip(_columns(eqns, "outvars"), operation(eqns, operands), strict=True))
+    values.update(zip(results, operation(eqns, operands), strict=True))
   return [read(atoms) for atoms in _columns(jaxprs, "outvars")]
 
 
@@ -215,6 +243,28 @@ def check_same_operations(jaxprs: Sequence[Any]) -> None:
       counts = len(getattr(first, field)), len(getattr(other, field))
       if counts[0] != counts[1]:
         raise DifferentProgramsError(f"{counts[0]} and {counts[1]} {what}")
+
+
+def _needed(jaxpr: Any) -> set[int]:
+  """Positions of the operations that results need, or effects."""
+  used = {v for v in jaxpr.outvars if not is_literal(v)}
+  needed = set()
+  for i, eqn in reversed(list(enumerate(jaxpr.eqns))):
+    if getattr(eqn, "effects", None) or not used.isdisjoint(eqn.outvars):
+      needed.add(i)
+      if not is_empty(eqn):
+        used.update(v for v in eqn.invars if not is_literal(v))
+  return needed
+
+
+def is_empty(eqn: Any) -> bool:
+  """Whether the results of an operation are arrays of numbers, and have no entries."""
+  numbers = all(hasattr(getattr(v.aval, "dtype", None), "itemsize") for v in eqn.outvars)
+  return numbers and not eqn.effects and all(0 in shape(v) for v in eqn.outvars)
+
+
+def _empty(var: Any) -> Any:
+  return np.zeros(shape(var), var.aval.dtype)
 
 
 def _columns(items: Sequence[Any], field: str) -> list[tuple[Any, ...]]:

@@ -110,12 +110,11 @@ def weights(fill: Fill, state: Any, step: jax.Array, leaves: masking.Arrays) -> 
     return {path: jnp.zeros_like(x) for path, x in leaves.items()}
   if fill.fresh == 0:
     return {path: jnp.asarray(fill.keep, x.dtype) * x for path, x in leaves.items()}
-  key = jax.random.wrap_key_data(state.key, impl=jax.random.key_impl(_typed(fill.key)))
-  key = jax.random.fold_in(key, step)
+  key = key_at(fill, state, step)
   mean, deviation = masking.by_path(state.mean), masking.by_path(state.deviation)
   initializers, new = initializers_of(fill, leaves), {}
   for i, (path, x) in enumerate(leaves.items()):
-    key_of_leaf, wide = jax.random.fold_in(key, i), jnp.promote_types(x.dtype, jnp.float32)
+    key_of_leaf, wide = jax.random.fold_in(key, i), wider(x.dtype, jnp.float32)
     if fill.initializer is None:
       # Cut off at two, a normal distribution has this standard deviation.
       drawn = jax.random.truncated_normal(key_of_leaf, -2, 2, x.shape, wide) / 0.87962566
@@ -129,6 +128,23 @@ def weights(fill: Fill, state: Any, step: jax.Array, leaves: masking.Arrays) -> 
     old = jnp.asarray(fill.keep, wide) * x.astype(wide)
     new[path] = (old + jnp.asarray(fill.fresh, wide) * drawn).astype(x.dtype)
   return new
+
+
+def key_at(fill: Fill, state: FillState, step: jax.Array) -> jax.Array:
+  """The key of a micro-step."""
+  key = jax.random.wrap_key_data(state.key, impl=jax.random.key_impl(_typed(fill.key)))
+  return jax.random.fold_in(key, step)
+
+
+def as_wide(update: jax.Array, param: jax.Array) -> jax.Array:
+  """The update, as wide as the parameter, or `param - param` would not be zero."""
+  return update.astype(wider(update.dtype, param.dtype))
+
+
+def wider(one: Any, other: Any) -> Any:
+  """The dtype that holds what both hold."""
+  with jax.numpy_dtype_promotion("standard"):
+    return jnp.promote_types(one, other)
 
 
 def initializers_of(fill: Fill, leaves: masking.Arrays) -> dict[_paths.Path, Any]:

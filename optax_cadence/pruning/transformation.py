@@ -299,7 +299,7 @@ def prune(
         inner_state = optimizer.restarted(inner_state, after, {p: ~m for p, m in kept.items()})
       return updates, inner_state
 
-    wide = {path: _as_wide(by_path[path], x) for path, x in leaves.items()}
+    wide = {path: filling.as_wide(by_path[path], x) for path, x in leaves.items()}
     wide, inner_state = _control.maybe(due, hit, (wide, state.inner_state), ())
     updates = jax.tree.unflatten(jax.tree.structure(updates), (by_path | wide).values())
     return updates, state._replace(inner_state=inner_state)
@@ -405,21 +405,15 @@ def _remembered(total: jax.Array, grad: jax.Array, param: jax.Array) -> jax.Arra
   return total - jnp.where(jnp.isfinite(term), term, jnp.zeros_like(term))
 
 
-def _as_wide(update: jax.Array, param: jax.Array) -> jax.Array:
-  """The update, as wide as the parameter, or `param - param` would not be zero."""
-  with jax.numpy_dtype_promotion("standard"):
-    return update.astype(jnp.promote_types(update.dtype, param.dtype))
-
-
 def _zeroed(update: jax.Array, param: jax.Array, kept: jax.Array) -> jax.Array:
   """The update, and `-param` where the weight is not kept."""
-  update = _as_wide(update, param)
+  update = filling.as_wide(update, param)
   return jnp.where(kept, update, -param.astype(update.dtype))
 
 
 def _moved(update: jax.Array, param: jax.Array, to: jax.Array, kept: jax.Array) -> jax.Array:
   """The update, and what leads to another weight where the weight is not kept."""
-  update = _as_wide(update, param)
+  update = filling.as_wide(update, param)
   return jnp.where(kept, update, to.astype(update.dtype) - param.astype(update.dtype))
 
 

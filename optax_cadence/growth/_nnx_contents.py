@@ -1,0 +1,162 @@
+"""What the modules of a live model hold, remembered so that it can be put back.
+
+A growth may put modules into lists and attributes. What stood there before is kept as paths and
+not as objects, so that a clone of the model puts back its own.
+"""
+
+from collections.abc import Callable, Mapping, MutableSequence
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from optax_cadence import _paths
+from optax_cadence.growth._plan import Plan
+
+_OBJECTS: Any = getattr(nnx, "Pytree", nnx.Object)
+_NODES = (_OBJECTS, nnx.Variable, list, dict)
+
+
+class _At(NamedTuple):
+  """What stands at a path of the model as it is later."""
+
+  path: _paths.Path
+
+
+class _Made(NamedTuple):
+  """A list or dict that is no more in the model later, to be made anew."""
+
+  kind: Any
+  items: tuple[Any, ...]
+
+
+Contents = Mapping[_paths.Path, Mapping[Any, Any]]
+
+
+def snapshot(model: Any) -> list[tuple[Any, dict[Any, Any]]]:
+  """Every module, list and dict of a model, and what it holds."""
+  return [
+    (node, _items(node))
+    for _, node in nnx.iter_graph(model)
+    if isinstance(node, _NODES) and not isinstance(node, nnx.Variable)
+  ]
+
+
+def changes(before: list[tuple[Any, dict[Any, Any]]], model: Any) -> Contents:
+  """What those that now hold something else held at a snapshot, by where they are now."""
+  different = [(node, items) for node, items in before if not _same(items, _items(node))]
+  if not different:
+    return {}
+  paths = {
+    id(node): tuple(map(str, path))
+    for path, node in nnx.iter_graph(model)
+    if isinstance(node, _NODES)
+  }
+
+  def encoded(value: Any) -> Any:
+    if id(value) in paths:
+      return _At(paths[id(value)])
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+      return _Made(tuple, tuple(map(encoded, value)))
+    if isinstance(value, list | MutableSequence):
+      return _Made(type(value), tuple(map(encoded, value)))
+    if isinstance(value, dict):
+      return _Made(dict, tuple((name, encoded(x)) for name, x in value.items()))
+    return value
+
+  return {
+    paths[id(node)]: {name: encoded(value) for name, value in items.items()}
+    for node, items in different
+    if id(node) in paths
+  }
+
+
+def restore(model: Any, contents: Contents) -> None:
+  """Puts back what the modules of a model held."""
+  nodes = {
+    tuple(map(str, path)): node for path, node in nnx.iter_graph(model) if isinstance(node, _NODES)
+  }
+
+  def decoded(value: Any) -> Any:
+    if isinstance(value, _At):
+      return nodes[value.path]
+    if not isinstance(value, _Made):
+      return value
+    if value.kind is dict:
+      return {name: decoded(x) for name, x in value.items}
+    return value.kind([decoded(x) for x in value.items])
+
+  gone = [path for path in contents if path not in nodes]
+  if gone:
+    raise ValueError(
+      f"{_paths.listed(gone)} of {type(model).__name__}: expected the modules to stand where the"
+      " growth left them, found none there"
+    )
+  for path, items in contents.items():
+    _put(nodes[path], {name: decoded(value) for name, value in items.items()})
+
+
+def replace(model: Any, path: _paths.Path, new: Callable[[Any], Any]) -> None:
+  """Puts something else, made of it, in the place of a module inside a model."""
+  *outer, name = path
+  parent = model
+  for step in outer:
+    parent = _items(parent)[_key(parent, step)]
+  key = _key(parent, name)
+  _put(parent, {**_items(parent), key: new(_items(parent)[key])})
+
+
+def unwrap(model: Any, plan: Plan) -> None:
+  """Puts modules that a growth has put inside others, as experts, back in the places of these."""
+  inside = {}
+  for change in plan.changes:
+    if change.adds_axis:
+      ((old, new),) = [pair for pair in plan.moved.items() if pair[1] == change.path]
+      same = [a == b for a, b in zip(old[::-1], new[::-1], strict=False)]
+      kept = same.index(False) if False in same else len(same)
+      inside[old[: len(old) - kept]] = new[len(old) - kept : len(new) - kept]
+  for path, rest in inside.items():
+
+    def innermost(node: Any, rest: _paths.Path = rest) -> Any:
+      for step in rest:
+        node = _items(node)[_key(node, step)]
+      return node
+
+    replace(model, path, innermost)
+
+
+def _key(node: Any, name: str) -> Any:
+  """The key of what a module, list or dict holds under a name."""
+  return next(key for key in _items(node) if str(key) == name)
+
+
+def _items(node: Any) -> dict[Any, Any]:
+  """What a module, list or dict holds, by name."""
+  if isinstance(node, list | MutableSequence):
+    return dict(enumerate(node))
+  items = node if isinstance(node, dict) else vars(node)
+  private = ("_pytree__", "_object__")
+  return {k: v for k, v in items.items() if not (isinstance(k, str) and k.startswith(private))}
+
+
+def _same(items: dict[Any, Any], others: dict[Any, Any]) -> bool:
+  """Whether both hold the same objects, by the same names."""
+  return items.keys() == others.keys() and all(items[name] is others[name] for name in items)
+
+
+def _put(node: Any, items: dict[Any, Any]) -> None:
+  """Makes a module, list or dict hold these."""
+  if isinstance(node, list | MutableSequence):
+    while len(node):
+      node.pop()
+    for value in items.values():
+      node.append(value)
+  elif isinstance(node, dict):
+    node.clear()
+    node.update(items)
+  else:
+    now = _items(node)
+    for name in now.keys() - items.keys():
+      delattr(node, name)
+    for name, value in items.items():
+      if name not in now or now[name] is not value:
+        setattr(node, name, value)

@@ -1,0 +1,259 @@
+"""Sparse upcycling: the outputs stay, the state follows, tokens go where the router sends them."""
+
+import growth_nets as nets
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from growth_nets import close
+from growth_nets import equal
+
+import optax_cadence as oc
+from optax_cadence import growth
+
+X = jax.random.normal(jax.random.key(0), (2, 5, 6))
+KEYS = jax.random.split(jax.random.key(1), 4)
+ROUTER = jax.random.normal(KEYS[0], (6, 4))
+
+
+def mlp(params, x):
+  return jnp.tanh(x @ params["up"]) @ params["down"]
+
+
+PARAMS = {
+  "mlp": {
+    "up": jax.random.normal(KEYS[1], (6, 8)),
+    "down": jax.random.normal(KEYS[2], (8, 6)),
+  }
+}
+
+
+def mixture(params, x, **kwargs):
+  def experts(tokens):
+    return jax.vmap(mlp)(params["mlp"]["experts"], tokens)
+
+  return growth.mixture_of_experts(experts, params["mlp"]["router"]["kernel"], x, **kwargs)
+
+
+def random_experts():
+  shapes = {"up": (4, 6, 8), "down": (4, 8, 6)}
+  experts = {n: jax.random.normal(k, s) for (n, s), k in zip(shapes.items(), KEYS[:2], strict=True)}
+  return {"mlp": {"experts": experts, "router": {"kernel": ROUTER}}}
+
+
+def by_hand(params, x, top_k, places):
+  """Token by token, first choices first."""
+  x = np.asarray(x).reshape(-1, x.shape[-1])
+  scores = x @ np.asarray(ROUTER)
+  chosen = np.argsort(-scores, axis=1)[:, :top_k]
+  total, taken = np.zeros((len(x), 6), np.float32), np.zeros(4, int)
+  for k in range(top_k):
+    for i, token in enumerate(x):
+      expert = chosen[i, k]
+      liked = np.exp(scores[i, chosen[i]] - scores[i].max())
+      if taken[expert] < places:
+        one = {name: leaf[expert] for name, leaf in params["mlp"]["experts"].items()}
+        total[i] += liked[k] / liked.sum() * np.asarray(mlp(one, token))
+      taken[expert] += 1
+  return total
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize(("capacity", "places"), [(None, 10), (0.4, None)])
+def test_tokens_go_where_the_router_sends_them(top_k, capacity, places):
+  params = random_experts()
+  places = places or int(np.ceil(0.4 * top_k * 10 / 4))
+  found = mixture(params, X, top_k=top_k, capacity=capacity)
+  expected = by_hand(params, X, top_k, places)
+  np.testing.assert_allclose(found.reshape(10, 6), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_the_router_learns_and_is_balanced():
+  params = random_experts()
+  grads = jax.grad(lambda p: (mixture(p, X) ** 2).sum())(params)
+  assert (jnp.abs(grads["mlp"]["router"]["kernel"]).max(0) > 0).all()
+  even = jnp.eye(4)
+  assert float(growth.load_balance(even, 9.0 * jnp.eye(4))) == pytest.approx(1)
+  assert float(growth.load_balance(even, jnp.full((8, 4), 0.0).at[:, 1].set(50.0))) == 4.0
+  with pytest.raises(ValueError, match=r"router of shape \(6, 4\): expected \[6, experts\]"):
+    mixture(params, X, top_k=5)
+
+
+TX = optax.chain(
+  oc.cadence(optax.adam(1e-2), 3),
+  oc.prune(0.5, every=1, where=lambda path, x: "router" not in path),
+)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_outputs_stay_and_the_state_follows(copied):
+  plan = growth.upcycling(PARAMS, "mlp", experts=4, features=6, copy_state=copied)
+  grown = plan.apply(PARAMS, lambda path, shape, dtype: ROUTER)
+  close(mixture(grown, X), mlp(PARAMS["mlp"], X))
+  with nets.relaxed():
+    _, state = TX.update(PARAMS, TX.init(PARAMS), PARAMS)
+    found = growth.grow_state(TX, state, PARAMS, grown, plan)
+    like = TX.init(grown)
+    assert jax.tree.structure(found) == jax.tree.structure(like)
+    accumulated = found[0].groups["3"].accumulators["mlp"]["experts"]["up"]
+    expected = jnp.broadcast_to(PARAMS["mlp"]["up"], (4, 6, 8))
+    np.testing.assert_array_equal(accumulated, expected if copied else jnp.zeros((4, 6, 8)))
+    masks = oc.pruning.masks(grown, found)["mlp"]["experts"]["up"]
+    of_old = oc.pruning.masks(PARAMS, state)["mlp"]["up"]
+    assert not of_old.all()
+    expected = jnp.broadcast_to(of_old, masks.shape) if copied else jnp.ones_like(masks)
+    np.testing.assert_array_equal(masks, expected)
+    if copied:
+      equal(growth.grow_state(TX, found, grown, PARAMS, plan.inverse()), state)
+  equal(growth.undo(grown, plan), PARAMS)
+
+
+class Mlp(nnx.Module):
+  def __init__(self, rngs):
+    self.up = nnx.Linear(6, 8, rngs=rngs)
+    self.down = nnx.Linear(8, 6, rngs=rngs)
+
+  def __call__(self, x):
+    return self.down(nnx.relu(self.up(x)))
+
+
+class Block(nnx.Module):
+  def __init__(self, rngs):
+    self.mlp = Mlp(rngs)
+
+  def __call__(self, x):
+    return x + self.mlp(x)
+
+
+class Net(nnx.Module):
+  def __init__(self, rngs):
+    self.blocks = nets.module_list([Block(rngs), Block(rngs)])
+    self.tail = Mlp(rngs)
+
+  def __call__(self, x):
+    for block in self.blocks:
+      x = block(x)
+    return self.tail(x)
+
+
+def test_a_live_model():
+  model, twin = nets.make(Net), nets.make(Net)
+  with nets.relaxed():
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+    before, state = growth.nnx.variables(model), jax.tree.leaves(optimizer.opt_state)
+    modules = [model.blocks[1].mlp, model.tail]
+    plan = growth.upcycle(model, X, mlp=modules, experts=4, rngs=nnx.Rngs(3), optimizer=optimizer)
+    assert isinstance(model.tail, growth.MixtureOfExperts)
+    assert model.tail.experts is modules[1]
+    assert model.tail.experts.up.kernel.shape == (4, 6, 8)
+    assert optimizer.opt_state[0].mu["tail"]["experts"]["up"]["kernel"].shape == (4, 6, 8)
+    routers = [nets.array(m.router.kernel) for m in (model.blocks[1].mlp, model.tail)]
+    assert jnp.abs(routers[0] - routers[1]).max() > 1e-3
+    close(model(X), twin(X))
+    grads = nnx.grad(lambda model: (model(X) ** 2).mean())(model)
+    assert jnp.abs(nets.array(grads["tail"]["experts"]["up"]["kernel"])).max() > 0
+    assert float(model.tail.load_balance(X)) >= 1
+    growth.undo(model, plan, optimizer=optimizer)
+    equal(growth.nnx.variables(model), before)
+    equal(jax.tree.leaves(optimizer.opt_state), state)
+    assert model.blocks[1].mlp is modules[0]
+    assert model.tail is modules[1]
+    close(model(X), twin(X))
+
+
+class Scanned(nnx.Module):
+  def __init__(self, rngs):
+    self.blocks = nnx.split_rngs(splits=3)(nnx.vmap(Block, in_axes=0))(rngs)
+
+  def __call__(self, x):
+    scan = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    return scan(x, self.blocks)
+
+
+def test_stacked_layers():
+  model, twin = nets.make(Scanned), nets.make(Scanned)
+  with nets.relaxed():
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+    before, state = growth.nnx.variables(model), jax.tree.leaves(optimizer.opt_state)
+    plan = growth.upcycle(model, X, mlp=model.blocks.mlp, experts=4, optimizer=optimizer)
+    mixture = model.blocks.mlp
+    assert mixture.experts.up.kernel.shape == (3, 4, 6, 8)
+    assert mixture.router.kernel.shape == (3, 6, 4)
+    assert optimizer.opt_state[0].mu["blocks"]["mlp"]["experts"]["up"]["bias"].shape == (3, 4, 8)
+    close(model(X), twin(X))
+    growth.undo(model, plan, optimizer=optimizer)
+    equal(growth.nnx.variables(model), before)
+    equal(jax.tree.leaves(optimizer.opt_state), state)
+  close(model(X), twin(X))
+
+
+class LinenMlp(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(6, name="down")(nn.relu(nn.Dense(8, name="up")(x)))
+
+
+class LinenMixture(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    router = self.param("router", nn.initializers.normal(0.02), (6, 4))
+    of_experts = nn.vmap(
+      LinenMlp, in_axes=0, variable_axes={"params": 0}, split_rngs={"params": True}
+    )
+    return growth.mixture_of_experts(of_experts(name="experts"), router, x)
+
+
+class LinenNet(nn.Module):
+  sparse: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    return x + (LinenMixture if self.sparse else LinenMlp)(name="mlp")(x)
+
+
+def test_linen():
+  old, new = LinenNet(), LinenNet(sparse=True)
+  variables, fresh = (m.init(jax.random.key(0), X) for m in (old, new))
+  plan = growth.upcycling(
+    variables, "params/mlp", experts=4, features=6, router="router", alpha="params/alpha"
+  )
+  grown = plan.apply(variables, fresh)
+  close(new.apply(grown, X), old.apply(variables, X))
+  tx = optax.adam(1e-2)
+  with nets.relaxed():
+    params, bigger = variables["params"], grown["params"]
+    _, state = tx.update(params, tx.init(params), params)
+    found = growth.grow_state(tx, state, params, bigger, plan)
+    moments = found[0].mu["mlp"]["experts"]["up"]["kernel"]
+    np.testing.assert_array_equal(moments[3], state[0].mu["mlp"]["up"]["kernel"])
+    equal(growth.grow_state(tx, found, bigger, params, plan.inverse()), state)
+  equal(growth.undo(grown, plan), variables)
+
+
+def test_routers_may_be_given():
+  model = nets.make(Net)
+  with pytest.raises(ValueError, match=r"given 'router': expected some of 'tail/router/kernel'"):
+    growth.upcycle(model, X, mlp=model.tail, experts=4, given={"router": ROUTER})
+  growth.upcycle(model, X, mlp=model.tail, experts=4, given={"tail/router/kernel": ROUTER})
+  equal(nets.array(model.tail.router.kernel), ROUTER)
+
+
+class Indifferent(Mlp):
+  def __call__(self, x):
+    return x * self.up.bias.sum()
+
+
+def test_errors():
+  model = nets.make(Net)
+  with pytest.raises(ValueError, match="experts must be an integer, 2 or more, found 1"):
+    growth.upcycle(model, X, mlp=model.tail, experts=1)
+  with pytest.raises(ValueError, match="found the model itself"):
+    growth.upcycle(model, X, mlp=model)
+  with pytest.raises(ValueError, match="mlp 'head': expected what holds leaves of 'mlp/"):
+    growth.upcycling(PARAMS, "head", experts=2, features=6)
+  model.tail = Indifferent(nnx.Rngs(0))
+  with pytest.raises(ValueError, match=r"one of \[6, 8\] entries, found that it runs on \[6, 8\]"):
+    growth.upcycle(model, mlp=model.tail, experts=2)
