@@ -6,6 +6,7 @@ from typing import Any, TYPE_CHECKING
 from optax_cadence._cadence import cadence
 from optax_cadence._cadence import CadenceTransformation
 from optax_cadence._cadence import chain
+from optax_cadence._convert import convert
 from optax_cadence._learning_rate import scale_by_cadence
 from optax_cadence._learning_rate import ScaleByCadenceState
 from optax_cadence._state import CadenceState
@@ -29,6 +30,8 @@ from optax_cadence.regions.grids import stacked
 from optax_cadence.report.describe import describe
 from optax_cadence.report.describe import Description
 from optax_cadence.report.describe import GroupSummary
+from optax_cadence.report.gradient_norm import gradient_norm
+from optax_cadence.report.gradient_norm import GradientNormState
 from optax_cadence.report.metrics import has_updated
 from optax_cadence.report.metrics import metrics
 from optax_cadence.report.pictures import plot_confidence
@@ -65,6 +68,7 @@ __all__ = [
   "Description",
   "Estimate",
   "Every",
+  "GradientNormState",
   "Grid",
   "GroupState",
   "GroupSummary",
@@ -81,9 +85,11 @@ __all__ = [
   "cadence",
   "chain",
   "channels",
+  "convert",
   "describe",
   "each_layer",
   "forward_order",
+  "gradient_norm",
   "growth",
   "has_updated",
   "late",

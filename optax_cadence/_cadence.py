@@ -5,6 +5,7 @@ What happens at a micro-step is in `_step`; here is what it is given. `chain` is
 
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -86,6 +87,8 @@ def cadence(
   nonfinite: Literal["propagate", "skip"] = "propagate",
   clock: Literal["updates", "micro_steps"] = "updates",
   weighted: bool = False,
+  skip: Callable[[optax.Updates, optax.Params | None], Any] | None = None,
+  clip_norm: Any = None,
 ) -> CadenceTransformation:
   r"""Lets every part of the parameters accumulate gradients over its own period.
 
@@ -124,6 +127,13 @@ def cadence(
       micro-batch, those that an expert saw). The mean of a window is Σ w g / Σ w, its sum Σ w g. A
       micro-batch of weight 0 does not count, whatever its gradient holds, and a window of total
       weight 0 does not fire. Needs an `inner` as `nonfinite="skip"` does.
+    skip: A function `(grads, params) -> bool` that says whether a micro-batch is left out, besides
+      those that `nonfinite` leaves out and in the same way; what it returns may be a tree prefix of
+      the parameters that says it for each.
+    clip_norm: The largest norm of what all groups that are due at a micro-step hand to `inner`,
+      together: more is scaled down to it. (`optax.clip_by_global_norm` inside a cadence sees one
+      group at a time.) A NaN clips nothing, and an infinity everything, to zero. In `jax.shard_map`
+      the norm is that of each shard.
 
   Returns:
     A `CadenceTransformation`: `init` and `update` as in Optax, where `update` takes
@@ -147,7 +157,9 @@ def cadence(
   [0. 0.] [-1. -1.]
   [-1. -1.] [-1. -1.]
   """
-  self = Cadence(inner, every, accumulate, accumulator_dtype, nonfinite, clock, weighted)
+  self = Cadence(
+    inner, every, accumulate, accumulator_dtype, nonfinite, clock, weighted, skip, clip_norm
+  )
   return CadenceTransformation(self.init, self.update)
 
 
@@ -167,6 +179,12 @@ def of(tx: Any, call: str = "") -> "Cadence":
       f"found {_checks.shown(tx)}"
     )
   return _owner(tx).cadence
+
+
+def chain_of(tx: Any) -> "Chain | None":
+  """The chain behind an `oc.chain`; None for anything else."""
+  owner = _owner(tx) if isinstance(tx, CadenceTransformation) else None
+  return owner if isinstance(owner, Chain) else None
 
 
 def stands_alone(tx: CadenceTransformation) -> bool:
@@ -215,6 +233,8 @@ class Cadence:
     nonfinite: str,
     clock: str,
     weighted: bool,
+    skip: Callable[[Any, Any], Any] | None,
+    clip_norm: Any,
   ):
     _one_of("accumulate", accumulate, ("mean", "sum", "latest"))
     _one_of("nonfinite", nonfinite, ("propagate", "skip"))
@@ -224,7 +244,14 @@ class Cadence:
     self.every = every
     self.accumulate = accumulate
     self.accumulator_dtype = accumulator_dtype
-    self.skip = nonfinite == "skip"
+    if skip is not None and not callable(skip):
+      raise ValueError(f"skip must be a function (grads, params), found {_checks.shown(skip)}")
+    if clip_norm is not None:
+      _checks.number("clip_norm", clip_norm, 0, math.inf)
+    self.clip_norm = clip_norm
+    self.skips_nonfinite = nonfinite == "skip"
+    self.skip_if = skip
+    self.skip = self.skips_nonfinite or skip is not None
     self.weighted = bool(weighted)
     # Whether a micro-batch may count in some of the regions of a group alone.
     self.by_region = self.skip or self.weighted
@@ -277,6 +304,10 @@ class Cadence:
 
     dtypes = list(map(self.mean_dtype, _dtypes(params)))
     return choice.choose(self.inner, layout, dtypes)
+
+  def layout_of(self, state: CadenceState, params: Any) -> layouts.Layout:
+    """The groups of parameters, as a state has them."""
+    return self._prepare(params, state, params, {}).layout
 
   def _check_policies(self, everys: Iterable[Every]) -> None:
     """Raises where a policy has no accumulator to judge."""
@@ -402,7 +433,7 @@ class Cadence:
     if phase is not None:
       phase = phases.checked(phase, call.layout.everys, state.micro_step)
     leaves, zeros = layouts.leaves_of(grads), {}
-    call = self._with_weights(call, weight, leaves)
+    call = self._with_weights(call, weight, leaves, params)
     for i, g in leaves.items():
       zeros[i] = jnp.zeros_like(g, _window.wider(g.dtype, call.param_dtypes[i]))
     updates, state = _step.advance(call, leaves, state, zeros, phase)
@@ -424,7 +455,7 @@ class Cadence:
     if phase is not None:
       phase = phases.checked(phase, call.layout.everys, state.micro_step)
     given, targets = layouts.leaves_of(grads), layouts.leaves_of(params)
-    call = self._with_weights(call, weight, given)
+    call = self._with_weights(call, weight, given, params)
     leaves, state = _step.advance(call, given, state, targets, phase)
     return jax.tree.unflatten(jax.tree.structure(params), leaves.values()), state
 
@@ -454,7 +485,7 @@ class Cadence:
       phase = phases.checked(phase, call.layout.everys, state.micro_step)
     value, grads, given, summed = differentiate(call, state)
     call = dataclasses.replace(call, given=given, summed=summed)
-    call = self._with_weights(call, weight, grads)
+    call = self._with_weights(call, weight, grads, params)
     leaves, state = _step.advance(call, grads, state, layouts.leaves_of(params), phase)
     return jax.tree.unflatten(jax.tree.structure(params), leaves.values()), state, value
 
@@ -546,26 +577,36 @@ class Cadence:
       extra_args=extra_args or {},
       in_place=in_place,
       sums=self.accumulate == "sum",
-      skips=self.skip,
+      skips=self.skips_nonfinite,
+      clip_norm=self.clip_norm,
       set_schedules=self.set_schedules,
     )
 
-  def _with_weights(self, call: _step.Call, weight: Any, grads: layouts.Leaves) -> _step.Call:
-    """The call, with how much the micro-batch counts for each leaf.
+  def _with_weights(
+    self, call: _step.Call, weight: Any, grads: layouts.Leaves, params: Any
+  ) -> _step.Call:
+    """The call, with how much the micro-batch counts for each leaf, and whether it is used at all.
 
     Raises:
       ValueError: If there is a weight and none is expected, or the other way round.
     """
-    if not self.weighted:
-      if weight is None:
-        return call
+    if self.skip_if is not None:
+      from optax_cadence import _weights
+
+      tree = call.layout.treedef.unflatten(grads.values())
+      usable = _weights.usable(self.skip_if, tree, params, call.layout)
+      call = dataclasses.replace(call, usable=usable)
+    if self.weighted:
+      from optax_cadence import _weights
+
+      weights = _weights.of_leaves(weight, call.layout, grads)
+      return dataclasses.replace(call, weights=weights)
+    if weight is not None:
       raise ValueError(
         "weight: expected none without oc.cadence(..., weighted=True), found"
         f" {_checks.shown(weight)}"
       )
-    from optax_cadence import _weights
-
-    return dataclasses.replace(call, weights=_weights.of_leaves(weight, call.layout, grads))
+    return call
 
   def _check_state(self, layout: layouts.Layout, state: Any) -> None:
     """Raises unless the state has the groups of this tree."""
@@ -595,7 +636,7 @@ class Cadence:
           raise ValueError(
             f"state of group {group.name!r}: expected {'' if is_needed else 'no '}{field}, found"
             f" {'none' if is_needed else 'some'}; a state goes with the settings (accumulate,"
-            " nonfinite, weighted) it was made for"
+            " nonfinite, skip, weighted) it was made for"
           )
 
 

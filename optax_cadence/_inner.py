@@ -39,6 +39,11 @@ class Inner:
       )
     self.any = self._checked(given(1), 1)
 
+  @property
+  def follows_window(self) -> bool:
+    """Whether it is a function of the window's length."""
+    return self._make is not None
+
   def of(self, every: Every, length: Any = None) -> optax.GradientTransformationExtraArgs:
     """The inner optimizer of a group.
 

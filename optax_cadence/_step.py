@@ -49,9 +49,12 @@ class Call:
     in_place: Whether the targets are the parameters.
     sums: Whether the optimizer gets the sum of a window and not its mean.
     skips: Whether micro-batches that are not finite are left out.
+    usable: Whether the micro-batch is to be used for each leaf; None where it is for all.
     weights: How much the micro-batch counts for each leaf; None where all count alike.
     set_schedules: Sets the schedules in an inner state to a number of micro-steps; None where
       they count updates.
+    clip_norm: The largest norm of all means that fire at a micro-step together; None for any.
+    scale: What these are multiplied with so that it is; None for 1.
     moments: Where the inner optimizer keeps its arrays for the entries of each leaf under a mask,
       as key paths, by the position of the leaf.
     given: For some tensors their gradient, which is not read from that of the leaf.
@@ -69,6 +72,9 @@ class Call:
   skips: bool
   set_schedules: Callable[[Any, jax.Array], Any] | None
   weights: Leaves | None = None
+  usable: Leaves | None = None
+  clip_norm: Any = None
+  scale: jax.Array | None = None
   moments: Mapping[int, list[Any]] = dataclasses.field(default_factory=dict)
   given: Mapping[Tensor, jax.Array] = dataclasses.field(default_factory=dict)
   summed: Collection[Tensor] = ()
@@ -112,6 +118,29 @@ class Turn(NamedTuple):
   fires: bool | jax.Array
 
 
+class Opened(NamedTuple):
+  """A group at a micro-step, before it fires, with all that is needed to close its window.
+
+  Attributes:
+    state: Its state.
+    window: Its window, with this micro-step.
+    due: Whether it is due.
+    fires: Whether it fires, the same for all but some policies.
+    decision: What its policy has decided; None without one.
+  """
+
+  state: GroupState
+  window: _window.Window
+  due: bool | jax.Array
+  fires: bool | jax.Array
+  decision: Any
+
+  @property
+  def turn(self) -> Turn:
+    """What leaves under masks need to know of it."""
+    return Turn(self.state.inner_state, self.window, self.fires)
+
+
 def advance(
   call: Call, grads: Leaves, state: CadenceState, targets: Leaves, phase: Phase | None
 ) -> tuple[Leaves, CadenceState]:
@@ -121,35 +150,61 @@ def advance(
     from optax_cadence.entrywise import masks
 
     finite = masks.all_finite(call, grads)
+
+  def opened(group: Group, targets: Leaves) -> Opened:
+    flags = finite.get(group.name, ())
+    return open_window(call, group, state.groups[group.name], grads, flags, targets, phase)
+
+  ready = {}
+  if call.clip_norm is not None:  # which takes the means of all groups before the first fires
+    ready = {group.name: opened(group, targets) for group in call.layout.groups}
+    call = clipping(
+      call, state, grads, {name: group.turn for name, group in ready.items()}, targets
+    )
   for group in call.layout.groups:
-    old, decision = state.groups[group.name], None
-    tensors, summed = group.take(grads), []
-    if call.given:
-      pairs = zip(group.tensors, tensors, strict=True)
-      tensors = [call.given.get(t, x) for t, x in pairs]
-      summed = [t in call.summed for t in group.tensors]
-    tree, flags = call.layout.tree(group, tensors), finite.get(group.name, ())
-    weights = None
-    if call.weights is not None and (group.tensors or group.masked):
-      from optax_cadence import _weights
-
-      weights = _weights.of_regions(call.weights, group)
-    window = _window.accumulate(old, tensors, tree, flags, summed, weights)
-    due = fires = is_due(group, old, phase)
-    if group.every.policy is not None and tensors:
-      from optax_cadence.confidence import deciding
-
-      decision = deciding.decide(call, group, old, window, targets)
-      due, fires, old = decision.due, decision.fires, decision.state
-    turns[group.name] = Turn(old.inner_state, window, fires)
-    targets, new = fire(call, group, old, window, fires, targets, state.micro_step)
-    new = close(group.every, new, window, due, state.micro_step)
-    groups[group.name] = new if decision is None else decision.learned(new)
+    now = ready.get(group.name) or opened(group, targets)
+    turns[group.name] = now.turn
+    targets, new = fire(call, group, now.state, now.window, now.fires, targets, state.micro_step)
+    new = close(group.every, new, now.window, now.due, state.micro_step)
+    groups[group.name] = new if now.decision is None else now.decision.learned(new)
   mask_state = state.masks
   if call.layout.masked:
     targets, mask_state = advance_masks(call, state, grads, turns, targets, state.micro_step)
   micro_step = optax.safe_increment(state.micro_step)
   return targets, CadenceState(micro_step, groups, state.regions, mask_state)
+
+
+def open_window(
+  call: Call,
+  group: Group,
+  old: GroupState,
+  grads: Leaves,
+  finite: Sequence[jax.Array],
+  targets: Leaves,
+  phase: Phase | None,
+) -> Opened:
+  """Adds the gradients to the window of a group, and says whether it is due."""
+  decision = counts = weights = None
+  tensors, summed = group.take(grads), []
+  if call.given:
+    pairs = zip(group.tensors, tensors, strict=True)
+    tensors = [call.given.get(t, x) for t, x in pairs]
+    summed = [t in call.summed for t in group.tensors]
+  tree = call.layout.tree(group, tensors)
+  if (call.skips or call.usable is not None) and (tensors or group.masked):
+    counts = countable(call, group, tensors, finite)
+  if call.weights is not None and (group.tensors or group.masked):
+    from optax_cadence import _weights
+
+    weights = _weights.of_regions(call.weights, group)
+  window = _window.accumulate(old, tensors, tree, counts, summed, weights)
+  due = fires = is_due(group, old, phase)
+  if group.every.policy is not None and tensors:
+    from optax_cadence.confidence import deciding
+
+    decision = deciding.decide(call, group, old, window, targets)
+    due, fires, old = decision.due, decision.fires, decision.state
+  return Opened(old, window, due, fires, decision)
 
 
 def flush(call: Call, state: CadenceState, targets: Leaves) -> tuple[Leaves, CadenceState]:
@@ -160,6 +215,10 @@ def flush(call: Call, state: CadenceState, targets: Leaves) -> tuple[Leaves, Cad
     window = _window.so_far(old, call.layout.tree(group, group.take(targets)))
     filled = False if old.window is None else window.length.max(initial=0) > 0
     turns[group.name] = Turn(old.inner_state, window, filled)
+  if call.clip_norm is not None:
+    call = clipping(call, state, None, turns, targets)
+  for group in call.layout.groups:
+    old, (_, window, filled) = state.groups[group.name], turns[group.name]
     old = old._replace(fired=jnp.zeros_like(old.fired))
     if old.window is not None:
       targets, old = fire(call, group, old, window, filled, targets, micro_step)
@@ -169,6 +228,48 @@ def flush(call: Call, state: CadenceState, targets: Leaves) -> tuple[Leaves, Cad
   if call.layout.masked:
     targets, mask_state = advance_masks(call, state, None, turns, targets, micro_step)
   return targets, state._replace(groups=groups, masks=mask_state)
+
+
+def clipping(
+  call: Call,
+  state: CadenceState,
+  grads: Leaves | None,
+  turns: Mapping[str, Turn],
+  targets: Leaves,
+) -> Call:
+  """The call, with what all means that fire are multiplied with so that their norm is not larger.
+
+  A NaN does not reach the updates of other windows by it: it clips nothing.
+  """
+  square = jnp.float32(0)
+  for group in call.layout.groups:
+    turn = turns[group.name]
+    if not group.tensors or turn.fires is False:
+      continue
+
+    def measure(_: Any, consts: Any, turn: Turn = turn, group: Group = group) -> jax.Array:
+      from optax_cadence.confidence import statistics
+
+      window = turn.window._replace(sums=consts[0], length=consts[1], weights=consts[2])
+      return statistics.squared_norms(reduced(call, group, window)).sum()
+
+    consts = turn.window.sums, turn.window.length, turn.window.weights
+    square += _control.maybe(turn.fires, measure, jnp.float32(0), consts)
+  if call.layout.masked:
+    from optax_cadence.entrywise import masks
+
+    assert state.masks is not None
+    square += masks.squared_norm(call, state.masks, grads, turns, targets)
+  norm = jnp.sqrt(square)
+  largest = jnp.asarray(call.clip_norm, jnp.float32)
+  return dataclasses.replace(call, scale=jnp.where(norm > largest, largest / norm, 1))
+
+
+def reduced(call: Call, group: Group, window: _window.Window) -> list[jax.Array]:
+  """What the inner optimizer is handed of a window: the mean of each tensor, or its sum."""
+  reduce = _window.sums if call.sums else _window.means
+  grads = reduce(window, [call.dtypes[tensor.leaf] for tensor in group.tensors])
+  return grads if call.scale is None else [_window.multiply(x, call.scale) for x in grads]
 
 
 def advance_masks(
@@ -184,6 +285,25 @@ def advance_masks(
 
   assert state.masks is not None
   return masks.advance(call, state.masks, grads, turns, targets, micro_step)
+
+
+def countable(
+  call: Call, group: Group, tensors: Sequence[jax.Array], finite: Sequence[jax.Array]
+) -> jax.Array:
+  """Whether the micro-batch is usable in each of a group's regions: bool [R].
+
+  Args:
+    call: The call.
+    group: The group.
+    tensors: Its gradients.
+    finite: Whether those that it has of leaves under masks are finite.
+  """
+  found = []
+  if call.skips:
+    found.append(jnp.stack([*map(_window.all_finite, tensors), *finite]))
+  if call.usable is not None:
+    found.append(jnp.stack([call.usable[t.leaf] for t in (*group.tensors, *group.masked)]))
+  return functools.reduce(jnp.logical_and, found)
 
 
 def is_due(group: Group, state: GroupState, phase: Phase | None) -> bool | jax.Array:
@@ -362,8 +482,7 @@ def run_inner(
   micro_step: jax.Array,
 ) -> tuple[list[jax.Array], Any]:
   """Updates of the group's tensors, in the dtype of their mean, and the new inner state."""
-  reduce = _window.sums if call.sums else _window.means
-  grads = reduce(window, [call.dtypes[tensor.leaf] for tensor in group.tensors])
+  grads = reduced(call, group, window)
   old = call.state_of(group, state, window, micro_step)
   values = None if params is None else call.layout.tree(group, params)
   inner, tree = call.inner_of(group, window.length), call.layout.tree(group, grads)

@@ -1,5 +1,6 @@
-"""How much a micro-batch counts: the `weight` that a call is given, for each leaf."""
+"""How much a micro-batch counts for each leaf: by the `weight` of a call, and by `skip`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,32 +40,56 @@ def of_leaves(weight: Any, layout: Layout, grads: Leaves) -> dict[int, jax.Array
       "weighted=True: expected weight=, a scalar or a prefix of the parameters that says how much"
       " the micro-batch counts, found none"
     )
-  rows = [(tuple(path), x) for path, x in _paths.flatten_with_paths(weight)]
+  found = _spread("weight", weight, layout, _check)
+  for i, given in found.items():
+    x = jnp.asarray(given).astype(jnp.float32)
+    missing = _sharding.axes_of(x) - _sharding.axes_of(grads[i])
+    found[i] = jax.lax.psum(x, tuple(missing)) if missing else x
+  return found
+
+
+def usable(skip: Callable[[Any, Any], Any], grads: Any, params: Any, layout: Layout) -> Leaves:
+  """Whether a micro-batch is to be used for each leaf, by what a predicate says.
+
+  Raises:
+    ValueError: If that is no truth value, or tree prefix of the parameters of such.
+  """
+  found = _spread("what skip returns", skip(grads, params), layout, _check_flag)
+  return {i: ~jnp.asarray(flag) for i, flag in found.items()}
+
+
+def _spread(
+  what: str, tree: Any, layout: Layout, check: Callable[[str, Any], None]
+) -> dict[int, Any]:
+  """For each leaf what a tree prefix of the parameters has for it.
+
+  Raises:
+    ValueError: If it has nothing for a leaf, or something for none.
+  """
+  rows = [(tuple(path), x) for path, x in _paths.flatten_with_paths(tree)]
   for path, x in rows:
-    _check(_paths.join(path), x)
+    name = _paths.join(path)
+    check(f"{what} of {name!r}" if name else what, x)
   given, found, used = dict(rows), {}, set()
   for i, path in enumerate(layout.paths):
     prefix = next((path[:n] for n in range(len(path) + 1) if path[:n] in given), None)
     if prefix is None:
       raise ValueError(
-        f"weight: expected a scalar, or a prefix of the parameters, found none for"
+        f"{what}: expected a scalar, or a prefix of the parameters, found none for"
         f" {layout.name(i)!r} among {_paths.listed(given)}"
       )
     used.add(prefix)
-    x = jnp.asarray(given[prefix]).astype(jnp.float32)
-    missing = _sharding.axes_of(x) - _sharding.axes_of(grads[i])
-    found[i] = jax.lax.psum(x, tuple(missing)) if missing else x
+    found[i] = given[prefix]
   unused = [path for path in given if path not in used]
   if unused and layout.paths:
     raise ValueError(
-      f"weight of {_paths.listed(unused)}: no parameter is there; expected a prefix of"
+      f"{what} of {_paths.listed(unused)}: no parameter is there; expected a prefix of"
       f" {_paths.listed(layout.paths)}"
     )
   return found
 
 
-def _check(name: str, x: Any) -> None:
-  where = f"weight of {name!r}" if name else "weight"
+def _check(where: str, x: Any) -> None:
   number = isinstance(x, int | float | np.ndarray | np.generic | jax.Array)
   dtype = jax.dtypes.result_type(x) if number else np.dtype(object)
   real = any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
@@ -72,3 +97,9 @@ def _check(name: str, x: Any) -> None:
     raise ValueError(f"{where}: expected a scalar, a real number, found {_checks.shown(x)}")
   if not isinstance(x, jax.core.Tracer) and not (np.isfinite(x) and float(x) >= 0):
     raise ValueError(f"{where}: expected a finite number of at least 0, found {_checks.shown(x)}")
+
+
+def _check_flag(where: str, x: Any) -> None:
+  is_flag = isinstance(x, bool) or getattr(x, "dtype", None) == np.bool_
+  if not is_flag or np.shape(x) != ():
+    raise ValueError(f"{where}: expected a truth value, found {_checks.shown(x)}")

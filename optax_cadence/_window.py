@@ -84,7 +84,7 @@ def accumulate(
   state: GroupState,
   tensors: Sequence[jax.Array],
   tree: Any,
-  finite: Sequence[jax.Array] = (),
+  counts: jax.Array | None = None,
   summed: Sequence[bool] = (),
   weights: jax.Array | None = None,
 ) -> Window:
@@ -94,7 +94,7 @@ def accumulate(
     state: State of the group.
     tensors: The gradient of each of its tensors.
     tree: The same, as the inner optimizer sees them.
-    finite: Whether the entries that it has of leaves under masks are finite.
+    counts: Whether the micro-batch is usable in each region: bool [R]. None where it always is.
     summed: Whether what is given of each tensor is the sum of the window with its gradient, and not
       the gradient; none is where this is empty.
     weights: How much the micro-batch counts in each region: float32 [R]. None for 1 in all.
@@ -105,9 +105,9 @@ def accumulate(
   Raises:
     ValueError: If the state is of other tensors.
   """
-  new, counts, skipped = jnp.int32(1), None, state.skipped
-  if skipped is not None and (tensors or finite):
-    counts = jnp.stack([*map(_all_finite, tensors), *finite])
+  new, skipped = jnp.int32(1), state.skipped
+  if counts is not None:
+    assert skipped is not None
     left_out = ~counts if weights is None else ~counts & (weights > 0)
     skipped = skipped + left_out.astype(jnp.int32)
   if weights is not None:
@@ -241,7 +241,7 @@ def item(x: jax.Array, i: int) -> jax.Array:
   return x[i] if x.ndim else x
 
 
-def _all_finite(x: jax.Array) -> jax.Array:
+def all_finite(x: jax.Array) -> jax.Array:
   """Whether all entries are finite: bool scalar."""
   if x.ndim == 0 or x.shape[0] % _SLABS or _sharding.spec_of(x) or not _control.is_traced(x):
     return jnp.isfinite(x).all()

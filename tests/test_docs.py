@@ -1,4 +1,4 @@
-"""The code of the README and of the page on training runs as it is printed."""
+"""The code of the README and of the pages beside it runs as it is printed."""
 
 import pathlib
 import re
@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FRAGMENTS = ("before", "each_layer", "cubic", "growth")
 
 
-PAGES = ("README.md", "docs/training.md")
+PAGES = ("README.md", "docs/training.md", "docs/from_multisteps.md")
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -269,6 +269,49 @@ def advance(
   return targets, MaskState(inner_state, sums)
 
 
+def squared_norm(
+  call: "Call",
+  state: MaskState,
+  grads: Leaves | None,
+  turns: Mapping[str, "Turn"],
+  targets: Leaves,
+) -> jax.Array:
+  """Squared norm of the means of all entries that fire: float32 scalar."""
+  from optax_cadence.confidence import statistics
+
+  square = jnp.float32(0)
+  sums = dict(zip(call.layout.masked, jax.tree.leaves(state.accumulators), strict=False))
+  reduce = _window.sum_of if call.sums else _window.mean_of
+  for mask in masks_of(call.layout):
+    grad, total = None if grads is None else grads[mask.leaf], sums.get(mask.leaf)
+    codes, regions = mask.codes(targets[mask.leaf]), _regions(call, mask, turns)
+    fires = [region.fires for region in regions.values()]
+    weights = [region.total_weight for region in regions.values()]
+    if total is None:
+      if grad is None:
+        continue  # Nothing is held from one micro-step to the next.
+      total = grad.astype(call.dtypes[mask.leaf])
+    elif grad is not None:
+      weight = None if call.weights is None else call.weights[mask.leaf]
+      total = _added(mask, codes, regions, total, grad, weight)
+
+    def measure(
+      _: Any,
+      total: jax.Array,
+      mask: Mask = mask,
+      codes: Any = codes,
+      fires: Any = fires,
+      weights: Any = weights,
+    ) -> jax.Array:
+      mean = reduce(total, mask.look_up(codes, total, weights), call.dtypes[mask.leaf])
+      mean = jnp.where(mask.any(codes, fires), mean, jnp.zeros_like(mean))
+      return statistics.squared_norms([mean])[0]
+
+    when = any(flag is True for flag in fires) or functools.reduce(jnp.logical_or, fires)
+    square += _control.maybe(when, measure, jnp.float32(0), total)
+  return square
+
+
 class Region(NamedTuple):
   """The entries that a group has of a leaf under a mask, at a micro-step.
 
@@ -343,6 +386,7 @@ def _fire(
     target, moments, total = carry
     look_up = functools.partial(mask.look_up, codes, total)
     grad = reduce(total, look_up(weights), call.dtypes[mask.leaf])
+    grad = grad if call.scale is None else _window.multiply(grad, call.scale)
     param = target if call.in_place else param
     held = dict(zip(paths, moments, strict=True))
     results = proof.run(updates, mask.leaf, held, numbers, grad, param, look_up)
@@ -387,7 +431,8 @@ def _fire_now(
   params = dict(tensors)
   for i, t in enumerate(group.masked, len(group.tensors)):
     weight = turn.window.total_weight(i)
-    tensors[t.leaf] = [reduce(totals[t.leaf], weight, dtypes[t.leaf])]
+    grad = reduce(totals[t.leaf], weight, dtypes[t.leaf])
+    tensors[t.leaf] = [grad if call.scale is None else _window.multiply(grad, call.scale)]
     param = targets if call.in_place else call.params
     params[t.leaf] = tensors[t.leaf] if param is None else [param[t.leaf]]
   grads = proof.tree_of(layout, tensors)

@@ -1,7 +1,7 @@
 """What a cadence is doing, as scalars for a logger."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,12 @@ from optax_cadence._state import GroupState
 from optax_cadence.confidence.noise_scale import MeasuredGroup
 from optax_cadence.confidence.noise_scale import NoiseScaleState
 from optax_cadence.confidence.statistics import Estimate
+from optax_cadence.report.gradient_norm import GradientNormState
 
 _STATES = (CadenceState, NoiseScaleState)
 
 
-def metrics(state: Any) -> dict[str, Any]:
+def metrics(state: Any, by: Literal["region", "group"] = "region") -> dict[str, Any]:
   """The values of every cadence and `noise_scale` in an optimizer state, for any logger.
 
   All come from the device in one transfer. Under `jax.jit` they are scalars of the program.
@@ -28,9 +29,21 @@ def metrics(state: Any) -> dict[str, Any]:
     state: State of a cadence, or of any optimizer that has one in it; also the `opt_state` of an
       `nnx.Optimizer`. Of many states in one, as `jax.vmap(tx.init)` makes them, every value is an
       array with the same leading axes.
+    by: `"region"`, or `"group"` for the short form.
 
   Returns:
-    A flat dict: `micro_step`, and these five for every region. A region is named by the path of its
+    A flat dict. By group: `micro_step`, and for every group, under the name that it has in
+    `oc.has_updated`,
+
+    - `NAME/length`: micro-steps of the window in force; under a policy, of the last one that
+      fired.
+    - `NAME/updates`: updates applied.
+    - `NAME/skipped`: micro-batches left out, in the region with the most.
+    - `NAME/learning_rate`: where it is a hyperparameter of `optax.inject_hyperparams`. Then there
+      is also `learning_rate`, that of the group with the most updates, which is the latest.
+    - `NAME/gradient_norm`: of the last mean gradient, with `oc.gradient_norm` in the cadence.
+
+    By region: `micro_step`, and these five for every region. A region is named by the path of its
     parameter; several in one parameter are `NAME/0`, `NAME/1`, …, in the order of the groups.
 
     - `NAME/period`: micro-steps of the window in force; under a policy, of the last one that
@@ -49,7 +62,7 @@ def metrics(state: Any) -> dict[str, Any]:
     A `noise_scale` with regions that no cadence has gives their `noise_scale` alone.
 
   Raises:
-    ValueError: If there is no cadence and no `noise_scale` in it.
+    ValueError: If there is no cadence and no `noise_scale` in it, or, by group, no cadence.
 
   >>> import jax.numpy as jnp, optax, optax_cadence as oc
   >>> tx = oc.cadence(optax.sgd(1.0), {"a": 4, "b": 2})
@@ -57,7 +70,13 @@ def metrics(state: Any) -> dict[str, Any]:
   >>> found = oc.metrics(state)
   >>> {name: int(value) for name, value in found.items() if name.endswith("period")}
   {'a/period': 4, 'b/period': 2}
+  >>> sorted(oc.metrics(state, by="group"))[:4]
+  ['2/length', '2/skipped', '2/updates', '4/length']
   """
+  if by not in ("region", "group"):
+    raise ValueError(f"metrics: by must be 'region' or 'group', found {_checks.shown(by)}")
+  if by == "group":
+    return _by_group(cadence_states(state), state)
   nodes = [x for x in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(x)]
   if not nodes:
     raise ValueError(f"metrics: expected a cadence in the state, found {type(state).__name__}")
@@ -82,6 +101,47 @@ def metrics(state: Any) -> dict[str, Any]:
       row["snr"] = length / row["noise_scale"]
     values |= {f"{name}/{key}": value for key, value in row.items()}
   return values
+
+
+def _by_group(nodes: list[CadenceState], state: Any) -> dict[str, Any]:
+  if not nodes:
+    raise ValueError(f"metrics: expected a cadence in the state, found {_checks.shown(state)}")
+  rows: dict[str, dict[str, Any]] = {}
+  for node in nodes:
+    for name, group in node.groups.items():
+      rows[_paths.unused(name, rows)] = _row_of_group(_paths.without_variables(group))
+  micro_step = _paths.without_variables(nodes[0].micro_step)
+  traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((micro_step, rows)))
+  micro_step, rows = (micro_step, rows) if traced else _on_host((micro_step, rows))
+  values = {"micro_step": micro_step}
+  rates = [row for row in rows.values() if "learning_rate" in row]
+  if rates:
+    xp = jnp if traced else np
+    most = xp.stack([row["updates"] for row in rates]).argmax(0)
+    found = xp.stack([row["learning_rate"] for row in rates])
+    values["learning_rate"] = xp.take_along_axis(found, most[None], 0)[0]
+  return values | {f"{name}/{key}": x for name, row in rows.items() for key, x in row.items()}
+
+
+def _row_of_group(group: GroupState) -> dict[str, Any]:
+  none = jnp.zeros_like(group.period)
+  skipped = none if group.skipped is None else group.skipped
+  row = {
+    "length": group.period,
+    "updates": group.updates,
+    "skipped": skipped.max(-1) if skipped.ndim > none.ndim else skipped,
+  }
+
+  def is_known(node: Any) -> bool:
+    return isinstance(node, GradientNormState) or hasattr(node, "hyperparams")
+
+  for node in jax.tree.leaves(group.inner_state, is_leaf=is_known):
+    if isinstance(node, GradientNormState):
+      row.setdefault("gradient_norm", node.norm)
+    elif is_known(node) and "learning_rate" in node.hyperparams:
+      rate = jnp.asarray(node.hyperparams["learning_rate"])
+      row.setdefault("learning_rate", rate.astype(jnp.float32))
+  return row
 
 
 def has_updated(state: Any) -> dict[str, Any]:
