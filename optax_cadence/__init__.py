@@ -45,6 +45,7 @@ from optax_cadence.schedules.policy import Policy
 
 if TYPE_CHECKING:
   from optax_cadence import growth
+  from optax_cadence import linen
   from optax_cadence import nnx
   from optax_cadence import pruning
   from optax_cadence.pruning.transformation import prune
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
   """Imports what not everybody uses, and what needs Flax, when it is first used."""
-  if name in ("growth", "nnx", "pruning"):
+  if name in ("growth", "linen", "nnx", "pruning"):
     return importlib.import_module(f"{__name__}.{name}")
   if name == "prune":
     return importlib.import_module(f"{__name__}.pruning").prune
@@ -88,6 +89,7 @@ __all__ = [
   "growth",
   "has_updated",
   "late",
+  "linen",
   "metrics",
   "nnx",
   "noise_scale",
