@@ -158,9 +158,8 @@ def advance(
   ready = {}
   if call.clip_norm is not None:  # which takes the means of all groups before the first fires
     ready = {group.name: opened(group, targets) for group in call.layout.groups}
-    call = clipping(
-      call, state, grads, {name: group.turn for name, group in ready.items()}, targets
-    )
+    turns = {name: group.turn for name, group in ready.items()}
+    call = clipped(call, state, grads, turns, targets)
   for group in call.layout.groups:
     now = ready.get(group.name) or opened(group, targets)
     turns[group.name] = now.turn
@@ -216,7 +215,7 @@ def flush(call: Call, state: CadenceState, targets: Leaves) -> tuple[Leaves, Cad
     filled = False if old.window is None else window.length.max(initial=0) > 0
     turns[group.name] = Turn(old.inner_state, window, filled)
   if call.clip_norm is not None:
-    call = clipping(call, state, None, turns, targets)
+    call = clipped(call, state, None, turns, targets)
   for group in call.layout.groups:
     old, (_, window, filled) = state.groups[group.name], turns[group.name]
     old = old._replace(fired=jnp.zeros_like(old.fired))
@@ -230,39 +229,18 @@ def flush(call: Call, state: CadenceState, targets: Leaves) -> tuple[Leaves, Cad
   return targets, state._replace(groups=groups, masks=mask_state)
 
 
-def clipping(
+def clipped(
   call: Call,
   state: CadenceState,
   grads: Leaves | None,
   turns: Mapping[str, Turn],
   targets: Leaves,
 ) -> Call:
-  """The call, with what all means that fire are multiplied with so that their norm is not larger.
+  """The call, with what all means that fire are multiplied with to limit their norm."""
+  from optax_cadence import _clipping
 
-  A NaN does not reach the updates of other windows by it: it clips nothing.
-  """
-  square = jnp.float32(0)
-  for group in call.layout.groups:
-    turn = turns[group.name]
-    if not group.tensors or turn.fires is False:
-      continue
-
-    def measure(_: Any, consts: Any, turn: Turn = turn, group: Group = group) -> jax.Array:
-      from optax_cadence.confidence import statistics
-
-      window = turn.window._replace(sums=consts[0], length=consts[1], weights=consts[2])
-      return statistics.squared_norms(reduced(call, group, window)).sum()
-
-    consts = turn.window.sums, turn.window.length, turn.window.weights
-    square += _control.maybe(turn.fires, measure, jnp.float32(0), consts)
-  if call.layout.masked:
-    from optax_cadence.entrywise import masks
-
-    assert state.masks is not None
-    square += masks.squared_norm(call, state.masks, grads, turns, targets)
-  norm = jnp.sqrt(square)
-  largest = jnp.asarray(call.clip_norm, jnp.float32)
-  return dataclasses.replace(call, scale=jnp.where(norm > largest, largest / norm, 1))
+  scale = _clipping.scale(call, state, grads, turns, targets)
+  return dataclasses.replace(call, scale=scale)
 
 
 def reduced(call: Call, group: Group, window: _window.Window) -> list[jax.Array]:

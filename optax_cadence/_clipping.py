@@ -1,0 +1,57 @@
+"""One norm for all that is due at a micro-step: see `clip_norm` of `cadence`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_cadence import _control
+from optax_cadence import _step
+from optax_cadence._state import CadenceState
+from optax_cadence.confidence import statistics
+from optax_cadence.regions.layout import Group
+from optax_cadence.regions.layout import Leaves
+
+
+def scale(
+  call: _step.Call,
+  state: CadenceState,
+  grads: Leaves | None,
+  turns: Mapping[str, _step.Turn],
+  targets: Leaves,
+) -> jax.Array:
+  """What all means that fire are multiplied with, so that their norm is at most `call.clip_norm`.
+
+  A NaN does not reach the updates of other windows by it: it clips nothing.
+
+  Args:
+    call: The call.
+    state: The state before the micro-step.
+    grads: The gradients, as far as leaves under masks have not gathered them; None in a flush.
+    turns: Every group, before it fires.
+    targets: What groups write into.
+
+  Returns:
+    A float32 scalar, at most 1.
+  """
+  square = jnp.float32(0)
+  for group in call.layout.groups:
+    turn = turns[group.name]
+    if not group.tensors or turn.fires is False:
+      continue
+
+    def measure(_: Any, consts: Any, turn: _step.Turn = turn, group: Group = group) -> jax.Array:
+      window = turn.window._replace(sums=consts[0], length=consts[1], weights=consts[2])
+      return statistics.squared_norms(_step.reduced(call, group, window)).sum()
+
+    consts = turn.window.sums, turn.window.length, turn.window.weights
+    square += _control.maybe(turn.fires, measure, jnp.float32(0), consts)
+  if call.layout.masked:
+    from optax_cadence.entrywise import masks
+
+    assert state.masks is not None
+    square += masks.squared_norm(call, state.masks, grads, turns, targets)
+  norm = jnp.sqrt(square)
+  largest = jnp.asarray(call.clip_norm, jnp.float32)
+  return jnp.where(norm > largest, largest / norm, 1)
