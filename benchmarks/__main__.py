@@ -26,6 +26,7 @@ import tqdm
 from benchmarks import builds
 from benchmarks import cases
 from benchmarks import confidence_cases
+from benchmarks import flax_step_cases
 from benchmarks import growth_cases
 from benchmarks import machine
 from benchmarks import measure
@@ -95,6 +96,7 @@ def all_cases(
   """For each case a function that builds it, in the order in which they run."""
   return (
     step_cases.all_cases(chosen)
+    | flax_step_cases.all_cases(chosen)
     | cases.all_cases(chosen, accelerator)
     | confidence_cases.all_cases(chosen)
     | pruning_cases.all_cases(chosen, jaxpruner)

@@ -6,6 +6,7 @@ the end of a cycle, not of each micro-step. What is compared is in `cases`.
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -89,9 +90,10 @@ def compile_steps(variant: variants.Variant, grads: Any) -> tuple[dict[Any, Any]
   """Compiles every different program of a variant; also returns how long that took."""
   programs, build = {}, {"lower_s": 0.0, "compile_s": 0.0, "temp_bytes": None, "peak_bytes": None}
   shapes = step_shapes(variant, grads)
+  jit = variant.jit or functools.partial(jax.jit, donate_argnums=(0, 1))
   for step in dict.fromkeys(variant.steps):
     start = time.perf_counter()
-    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*shapes)
+    lowered = jit(step).lower(*shapes)
     middle = time.perf_counter()
     programs[step] = lowered.compile()
     build["lower_s"] += middle - start

@@ -53,6 +53,7 @@ class Variant:
     held: One of `steps`; the bytes that it accesses are compared with `held_bytes`.
     held_bytes: Bytes that a held micro-step has to move.
     spans: How many micro-steps one of `steps` does.
+    jit: What compiles a step, if not `jax.jit` does: with `lower` and `compile`.
   """
 
   name: str
@@ -65,6 +66,7 @@ class Variant:
   held: Callable[..., Any] | None = None
   held_bytes: float = 0.0
   spans: int = 1
+  jit: Callable[..., Any] | None = None
 
 
 def inputs_of(shapes: Any, dtype: Any = jnp.float32) -> Inputs:

@@ -48,13 +48,15 @@ from optax_cadence.schedules.policy import Policy
 
 if TYPE_CHECKING:
   from optax_cadence import growth
+  from optax_cadence import linen
+  from optax_cadence import nnx
   from optax_cadence import pruning
   from optax_cadence.pruning.transformation import prune
 
 
 def __getattr__(name: str) -> Any:
-  """Imports pruning and growth when they are first used."""
-  if name in ("growth", "pruning"):
+  """Imports what not everybody uses, and what needs Flax, when it is first used."""
+  if name in ("growth", "linen", "nnx", "pruning"):
     return importlib.import_module(f"{__name__}.{name}")
   if name == "prune":
     return importlib.import_module(f"{__name__}.pruning").prune
@@ -93,7 +95,9 @@ __all__ = [
   "growth",
   "has_updated",
   "late",
+  "linen",
   "metrics",
+  "nnx",
   "noise_scale",
   "phases",
   "plot_confidence",

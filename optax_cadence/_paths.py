@@ -6,7 +6,7 @@ Nothing here looks at the values of the leaves.
 """
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -108,6 +108,26 @@ def arrays(tree: Any) -> list[Any]:
     inside = node.value if jax.tree_util.all_leaves([node]) and is_variable(node) else node
     leaves += jax.tree.leaves(inside)
   return leaves
+
+
+def set_arrays(tree: Any, new: Sequence[Any]) -> None:
+  """Puts arrays into the variables of a tree, in the order in which `arrays` gives them.
+
+  They are put there as they are: what a parameter's metadata does to a value that is set, it does
+  not to a moment of its optimizer.
+  """
+  assert len(new) == len(arrays(tree))
+  rest = iter(new)
+  for variable in filter(is_variable, jax.tree.leaves(tree, is_leaf=is_variable)):
+    current = hasattr(type(variable), "set_raw_value")
+    old = variable.get_raw_value() if current else variable.raw_value
+    # Where a leaf is cut into several tensors, all of them are in its variable.
+    structure: Any = jax.tree.structure(old)
+    value = structure.unflatten(itertools.islice(rest, structure.num_leaves))
+    if current:
+      variable.set_raw_value(value)
+    else:
+      variable.raw_value = value
 
 
 def without_variables(tree: Any) -> Any:

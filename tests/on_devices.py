@@ -196,6 +196,65 @@ def training_steps():
       print("checked", kind, name)
 
 
+def weights():
+  """Micro-batches of different numbers of tokens on each device: the mean of all their tokens."""
+  mesh, rng = automatic(), np.random.default_rng(0)
+  params = {"a": jnp.ones(3), "b": jnp.ones((4, 3))}
+  tokens = jnp.asarray(rng.normal(size=(4, 8, 5, 3)), jnp.float32)  # micro-steps, devices, tokens
+  seen = jnp.asarray(rng.integers(0, 2, (4, 8, 5)), jnp.float32).at[2].set(0)  # none in one
+
+  def loss(params, x, seen):
+    return ((params["a"] + params["b"].sum(0)) * x * seen[..., None]).sum()
+
+  def run(tx, params, gradient):
+    state = tx.init(params)
+    for t in range(4):
+      grads, weight = gradient(params, tokens[t], seen[t])
+      updates, state = tx.update(grads, state, params, weight=weight)
+      params = optax.apply_updates(params, updates)
+    return params
+
+  def of_all(params, x, seen):
+    total = seen.sum()
+    return jax.tree.map(lambda g: g / total, jax.grad(loss)(params, x, seen)), total
+
+  def in_shard_map(tx, params, tokens, seen):
+    state = tx.init(params)
+    for t in range(4):
+      # The gradient of what all devices have in common is that of the sum of their losses.
+      total = jax.lax.psum(seen[t].sum(), "x")
+      grads = jax.grad(lambda p, t=t, total=total: loss(p, tokens[t], seen[t]) / total)(params)
+      updates, state = tx.update(grads, state, params, weight=seen[t].sum())
+      params = optax.apply_updates(params, updates)
+    return params
+
+  for name, every in {"one": 2, "parts": {"a": 1, "b": oc.channels([1, 4])}}.items():
+    tx = oc.cadence(optax.sgd(0.1), every, weighted=True)
+    expected = jax.jit(functools.partial(run, tx, gradient=of_all))(params)
+    fn = jax.shard_map(
+      functools.partial(in_shard_map, tx),
+      mesh=mesh,
+      in_specs=(P(), P(None, "x"), P(None, "x")),
+      out_specs=P(),
+    )
+    if differences(jax.jit(fn)(params, tokens, seen), expected):
+      print("wrong: shard_map", name)
+    print("checked shard_map", name)
+    sharded = jax.device_put((tokens, seen), NamedSharding(mesh, P(None, "x")))
+
+    def jitted(params, tokens, seen, tx=tx):
+      state = tx.init(params)
+      for t in range(4):
+        grads, weight = of_all(params, tokens[t], seen[t])
+        updates, state = tx.update(grads, state, params, weight=weight)
+        params = optax.apply_updates(params, updates)
+      return params
+
+    if differences(jax.jit(jitted)(params, *sharded), expected):
+      print("wrong: sharded", name)
+    print("checked sharded", name)
+
+
 def eager():
   """A state that is made without `jit` lies where its parameters lie."""
   sharding = NamedSharding(automatic(), P(None, "x"))

@@ -168,3 +168,20 @@ def test_confidence(policy, tmp_path):
     # 640 micro-steps at period 4, then 640 at 16, 8, 4 and 2.
     assert re.search(r"^updates +200 +240 +320 +480$", printed, re.MULTILINE)
   assert (tmp_path / "made.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.ci
+def test_from_multisteps(tmp_path):
+  if "model" not in inspect.signature(nnx.Optimizer.update).parameters:
+    pytest.skip("this example needs Flax 0.11: the optimizer's update takes the model since then")
+  printed = run("multisteps_to_cadence.py", cwd=tmp_path)
+  diff, before, after = re.split(r"\n(?:before|after):\n", printed)
+  assert 0 < len(re.findall(r"^- ", diff, re.MULTILINE)) <= 5
+  assert 0 < len(re.findall(r"^\+ ", diff, re.MULTILINE)) <= 5
+  for lines in (before, after):
+    assert len(re.findall(r"update +\d", lines)) == 4
+    assert "resumed in the middle of a window: the same parameters" in lines
+  losses = [re.findall(r"loss(?: of the average)? ([\d.]+)", lines) for lines in (before, after)]
+  assert len(losses[0]) == 5
+  # They add up in another order, and compute in bfloat16.
+  np.testing.assert_allclose(*(list(map(float, x)) for x in losses), rtol=1e-2)

@@ -37,6 +37,7 @@ def on_devices(program, names=()):
     ("eager", [], 30),
     ("scans", FEW, len(FEW)),
     pytest.param("training_steps", [], 12, marks=pytest.mark.ci),
+    pytest.param("weights", [], 4, marks=pytest.mark.ci),
     pytest.param("scans", [], 30, marks=pytest.mark.ci),
     pytest.param("shard_maps", [], 30, marks=pytest.mark.ci),
     pytest.param("optimizers", [], 150, marks=pytest.mark.ci),

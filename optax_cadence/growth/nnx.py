@@ -731,7 +731,7 @@ def _change(
       " so would never open: expected one that takes it in, such as nnx.Any(..., nnx.PathContains"
       f"({_paths.join(plan.alpha)!r})), for the gradients too"
     )
-  old_arrays = [_nnx_model.get_array(x) for x in _opt_variables(optimizer)]
+  old_arrays = _paths.arrays(optimizer.opt_state)
   structure: Any = jax.tree.structure(jax.eval_shape(optimizer.tx.init, before))
   if structure.num_leaves != len(old_arrays):
     raise ValueError(
@@ -742,15 +742,5 @@ def _change(
   state = _state.grow_state(optimizer.tx, old_state, before, after, plan)
   change(model)
   fresh = type(optimizer)(model, optimizer.tx, wrt=optimizer.wrt)
-  for variable, value in zip(_opt_variables(fresh), jax.tree.leaves(state), strict=True):
-    _nnx_model.set_array(variable, value)
+  _paths.set_arrays(fresh.opt_state, jax.tree.leaves(state))
   optimizer.opt_state = fresh.opt_state
-
-
-def _opt_variables(optimizer: Any) -> list[Any]:
-  """The variables in which an NNX optimizer keeps its state, in order."""
-  flat = jax.tree.leaves(optimizer.opt_state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-  # What an optimizer has masked is no array, but it is wrapped all the same.
-  return [
-    x for x in flat if isinstance(x, nnx.Variable) and hasattr(_nnx_model.get_array(x), "dtype")
-  ]
