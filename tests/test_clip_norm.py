@@ -105,6 +105,42 @@ def test_every_member_of_a_vmap_has_its_own(cadences):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), found, expected)
 
 
+def whole_steps(every, way, **settings):
+  """Parameters of two stacked layers and a head after some micro-steps."""
+
+  def loss(params, x):
+    hidden, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["layers"])
+    return 10 * (hidden @ params["head"]).sum()
+
+  tx = oc.cadence(optax.sgd(0.1), every, clip_norm=0.5, **settings)
+  params = {"layers": jnp.full((2, 4, 4), 0.3), "head": jnp.ones(4)}
+  state, extra = tx.init(params), {"weight": 2.0} if settings else {}
+  step = jax.jit(oc.training_step(loss, tx))
+  apply = jax.jit(
+    lambda params, state, x: tx.apply(params, state, jax.grad(loss)(params, x), **extra)
+  )
+  for x in jnp.asarray(np.random.default_rng(0).normal(size=(5, 3, 4)), jnp.float32):
+    if way == "step":
+      params, state, _ = step(params, state, x)
+    else:
+      params, state = apply(params, state, x)
+  return params
+
+
+@pytest.mark.parametrize(
+  ("every", "way", "settings"),
+  [
+    ({"layers": 4, "head": 2}, "step", {}),
+    ({"layers": oc.until_certain(1.0, 4, 4), "head": oc.as_settled(2, 2)}, "apply", {}),
+    ({"layers": 4, "head": 2}, "apply", {"nonfinite": "skip", "weighted": True}),
+  ],
+)
+def test_it_goes_with_sums_of_the_backward_pass_policies_and_weights(every, way, settings):
+  found = whole_steps(every, way, **settings)
+  expected = whole_steps({"layers": 4, "head": 2}, "apply")
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), found, expected)
+
+
 def test_a_nan_stays_in_its_window():
   tx = oc.cadence(optax.sgd(1.0), {"a": 1, "b": 2}, clip_norm=1.0)
   params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
