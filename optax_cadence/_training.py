@@ -213,7 +213,7 @@ def _why_stored(cadence: _cadence.Cadence, group: layouts.Group, dtype: Any) -> 
   """The same of a leaf that a group has all or a part of."""
   policy, window = group.every.policy, cadence.sum_dtype(dtype)
   if cadence.skip:
-    return 'nonfinite="skip"'
+    return 'nonfinite="skip"' if cadence.skips_nonfinite else "skip"
   if policy is not None and policy.reads_gradients:
     return str(policy)
   if window != dtype:
