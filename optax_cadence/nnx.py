@@ -63,13 +63,15 @@ class Optimizer(nnx.Optimizer):
 
     Args:
       model: The model, whose parameters are updated in place.
-      grads: What `nnx.grad` gives of it.
+      grads: What `nnx.grad` gives of it; of parameters that are not trained nothing is read.
       **extra_args: As for `tx.apply`: `phase`, `weight`, and what the inner optimizer takes.
 
     Raises:
       ValueError: As `tx.apply` does.
     """
     params = nnx.state(model, self.wrt)
+    of_state = isinstance(grads, nnx.State)
+    grads = nnx.filter_state(grads, self.wrt) if of_state else nnx.state(grads, self.wrt)
     self._put(model, *self.tx.apply(params, self.opt_state, grads, **extra_args))
     self._count()
 

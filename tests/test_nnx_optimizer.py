@@ -279,14 +279,17 @@ def plain(tx, optimizer, model):
 
 
 def test_some_of_the_parameters():
-  model = NnxNet(nnx.Rngs(0))
-  before = params_of(model)
-  head = nnx.PathContains("head")
-  optimizer = oc.nnx.Optimizer(model, cadence(optax.adamw(0.1), 1), wrt=head)
-  with relaxed():
-    step_of("training_step")(model, optimizer, *data(0))
-  assert_identical(params_of(model)["stem"], before["stem"])
-  assert (params_of(model)["head"]["kernel"] != before["head"]["kernel"]).any()
+  tx, head, runs = cadence(optax.adamw(0.1), 1), nnx.PathContains("head"), []
+  for called in CALLED:
+    model = NnxNet(nnx.Rngs(0))
+    before = params_of(model)
+    optimizer = oc.nnx.Optimizer(model, tx, wrt=head)
+    with relaxed():
+      step_of(called)(model, optimizer, *data(0))
+    runs.append((model, optimizer))
+    assert_identical(params_of(model)["stem"], before["stem"])
+    assert (params_of(model)["head"]["kernel"] != before["head"]["kernel"]).any()
+  assert_same(*runs)
 
 
 @pytest.mark.filterwarnings("ignore:Variable hooks are deprecated")
@@ -329,26 +332,47 @@ def test_a_copy_and_a_pickle_go_on():
     assert_same(copy, first)
 
 
+class DeeperNet(NnxNet):
+  def __init__(self, rngs):
+    super().__init__(rngs)
+    self.last = nnx.Linear(2, 2, rngs=rngs)
+
+  def __call__(self, x):
+    return self.last(super().__call__(x))
+
+
 def test_growth_takes_it_along():
-  model = NnxNet(nnx.Rngs(0))
-  tx = cadence(optax.adamw(0.1), 2)
+  model, growth, step = DeeperNet(nnx.Rngs(0)), oc.growth.nnx, step_of("training_step")
+  # Where a leaf is cut, its variable in the optimizer's state has several arrays.
+  every = oc.by_path({"last/kernel": oc.quadrants([[1, 2], [2, 1]]), "*": 2})
   everything = nnx.Any(nnx.Param, nnx.PathContains("alpha"))
-  optimizer = oc.nnx.Optimizer(model, tx, wrt=everything)
+  optimizer = oc.nnx.Optimizer(model, cadence(optax.adamw(0.1), every), wrt=everything)
+  x, y = data(0)
   with relaxed():
-    step_of("training_step")(model, optimizer, *data(0))
-    growth = oc.growth.nnx
-    growth.widen(
-      model, data(0)[0], producer=model.stem, by=2, rngs=nnx.Rngs(1), optimizer=optimizer
-    )
+    step(model, optimizer, x, y)
+    growth.widen(model, x, producer=model.stem, by=2, rngs=nnx.Rngs(1), optimizer=optimizer)
     growth.set_alpha(model, 1.0)
     growth.merge(model, optimizer=optimizer)
     assert isinstance(optimizer, oc.nnx.Optimizer)
     before = params_of(model)
-    step_of("training_step")(model, optimizer, *data(1))
+    step(model, optimizer, x, y)
   after = params_of(model)
   assert after["stem"]["kernel"].shape == (4, 8)
   assert (after["stem"]["kernel"] != before["stem"]["kernel"]).any()
   assert optimizer.metrics()["micro_step"] == 2
+
+
+@pytest.mark.skipif(not hasattr(nnx, "set_graph_mode"), reason="models are always graphs there")
+def test_a_model_that_is_a_tree_and_no_graph():
+  tx, found = cadence(optax.adamw(0.1), LEAVES | {"norm": 1}), []
+  for graph in (True, False):
+    with nnx.set_graph_mode(graph), relaxed():
+      run, step = made(tx, NetWithMore), step_of("training_step")
+      for t in range(2):
+        step(*run, *data(t))
+      nnx.jit(lambda model, optimizer: optimizer.flush(model))(*run)
+    found.append(run)
+  assert_same(*found)
 
 
 @pytest.mark.parametrize("jit", [True, False])
