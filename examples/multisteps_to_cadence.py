@@ -26,7 +26,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--quick", action="store_true", help="a small model, to see that it runs")
 QUICK = parser.parse_args().quick
 WIDTH, LAYERS, ROWS, LENGTH = (32, 2, 2, 32) if QUICK else (192, 6, 4, 64)
-UPDATES, EVERY = (4, 8) if QUICK else (40, 8)
+UPDATES, EVERY = (4, 8) if QUICK else (20, 8)
 
 
 def before(model, inner):

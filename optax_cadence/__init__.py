@@ -48,8 +48,10 @@ from optax_cadence.schedules.policy import Policy
 
 if TYPE_CHECKING:
   from optax_cadence import growth
-  from optax_cadence import linen
-  from optax_cadence import nnx
+
+  # Not in `__all__`, so that `import *` needs no Flax.
+  from optax_cadence import linen as linen
+  from optax_cadence import nnx as nnx
   from optax_cadence import pruning
   from optax_cadence.pruning.transformation import prune
 
@@ -95,9 +97,7 @@ __all__ = [
   "growth",
   "has_updated",
   "late",
-  "linen",
   "metrics",
-  "nnx",
   "noise_scale",
   "phases",
   "plot_confidence",
