@@ -392,7 +392,7 @@ class Cadence:
       remaining=None if every.always else every.first_window(),
       period=jnp.int32(0) if every.policy is not None else every.first_window(),
       updates=jnp.int32(0),
-      fired=jnp.array(False),
+      fired=jnp.int32(0),
       skipped=jnp.zeros(shape, jnp.int32) if self.skip else None,
       weight=jnp.zeros(shape, jnp.float32) if self.weighted and accumulates else None,
       confidence=confidence,

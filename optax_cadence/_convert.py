@@ -91,7 +91,7 @@ def convert(
 
   >>> import jax.numpy as jnp, optax, optax_cadence as oc
   >>> params = {"a": jnp.ones(2), "b": jnp.ones(2)}
-  >>> old = optax.MultiSteps(optax.adam(0.1), 4)
+  >>> old = oc.cadence(optax.adam(0.1), 4)
   >>> updates, state = old.update(params, old.init(params), params)
   >>> new = oc.cadence(optax.adam(0.1), {"a": 4, "b": 2})
   >>> state = oc.convert(state, old, params, to=new)
@@ -776,7 +776,7 @@ def _group_state(
   state = fresh._replace(
     inner_state=inner_state,
     updates=jnp.int32(merged.chosen.updates),
-    fired=jnp.array(any(group.fired for group in merged.groups)),
+    fired=jnp.int32(any(group.fired for group in merged.groups)),
   )
   if state.accumulators is not None:
     structure = jax.tree.structure(state.accumulators)

@@ -56,7 +56,8 @@ class GroupState(NamedTuple):
     period: Micro-steps of the window in force; under a policy, of the last one that fired, 0
       before the first: int32 scalar.
     updates: Updates applied so far: int32 scalar.
-    fired: Whether one was applied at the last micro-step, or by `flush` after it: bool scalar.
+    fired: 1 if one was applied at the last micro-step, or by `flush` after it, else 0: int32
+      scalar.
     skipped: Micro-batches left out so far, int32 [R]. None unless `nonfinite="skip"`.
     weight: Sum of the weights in the window, or in the last one where it is empty: float32 [R].
       None unless `weighted`, and without accumulators.

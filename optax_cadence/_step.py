@@ -366,7 +366,7 @@ def fire(
   leaves, sums, inner_state = run(body, carry, consts)
   targets = write(when, targets | leaves, group, sums, waits, micro_step)
   state = state._replace(
-    inner_state=inner_state, updates=state.updates + jnp.int32(fired), fired=jnp.asarray(fired)
+    inner_state=inner_state, updates=state.updates + jnp.int32(fired), fired=jnp.int32(fired)
   )
   if state.accumulators is not None:
     sums = jax.tree.unflatten(jax.tree.structure(state.accumulators), sums)

@@ -71,6 +71,7 @@ def test_estimates_are_right_in_the_mean_for_every_kind_of_region(n, mu, steps, 
   np.testing.assert_allclose(noise / signal, np.full(len(sizes), mu**-2), rtol=0.05)
 
 
+@pytest.mark.ci
 def test_neither_numerator_nor_denominator_is_biased_where_there_is_little_signal():
   signal, noise, _ = measured(2, jnp.zeros(1000), 0.0, 1.0, 4000)
   # The mean of 2000 estimates of 0 whose standard deviation is √(tr Σ²) = √1000.

@@ -151,6 +151,7 @@ KERNELS = (
 )
 
 
+@pytest.mark.ci
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
   old=st.sampled_from(KERNELS),

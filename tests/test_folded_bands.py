@@ -77,6 +77,7 @@ def test_every_way_with_folded_bands_follows_the_oracle(inner, options):
   follow(inner, ("apply", "static apply"), **options)
 
 
+@pytest.mark.ci
 def test_skipping_and_static_phases_with_folded_bands_follow_the_oracle():
   follow(SPLIT["sgd"], ("static apply",), nonfinite="skip")
 

@@ -14,6 +14,8 @@ from growth_nets import equal
 import optax_cadence as oc
 from optax_cadence import growth
 
+pytestmark = pytest.mark.ci
+
 X = jax.random.normal(jax.random.key(0), (2, 5, 6))
 KEYS = jax.random.split(jax.random.key(1), 4)
 ROUTER = jax.random.normal(KEYS[0], (6, 4))

@@ -18,6 +18,8 @@ from growth_nets import equal
 
 from optax_cadence import growth
 
+pytestmark = pytest.mark.ci
+
 NEW_UPDATE = "model" in inspect.signature(nnx.Optimizer.update).parameters
 ZERO = growth.phase_in(lambda t: 0.0)
 

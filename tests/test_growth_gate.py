@@ -13,6 +13,8 @@ from growth_nets import equal
 import optax_cadence as oc
 from optax_cadence import growth
 
+pytestmark = pytest.mark.ci
+
 KINDS = list(nets.LINEN)
 
 

@@ -16,6 +16,8 @@ from growth_nets import close
 
 from optax_cadence import growth
 
+pytestmark = pytest.mark.ci
+
 X = jax.random.normal(jax.random.key(0), (2, 5, 6))
 
 

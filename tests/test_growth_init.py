@@ -10,6 +10,8 @@ from growth_nets import close
 
 from optax_cadence import growth
 
+pytestmark = pytest.mark.ci
+
 X = jax.random.normal(jax.random.key(0), (3, 6))
 
 

@@ -18,6 +18,8 @@ from growth_nets import equal
 
 from optax_cadence import growth
 
+pytestmark = pytest.mark.ci
+
 X = jax.random.normal(jax.random.key(0), (5, 4))
 
 

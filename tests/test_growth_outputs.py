@@ -22,6 +22,7 @@ class Vae(nnx.Module):
     return {"x": self.decoder(mean), "posterior": (mean, mean.sum(-1))}
 
 
+@pytest.mark.ci
 def test_a_mean_that_is_an_output_is_named():
   model, twin = Vae(nnx.Rngs(0)), Vae(nnx.Rngs(0))
   plan = growth.widen(model, X, producer=model.mean, by=2, fresh=nets.fresh)

@@ -15,6 +15,8 @@ import optax_cadence as oc
 from optax_cadence import _paths
 from optax_cadence import growth
 
+pytestmark = pytest.mark.ci
+
 X = jax.random.normal(jax.random.key(1), (16, 5))
 Y = jax.random.normal(jax.random.key(2), (16, 2))
 PARAMS = {

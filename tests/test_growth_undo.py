@@ -15,6 +15,8 @@ from growth_nets import equal
 import optax_cadence as oc
 from optax_cadence import growth
 
+pytestmark = pytest.mark.ci
+
 X = jax.random.normal(jax.random.key(0), (5, 6))
 TX = optax.chain(
   oc.cadence(optax.adam(1e-2), 2),

@@ -12,7 +12,10 @@ from growth_nets import close
 from growth_nets import equal
 
 import optax_cadence as oc
+from optax_cadence import _paths
 from optax_cadence import growth
+
+pytestmark = pytest.mark.ci
 
 TOKENS = jnp.array([[1, 2, 3], [4, 0, 6]])
 
@@ -52,10 +55,7 @@ def test_old_logits_stay_and_the_state_follows(kind):
     optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
     # An open window, moments and masks.
     _, state = TX.update(params, TX.init(params), params)
-    for variable, value in zip(
-      growth.nnx._opt_variables(optimizer), jax.tree.leaves(state), strict=True
-    ):
-      nets.put(variable, value)
+    _paths.set_arrays(optimizer.opt_state, jax.tree.leaves(state))
     before = growth.nnx.variables(model)
     plan = growth.vocabulary(
       model,

@@ -486,6 +486,7 @@ def assert_same(found, expected):
   jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.ci
 def test_names_with_slashes_are_names():
   draw = lambda i: jax.random.normal(jax.random.key(i), (4, 4))
   slashed = {"a/w": draw(0), "a": {"w": draw(1)}, "": draw(2)}
@@ -518,6 +519,7 @@ def test_names_with_slashes_are_names():
     oc.prune({"a/w": {"c": 0.5}}, every=1).init(slashed)
 
 
+@pytest.mark.ci
 def test_masks_follow_new_shapes():
   params, state = run(oc.prune(0.5, every=pruning.once(1)), 1)[-1]
   pad = lambda x, v: jnp.pad(x, [(0, 3)] * x.ndim, constant_values=v)

@@ -397,6 +397,7 @@ def test_moments_windows_and_counters_start_anew():
   assert (params["mid"][1] == 0).all() and (params["mid"][0] != 0).all()
 
 
+@pytest.mark.ci
 def test_it_stands_in_chains_and_alone():
   forward, alone = growth.recycle(mlp, MLP, X, every=1, threshold=0.0)
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1), alone)
@@ -437,6 +438,7 @@ def test_fresh_weights_are_drawn_as_those_at_the_start():
   assert (wide["in"][:, 1] + updates["in"][:, 1] != columns[0]).all()
 
 
+@pytest.mark.ci
 def test_stacked_layers_have_units_of_their_own():
   fn, params, *_ = NETS["stacked"]
   _, tx = growth.recycle(fn, params, X, every=1)
@@ -549,6 +551,7 @@ def test_another_method_of_a_live_model():
   assert value.shape == () and set(activity) == set(expected)
 
 
+@pytest.mark.ci
 def test_a_module_draws_from_its_own_initializers():
   module = nets.ResNet()
   variables = nets.init(module, 0)

@@ -314,6 +314,7 @@ def test_layers_that_more_than_a_scan_reads_are_in_one_piece(loss):
   assert_near(found, runs(compiled(stored(loss, tx)), tx, params, 5))
 
 
+@pytest.mark.ci
 def test_a_period_for_each_layer_under_vmap_and_differentiation():
   tx, params = oc.cadence(adam(), ROWS["rows of period 1"][0]), parameters()
   many = jax.tree.map(lambda x: jnp.stack([x, 1.5 * x]), params)
@@ -374,6 +375,7 @@ def test_what_the_loss_returns_beside_its_value():
   assert_near(eager, found)
 
 
+@pytest.mark.ci
 def test_gradients_take_the_place_of_references_under_vmap_and_differentiation():
   tx, params = oc.cadence(adam(), {"w": 2, "b": 3, "out": 1}), parameters()
   many = jax.tree.map(lambda x: jnp.stack([x, 1.5 * x, -x]), params)

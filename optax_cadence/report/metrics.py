@@ -174,7 +174,7 @@ def has_updated(state: Any) -> dict[str, Any]:
   fired: dict[str, Any] = {}
   for node in nodes:
     for name, group in node.groups.items():
-      fired[_paths.unused(name, fired)] = _paths.without_variables(group.fired)
+      fired[_paths.unused(name, fired)] = _paths.without_variables(group.fired) > 0
   return fired
 
 
