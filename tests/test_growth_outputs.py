@@ -4,6 +4,7 @@ import growth_nets as nets
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from growth_nets import close
 
