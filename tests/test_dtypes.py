@@ -120,12 +120,14 @@ def test_every_way_sees_the_mean_as_it_was_accumulated(grad_dtype, param_dtype):
   follow(tx, ELEMENTWISE, grad_dtype, param_dtype, jax.jit)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("grad_dtype", "param_dtype"), [WIDER, *in_ci([NARROW])])
 def test_so_do_optimizers_that_see_vectors(grad_dtype, param_dtype):
   tx = oc.cadence(oracle.relaxed(COUPLED), EVERY)
   follow(tx, COUPLED, grad_dtype, param_dtype, jax.jit)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("accumulate", ["sum", "latest"])
 def test_so_do_sums_and_the_latest(accumulate):
   tx = oc.cadence(oracle.relaxed(ELEMENTWISE), EVERY, accumulate=accumulate)
@@ -138,6 +140,7 @@ def test_eager_calls_see_the_same(grad_dtype, param_dtype):
   follow(tx, ELEMENTWISE, grad_dtype, param_dtype, lambda fn: fn, steps=4)
 
 
+@pytest.mark.ci
 def test_skipping_rounds_no_more():
   tx = oc.cadence(oracle.relaxed(ELEMENTWISE), EVERY, nonfinite="skip")
   follow(tx, ELEMENTWISE, "bfloat16", "float32", jax.jit)

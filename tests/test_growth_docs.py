@@ -104,6 +104,7 @@ def test_a_train_state_follows():
     state.apply_gradients(grads=state.params)
 
 
+@pytest.mark.ci
 def test_a_model_of_one_configuration_grows():
   names = {"__name__": "page", "growth": growth, "jax": jax}
   with nets.relaxed():

@@ -119,6 +119,7 @@ def test_meta_gradients(how):
     assert_near(forward, difference, rtol=1e-6)
 
 
+@pytest.mark.ci
 def test_meta_gradients_of_second_order():
   with oracle.enable_x64():
     final = functools.partial(meta_final, "update", inner=optax.sgd)

@@ -245,6 +245,7 @@ def test_erk_follows_the_closed_form_and_clips():
   np.testing.assert_allclose(traced, expected, atol=1e-5)
 
 
+@pytest.mark.ci
 def test_erdos_renyi_counts_the_last_two_axes():
   shapes = [(3, 3, 8, 16), (32, 64)]
   factors = np.array([(8 + 16) / (8 * 16), (32 + 64) / (32 * 64)])
@@ -289,6 +290,7 @@ def zeros(params):
   return {k: int((params[k]["kernel"] == 0).sum()) for k in params}
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("inner", [ADAM, oc.cadence(ADAM, 3)])
 @pytest.mark.parametrize("packed", [True, False])
 def test_pruned_weights_are_zero_after_every_step(inner, packed):
@@ -311,6 +313,7 @@ def test_global_allocation_is_exact_in_total():
     np.testing.assert_array_equal(params[k]["kernel"] != 0, mask)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
   "regrow", [pruning.by_gradient(stop=50), pruning.at_random(1, fraction=0.3)]
 )

@@ -10,6 +10,8 @@ import optax_cadence as oc
 from optax_cadence import pruning
 from optax_cadence.pruning import selection
 
+pytestmark = pytest.mark.ci
+
 
 def tree(seed=0):
   rng = np.random.default_rng(seed)

@@ -375,6 +375,7 @@ ALIKE = {name: growth.Activity(jnp.ones(n), jnp.ones(n)) for name, n in (("in", 
 LAZY = ALIKE | {"in": growth.Activity(jnp.array([1.0, 0.0, 1.0, 1.0, 1.0, 1.0]), jnp.ones(6))}
 
 
+@pytest.mark.ci
 def test_moments_windows_and_counters_start_anew():
   inner = oc.cadence(oracles.relaxed(optax.adam(0.1)), 4)
   _, tx = growth.recycle(mlp, MLP, X, inner=inner, every=2)
@@ -413,6 +414,7 @@ def test_it_stands_in_chains_and_alone():
   assert growth.dormant(forward(params, X)[1])["mid"].shape == (3,)
 
 
+@pytest.mark.ci
 def test_fresh_weights_are_drawn_as_those_at_the_start():
   wide = {
     "in": 3 + 0.5 * draw(400, 6),
@@ -454,6 +456,7 @@ def test_stacked_layers_have_units_of_their_own():
   np.testing.assert_array_equal(state.layers["up"].replaced, 1 - magnitude.astype(int))
 
 
+@pytest.mark.ci
 def test_many_at_once():
   _, tx = growth.recycle(mlp, MLP, X, inner=oracles.relaxed(optax.adam(0.1)), every=1)
 
@@ -485,6 +488,7 @@ def test_the_state_is_saved_and_mapped():
   nets.equal(mapped.layers, state.layers)
 
 
+@pytest.mark.ci
 def test_low_precision_units_are_replaced_exactly():
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), MLP)
   for params, grads in ((half, half), (MLP, half)):
@@ -507,6 +511,7 @@ class Net(nnx.Module):
     return self.two(nnx.relu(self.norm(self.one(x))))
 
 
+@pytest.mark.ci
 def test_a_live_model():
   model, twin = nets.make(Net), nets.make(Net)
   optimizer_args = {"inner": oracles.relaxed(optax.adam(0.1)), "threshold": 0.9, "every": 2}

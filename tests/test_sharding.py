@@ -49,6 +49,7 @@ def test_on_several_devices(program, names, at_least):
   assert sum(line.startswith("checked") for line in lines) >= at_least
 
 
+@pytest.mark.ci
 def test_only_what_is_cut_across_shards_travels():
   counts = dict(line.split(": ") for line in on_devices("collectives"))
   assert {name for name, n in counts.items() if n == "0"} == {"2", "other axis", "layers", "mask"}

@@ -14,6 +14,8 @@ import pytest
 import optax_cadence as oc
 from optax_cadence import pruning
 
+pytestmark = pytest.mark.ci
+
 ADAM = oracle.relaxed(optax.adam(0.1))
 
 

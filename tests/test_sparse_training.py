@@ -13,6 +13,8 @@ import pytest
 import optax_cadence as oc
 from optax_cadence import pruning
 
+pytestmark = pytest.mark.ci
+
 DOCS = pathlib.Path(__file__).parents[1] / "docs" / "pruning.md"
 ROWS = dict(re.findall(r"^\| `(\w+)` \| `([^|]+)` \| [^|]+ \|$", DOCS.read_text(), re.MULTILINE))
 NAMES = ("a", "b")

@@ -289,6 +289,7 @@ ROWS = {
 }
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("every", "shapes"), ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("loss", [scanned, scanned_in_reverse, in_calls])
 def test_a_period_for_each_layer(loss, every, shapes):
