@@ -80,7 +80,9 @@ LONG_CASES = """
   test_benchmarks.py::test_every_case_names_variants_that_it_has[growth
   test_benchmarks.py::test_every_case_names_variants_that_it_has[step-linen
   test_benchmarks.py::test_every_case_names_variants_that_it_has[step-nnx
+  test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[bands]
   test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[latest]
+  test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[mask and skip]
   test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[mask as vectors]
   test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[policies]
   test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[pruned in pieces]
@@ -88,6 +90,7 @@ LONG_CASES = """
   test_describe.py::test_metrics_of_many_states_are_those_of_each[policy]
   test_docs.py::test_the_code_runs[docs/
   test_dtypes.py::test_no_leaf_of_a_state_changes_its_dtype[contrib.
+  test_flax.py::test_the_state_of_an_nnx_optimizer_is_taken_as_it_is[chain]
   test_flax.py::test_the_state_of_an_nnx_optimizer_is_taken_as_it_is[pruning]
   test_flax.py::test_the_state_of_an_nnx_optimizer_is_taken_as_it_is[quadrants]
   test_growth_docs.py::test_recipes_run
@@ -102,7 +105,7 @@ LONG_CASES = """
   test_sparse_training.py::test_a_row_of_the_table_does_what_the_rule_of_jaxpruner_does
   test_training_step.py::test_no_gradient_of_layers_with_their_own_periods_is_held[0]
   test_training_step.py::test_no_gradient_of_layers_with_their_own_periods_is_held[1]
-  test_wrappers_property.py::test_known_pitfalls[by rank under a mask, skipped]
+  test_wrappers_property.py::test_known_pitfalls[by rank under a mask
   test_wrappers_property.py::test_known_pitfalls[finite or not]
 """.strip().splitlines()
 

@@ -10,6 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from optax_cadence import growth
 
+pytestmark = pytest.mark.ci
+
 ROWS, UNITS = 6, 4
 PARAMS = {
   "a": jax.random.normal(jax.random.key(1), (3, UNITS)),

@@ -254,6 +254,7 @@ def assert_that_a_bad_leaf_is_as_if_it_were_not_there(inner, bad, **extra_args):
       (assert_close if jnp.issubdtype(x.dtype, jnp.inexact) else assert_identical)(found[place], x)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
   ("name", "bad"), [*((name, "k") for name in INNERS), ("chain", "b"), ("prune", "b")]
 )
@@ -294,6 +295,7 @@ def test_skip_a_field_under_other_names_is_an_error_that_says_which():
 
 
 # What is in their states depends on how many axes a tensor has.
+@pytest.mark.ci
 @pytest.mark.parametrize("name", ["movement", "partition"])
 def test_skip_a_quadrant_that_is_never_finite_is_as_if_it_were_not_there(name):
   kernel, inner = dyadic(100, (4, 6)), INNERS[name]

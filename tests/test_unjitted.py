@@ -10,6 +10,8 @@ import pytest
 
 import optax_cadence as oc
 
+pytestmark = pytest.mark.ci
+
 PARAMS = {"b": jnp.ones(6), "k": jnp.ones((8, 6))}
 ADAM = oracle.relaxed(optax.adam(0.1))
 GRID = {"b": 2, "k": oc.quadrants([[1, 2], [2, 4]])}

@@ -62,6 +62,7 @@ def follow_the_oracle(tree, inner, accumulate, nonfinite, seed):
     assert_close(found, want)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("examples", EXAMPLES)
 def test_every_way_follows_the_oracle(examples):
   @settings(max_examples=examples)
