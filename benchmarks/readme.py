@@ -53,6 +53,7 @@ def section(results: list[dict[str, Any]]) -> str:
 def short_table(results: list[dict[str, Any]]) -> str:
   """The rows of all machines, those of a case together."""
   order = list(dict.fromkeys(case["name"] for r in results for case in r["cases"]))
+  order.sort(key=lambda name: not name.startswith("step-"))  # whole steps are what people feel
   rows = []
   for name in order:
     for r in results:
