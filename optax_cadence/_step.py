@@ -316,7 +316,7 @@ def fire(
     when = when if isinstance(when, bool) else fired
   direct, leaves = [], {}
   for tensor, total in zip(group.tensors, window.sums, strict=True):
-    direct.append(writes_directly(call, group, state, tensor, total, when, targets))
+    direct.append(writes_directly(call, state, tensor, total, when, targets))
     if direct[-1]:
       leaves[tensor.leaf] = targets[tensor.leaf]
   params = targets if call.in_place else call.params
@@ -359,7 +359,7 @@ def fire(
   carry = leaves, window.sums, state.inner_state
   consts = window.length, window.weights, params, micro_step
   run = runner(when, group, waits, micro_step)
-  if all(direct) and call.rounds(group):
+  if call.in_place and all(direct) and call.rounds(group):
     # Parameters step by what is not rounded yet, out of moments that are then overwritten.
     run = functools.partial(_control.first_part_first, when, count=micro_step)
   body = compute_where_filled if window.by_region else compute
@@ -376,7 +376,6 @@ def fire(
 
 def writes_directly(
   call: Call,
-  group: Group,
   state: GroupState,
   tensor: Tensor,
   total: jax.Array,
@@ -388,10 +387,9 @@ def writes_directly(
   So is what is contiguous in a leaf that is written in place. The rest waits in its accumulator and
   is moved by an operation of its own: XLA runs one that computes and writes scattered parts of an
   array on a single CPU core. For `update` it saves an array of zeros that would be carried around
-  the branch, if there is one; but where moments are rounded it keeps them from being copied, see
-  `first_part_first`. Without an accumulator that can hold the result there is no choice.
+  the branch, if there is one. Without an accumulator that can hold the result there is no choice.
   """
-  straight = tensor.cut.contiguous and (call.in_place or when is True or call.rounds(group))
+  straight = tensor.cut.contiguous and (call.in_place or when is True)
   return straight or state.accumulators is None or not _window.holds(total, targets[tensor.leaf])
 
 
