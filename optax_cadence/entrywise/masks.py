@@ -240,7 +240,7 @@ def advance(
   if state.accumulators is not None:
     totals = dict(zip(call.layout.masked, jax.tree.leaves(state.accumulators), strict=True))
   for mask in masks:
-    codes, regions = mask.codes(targets[mask.leaf]), _regions(call, mask, turns)
+    codes, regions = mask.codes(targets[mask.leaf]), _regions(call, mask, turns, state)
     if state.accumulators is None:
       if grads is None:
         continue  # Nothing is held from one micro-step to the next.
@@ -261,7 +261,9 @@ def advance(
   if not reads:
     for group in call.layout.groups:
       if group.name in states:
-        targets, held = _fire_now(call, group, turns[group.name], states, totals, targets, held)
+        targets, held = _fire_now(
+          call, state, group, turns[group.name], states, totals, targets, held
+        )
   inner_state = jax.tree_util.tree_map_with_path(lambda path, _: held[path], state.inner_state)
   if state.accumulators is None:
     return targets, MaskState(inner_state, None)
@@ -284,7 +286,7 @@ def squared_norm(
   reduce = _window.sum_of if call.sums else _window.mean_of
   for mask in masks_of(call.layout):
     grad, total = None if grads is None else grads[mask.leaf], sums.get(mask.leaf)
-    codes, regions = mask.codes(targets[mask.leaf]), _regions(call, mask, turns)
+    codes, regions = mask.codes(targets[mask.leaf]), _regions(call, mask, turns, state)
     fires = [region.fires for region in regions.values()]
     weights = [region.total_weight for region in regions.values()]
     if total is None:
@@ -312,6 +314,11 @@ def squared_norm(
   return square
 
 
+def _total_weight(state: MaskState, window: _window.Window, i: int) -> jax.Array:
+  """What the mean of region i is its sum divided by: of one gradient as it is, 1."""
+  return jnp.int32(1) if state.accumulators is None else window.total_weight(i)
+
+
 class Region(NamedTuple):
   """The entries that a group has of a leaf under a mask, at a micro-step.
 
@@ -328,7 +335,9 @@ class Region(NamedTuple):
   fires: bool | jax.Array
 
 
-def _regions(call: "Call", mask: Mask, turns: Mapping[str, "Turn"]) -> dict[str, Region]:
+def _regions(
+  call: "Call", mask: Mask, turns: Mapping[str, "Turn"], state: MaskState
+) -> dict[str, Region]:
   """The regions of a leaf under a mask, by group."""
   regions = {}
   for group in call.layout.groups:
@@ -339,7 +348,7 @@ def _regions(call: "Call", mask: Mask, turns: Mapping[str, "Turn"]) -> dict[str,
       if window.by_region:
         fires = False if fires is False else (length > 0) & fires
       counts = True if window.counts is None else window.counts[i]
-      regions[group.name] = Region(length, window.total_weight(i), counts, fires)
+      regions[group.name] = Region(length, _total_weight(state, window, i), counts, fires)
   return {name: regions[name] for name in mask.groups}
 
 
@@ -411,6 +420,7 @@ def _fire(
 
 def _fire_now(
   call: "Call",
+  state_before: MaskState,
   group: Group,
   turn: "Turn",
   states: Mapping[str, Mapping[Any, jax.Array]],
@@ -430,7 +440,7 @@ def _fire_now(
     tensors[leaf] = [zeros(x.shape, x.dtype) for x in parts]
   params = dict(tensors)
   for i, t in enumerate(group.masked, len(group.tensors)):
-    weight = turn.window.total_weight(i)
+    weight = _total_weight(state_before, turn.window, i)
     grad = reduce(totals[t.leaf], weight, dtypes[t.leaf])
     tensors[t.leaf] = [grad if call.scale is None else _window.multiply(grad, call.scale)]
     param = targets if call.in_place else call.params
