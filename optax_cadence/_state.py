@@ -102,9 +102,8 @@ class Regions(NamedTuple):
     text: As JSON, under "names" for each group the names of its regions, under "folded" the paths
       of the leaves whose bands keep their fold, under "masked" those of the leaves in
       `CadenceState.masks` and which arrays of `MaskState.inner_state` are each one's, and under
-      "dtypes" path and dtype of every parameter. None where they
-      are not known, as in what `tx.init` makes of the stand-in of
-      `optax.tree_utils.tree_map_params`.
+      "dtypes" path and dtype of every parameter. None where they are not known, as in what
+      `tx.init` makes of the stand-in of `optax.tree_utils.tree_map_params`.
   """
 
   text: str | None

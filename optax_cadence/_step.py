@@ -83,10 +83,19 @@ class Call:
     """Whether what the inner optimizer computes of a group is wider than its state."""
     return any(self.dtypes[leaf] != self.param_dtypes[leaf] for leaf in group.leaves)
 
-  def inner_of(self, group: Group, length: Any = None) -> optax.GradientTransformationExtraArgs:
-    """The inner optimizer as a group runs it; for the length of its window see `Inner.of`."""
+  def inner_on_leaves(
+    self, group: Group, length: Any = None
+  ) -> optax.GradientTransformationExtraArgs:
+    """The inner optimizer of a group on tensors in the dtypes of their means.
+
+    For the length of its window see `Inner.of`.
+    """
     inner = self.inner.of(group.every, length)
-    inner = _inner.widened(inner) if self.rounds(group) else inner
+    return _inner.widened(inner) if self.rounds(group) else inner
+
+  def inner_of(self, group: Group, length: Any = None) -> optax.GradientTransformationExtraArgs:
+    """The same as a group runs it, without the entries that it has of leaves under masks."""
+    inner = self.inner_on_leaves(group, length)
     if not group.masked:
       return inner
     from optax_cadence.entrywise import masks

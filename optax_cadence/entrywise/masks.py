@@ -450,8 +450,7 @@ def _fire_now(
   state = jax.tree_util.tree_map_with_path(
     lambda path, _: arrays[path], jax.eval_shape(call.inner.any.init, grads)
   )
-  inner = call.inner.of(group.every)
-  inner = _inner.widened(inner) if call.rounds(group) else inner
+  inner = call.inner_on_leaves(group)
   values = None if call.params is None else proof.tree_of(layout, params)
   updates, state = _inner.update(inner, grads, state, values, call.extra_args)
   slots, new = layout.treedef.flatten_up_to(updates), dict(held)

@@ -37,7 +37,6 @@ class Phases(Iterator[Phase]):
 
   def __init__(self, everys: Mapping[str, Every], start: int):
     self.cycle = _length(everys.values())
-    # A first window that an offset cuts short is as those of later cycles here.
     self._of = [_at(t, everys) for t in range(self.cycle)]
     self._steps = itertools.count(start)
     self.programs = len(set(self._of))
