@@ -467,10 +467,14 @@ def _fire_now(
     if call.in_place:
       with jax.numpy_dtype_promotion("standard"):
         update = optax.apply_updates([target], [update])[0]
-    targets[t.leaf] = jnp.where(fires, update.astype(target.dtype), target)
+    targets[t.leaf] = _replaced(fires, update, target)
     for path in call.moments[t.leaf]:
-      new[path] = jnp.where(fires, results[path].astype(held[path].dtype), held[path])
+      new[path] = _replaced(fires, results[path], held[path])
   return targets, new
+
+
+def _replaced(where: Any, new: jax.Array, old: jax.Array) -> jax.Array:
+  return jnp.where(_sharding.lying_as(jnp.asarray(where), old), new.astype(old.dtype), old)
 
 
 def _check(
