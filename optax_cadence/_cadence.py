@@ -24,6 +24,7 @@ from optax_cadence import _window
 from optax_cadence._state import CadenceState
 from optax_cadence._state import GroupState
 from optax_cadence._state import per_region
+from optax_cadence._state import plain
 from optax_cadence._state import Regions
 from optax_cadence.regions import layout as layouts
 from optax_cadence.schedules import phases
@@ -328,7 +329,8 @@ class Cadence:
 
   def mean_dtype(self, dtype: Any) -> Any:
     """Dtype in which the inner optimizer gets the mean of a parameter."""
-    return _window.wider(self.sum_dtype(dtype), dtype)
+    asked = jnp.float32 if self.accumulator_dtype is None else self.accumulator_dtype
+    return _window.wider(asked, dtype)
 
   def init(self, params: optax.Params) -> CadenceState:
     if isinstance(params, optax.LookaheadParams):
@@ -354,7 +356,7 @@ class Cadence:
         group.every.first_window()
       except ValueError as error:
         raise layouts.named(error, layout.name(group.leaves[0]) if group.leaves else "") from None
-      inner = call.inner_of(group) if group.leaves else _inner.for_no_leaves(self.inner.any)
+      inner = _step.inner_of(call, group) if group.leaves else _inner.for_no_leaves(self.inner.any)
       n = len(tensors) + len(group.masked)
       state = self._init_group(inner, group.every, n, *trees)
       if self.by_region and n:
@@ -428,12 +430,10 @@ class Cadence:
     weight: Any = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, CadenceState]:
-    state = _inner.plain(self.init, state, grads if params is None else params)
+    state = plain(self.init, state, grads if params is None else params)
     call = self._prepare(grads, state, params, extra_args)
-    if phase is not None:
-      phase = phases.checked(phase, call.layout.everys, state.micro_step)
     leaves, zeros = layouts.leaves_of(grads), {}
-    call = self._with_weights(call, weight, leaves, params)
+    call = self._counted(call, weight, leaves, params)
     for i, g in leaves.items():
       zeros[i] = jnp.zeros_like(g, _window.wider(g.dtype, call.param_dtypes[i]))
     updates, state = _step.advance(call, leaves, state, zeros, phase)
@@ -448,14 +448,14 @@ class Cadence:
     weight: Any = None,
     **extra_args: Any,
   ) -> tuple[optax.Params, CadenceState]:
-    _check_given("apply", params, needed=bool(jax.tree.leaves(grads)))
-    state = _inner.plain(self.init, state, params)
-    _check_order(params, state, grads)
+    if params is None and jax.tree.leaves(grads):
+      raise ValueError("apply needs the parameters: expected params, found None")
+    state = plain(self.init, state, params)
+    if not isinstance(state, CadenceState) or _dtypes(params) != _dtypes(grads):
+      _check_order(params, state, grads)
     call = self._prepare(grads, state, params, extra_args, in_place=True)
-    if phase is not None:
-      phase = phases.checked(phase, call.layout.everys, state.micro_step)
     given, targets = layouts.leaves_of(grads), layouts.leaves_of(params)
-    call = self._with_weights(call, weight, given, params)
+    call = self._counted(call, weight, given, params)
     leaves, state = _step.advance(call, given, state, targets, phase)
     return jax.tree.unflatten(jax.tree.structure(params), leaves.values()), state
 
@@ -479,13 +479,11 @@ class Cadence:
       weight: Likewise.
       **extra_args: Extra arguments for the inner optimizer.
     """
-    state = _inner.plain(self.init, state, params)
+    state = plain(self.init, state, params)
     call = self._prepare(params, state, params, extra_args, in_place=True)
-    if phase is not None:
-      phase = phases.checked(phase, call.layout.everys, state.micro_step)
     value, grads, given, summed = differentiate(call, state)
     call = dataclasses.replace(call, given=given, summed=summed)
-    call = self._with_weights(call, weight, grads, params)
+    call = self._counted(call, weight, grads, params)
     leaves, state = _step.advance(call, grads, state, layouts.leaves_of(params), phase)
     return jax.tree.unflatten(jax.tree.structure(params), leaves.values()), state, value
 
@@ -493,8 +491,9 @@ class Cadence:
     self, state: CadenceState, params: optax.Params, **extra_args: Any
   ) -> tuple[optax.Updates, CadenceState]:
     trains = not isinstance(state, CadenceState) or any(state.regions.names.values())
-    _check_given("flush", params, needed=trains)
-    state = _inner.plain(self.init, state, params)
+    if params is None and trains:
+      raise ValueError("flush needs the parameters: expected params, found None")
+    state = plain(self.init, state, params)
     call = self._prepare(params, state, params, extra_args)
     zeros = {i: jnp.zeros_like(p) for i, p in layouts.leaves_of(params).items()}
     updates, state = _step.flush(call, state, zeros)
@@ -518,7 +517,9 @@ class Cadence:
     for group in filter(operator.attrgetter("tensors"), call.layout.groups):
       old, masks = groups[group.name], group.take(flags)
       trees = [call.layout.tree(group, x) for x in (group.take(leaves), masks)]
-      fields = {"inner_state": _restart.restarted(call.inner_of(group), old.inner_state, *trees)}
+      fields = {
+        "inner_state": _restart.restarted(_step.inner_of(call, group), old.inner_state, *trees)
+      }
       if old.window is not None:
         whole = jnp.stack([mask.all() for mask in masks])
         whole = whole if self.by_region else whole.all()
@@ -568,45 +569,55 @@ class Cadence:
     extra_args: dict[str, Any] | None = None,
     in_place: bool = False,
   ) -> _step.Call:
+    widened: set[int] = set()
+    of_means = list(map(self.mean_dtype, dtypes))
+    for i, dtype in enumerate(dtypes):
+      if of_means[i] != dtype:
+        widened.add(i)
     return _step.Call(
       inner=self.inner,
       layout=layout,
-      dtypes=list(map(self.mean_dtype, dtypes)),
+      dtypes=of_means,
       param_dtypes=dtypes,
+      widened=frozenset(widened),
       params=None if params is None else layouts.leaves_of(params),
       extra_args=extra_args or {},
       in_place=in_place,
       sums=self.accumulate == "sum",
-      skips=self.skips_nonfinite,
       clip_norm=self.clip_norm,
       set_schedules=self.set_schedules,
     )
 
-  def _with_weights(
+  def _counted(
     self, call: _step.Call, weight: Any, grads: layouts.Leaves, params: Any
   ) -> _step.Call:
-    """The call, with how much the micro-batch counts for each leaf, and whether it is used at all.
+    """The call, with where and how much the micro-batch counts, where that may differ.
 
     Raises:
       ValueError: If there is a weight and none is expected, or the other way round.
     """
-    if self.skip_if is not None:
-      from optax_cadence import _weights
-
-      tree = call.layout.treedef.unflatten(grads.values())
-      usable = _weights.usable(self.skip_if, tree, params, call.layout)
-      call = dataclasses.replace(call, usable=usable)
-    if self.weighted:
-      from optax_cadence import _weights
-
-      weights = _weights.of_leaves(weight, call.layout, grads)
-      return dataclasses.replace(call, weights=weights)
-    if weight is not None:
+    if weight is not None and not self.weighted:
       raise ValueError(
         "weight: expected none without oc.cadence(..., weighted=True), found"
         f" {_checks.shown(weight)}"
       )
-    return call
+    if not self.by_region:
+      return call
+    from optax_cadence import _weights
+
+    usable = weights = None
+    entries: dict[str, list[jax.Array]] = {}
+    if self.skip_if is not None:
+      tree = call.layout.treedef.unflatten(grads.values())
+      usable = _weights.usable(self.skip_if, tree, params, call.layout)
+    if self.weighted:
+      weights = _weights.of_leaves(weight, call.layout, grads)
+    if self.skips_nonfinite and call.layout.masked:
+      from optax_cadence.entrywise import masks
+
+      entries = masks.all_finite(call.layout, grads)
+    counting = _weights.Counting(weights, usable, self.skips_nonfinite, entries)
+    return dataclasses.replace(call, counting=counting)
 
   def _check_state(self, layout: layouts.Layout, state: Any) -> None:
     """Raises unless the state has the groups of this tree."""
@@ -691,8 +702,6 @@ def _check_order(params: Any, state: Any, grads: Any) -> None:
       "apply takes (params, state, grads): expected a CadenceState as the state, found"
       f" {_checks.shown(state)}"
     )
-  if _dtypes(params) == _dtypes(grads):
-    return
   known = state.regions.dtypes
 
   def fit(tree: Any) -> bool:
@@ -704,11 +713,6 @@ def _check_order(params: Any, state: Any, grads: Any) -> None:
       "apply takes (params, state, grads), and update (grads, state, params): expected parameters"
       " of the dtypes that the state was made for first, found these dtypes in the gradients"
     )
-
-
-def _check_given(method: str, params: Any, needed: bool) -> None:
-  if params is None and needed:
-    raise ValueError(f"{method} needs the parameters: expected params, found None")
 
 
 def chain(*transforms: optax.GradientTransformation) -> CadenceTransformation:
@@ -757,7 +761,7 @@ class Chain:
   def update(
     self, grads: Any, state: Any, params: Any = None, **extra_args: Any
   ) -> tuple[Any, tuple[Any, ...]]:
-    state = _inner.plain(self.init, state, grads if params is None else params)
+    state = plain(self.init, state, grads if params is None else params)
     grads, done = self._through(grads, state, params, extra_args)
     updates, last_state = self.last.update(grads, state[-1], params, **extra_args)
     return updates, (*done, last_state)
@@ -765,13 +769,13 @@ class Chain:
   def apply(
     self, params: Any, state: Any, grads: Any, phase: int | Phase | None = None, **extra_args: Any
   ) -> tuple[Any, tuple[Any, ...]]:
-    state = _inner.plain(self.init, state, params)
+    state = plain(self.init, state, params)
     grads, done = self._through(grads, state, params, extra_args)
     params, last_state = self.last.apply(params, state[-1], grads, phase, **extra_args)
     return params, (*done, last_state)
 
   def flush(self, state: Any, params: Any, **extra_args: Any) -> tuple[Any, tuple[Any, ...]]:
-    state = _inner.plain(self.init, state, params)
+    state = plain(self.init, state, params)
     self._check(state)
     updates, last_state = self.last.flush(state[-1], params, **extra_args)
     return updates, (*state[:-1], last_state)

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_cadence import _sharding
 from optax_cadence.programs import primitives
@@ -39,29 +40,29 @@ def maybe(when: bool | jax.Array, fn: Callable[[Any, Any], Any], carry: Any, con
     when = bool(when)  # outside of a program there is nothing to branch in
   if isinstance(when, bool):
     return cast_like(fn(carry, consts), carry) if when else carry
-  carry = _as_varying_as_results(when, fn, carry, consts)
-  run, hoisted = _hoist(lambda carry, consts: cast_like(fn(carry, consts), carry), carry, consts)
-  return _zero_or_once(run, when, carry, (hoisted, consts))
+
+  def cast(carry: Any, consts: Any) -> Any:
+    return cast_like(fn(carry, consts), carry)
+
+  if jax.typeof(when) != jax.typeof(np.False_):  # in `jax.shard_map` it may vary over devices
+    carry = _sharding.varying(carry, _sharding.axes_of(when))
+  program = jax.make_jaxpr(cast)(carry, consts)
+  leaves, treedef = jax.tree.flatten(carry)
+  while program.out_avals != list(map(jax.typeof, leaves)):
+    wider = list(map(_varying_as, leaves, program.out_avals))
+    if list(map(jax.typeof, wider)) == list(map(jax.typeof, leaves)):
+      break  # it is not over more devices that results vary
+    leaves = wider
+    program = jax.make_jaxpr(cast)(jax.tree.unflatten(treedef, leaves), consts)
+  # What `fn` closes over becomes an argument: not even an integer may a `custom_jvp` close over.
+  run, args = functools.partial(jax.core.eval_jaxpr, program.jaxpr), jax.tree.leaves(consts)
+  leaves = _zero_or_once(run, when, leaves, (program.consts, args))
+  return jax.tree.unflatten(treedef, leaves)
 
 
-def _as_varying_as_results(
-  when: jax.Array, fn: Callable[[Any, Any], Any], carry: Any, consts: Any
-) -> Any:
-  """The carry, of which in `jax.shard_map` each array varies over the axes that its result does."""
-  if not _sharding.axes_of((when, carry, consts)):
-    return carry
-  leaves, treedef = jax.tree.flatten(_sharding.varying(carry, _sharding.axes_of(when)))
-  while True:
-    carry = jax.tree.unflatten(treedef, leaves)
-    results = jax.make_jaxpr(lambda carry, consts: cast_like(fn(carry, consts), carry))(
-      carry, consts
-    ).out_avals
-    before = list(map(_sharding.axes_of, leaves))
-    leaves = [
-      _sharding.varying(x, _sharding.axes_of(y)) for x, y in zip(leaves, results, strict=True)
-    ]
-    if list(map(_sharding.axes_of, leaves)) == before:
-      return carry
+def _varying_as(x: jax.Array, like: Any) -> jax.Array:
+  """The array, varying in `jax.shard_map` also over the axes that another does."""
+  return _sharding.varying(x, _sharding.axes_of(like))
 
 
 def keep(when: Any, fn: Callable[[Any, Any], Any], carry: Any, consts: Any) -> Any:
@@ -181,8 +182,10 @@ def first_part_first(
 
 def is_traced(tree: Any) -> bool:
   """Whether an array of a tree is part of a program that is being traced."""
-  leaves = [tree] if isinstance(tree, jax.Array) else jax.tree.leaves(tree)
-  return any(isinstance(x, jax.core.Tracer) for x in leaves)
+  for x in [tree] if isinstance(tree, jax.Array) else jax.tree.leaves(tree):
+    if isinstance(x, jax.core.Tracer):
+      return True
+  return False
 
 
 def choose(when: bool | jax.Array, then: jax.Array, otherwise: jax.Array) -> jax.Array:
@@ -205,7 +208,8 @@ def cast_like(tree: Any, like: Any) -> Any:
         f"an optimizer's state must keep its shapes: expected {old.shape} as before the update,"
         f" found {jnp.shape(x)}"
       )
-    return _sharding.varying(_strong(x, old.dtype), _sharding.axes_of(old))
+    x = _strong(x, old.dtype)
+    return x if jax.typeof(x) == jax.typeof(old) else _varying_as(x, old)
 
   return jax.tree.map(cast, tree, like)
 
@@ -218,30 +222,18 @@ def _strong(x: Any, dtype: Any = None) -> jax.Array:
   return jax.lax.convert_element_type(x, x.dtype if dtype is None else dtype)
 
 
-def _hoist(fn: Callable[..., Any], carry: Any, consts: Any) -> tuple[Callable[..., Any], Any]:
-  """`fn` as a function of what it closes over, and that.
-
-  `jax.closure_convert` leaves integers behind, which a `custom_jvp` may not close over.
-  """
-  closed, out = jax.make_jaxpr(fn, return_shape=True)(carry, consts)
-
-  def run(hoisted: Any, carry: Any, consts: Any) -> Any:
-    flat = jax.core.eval_jaxpr(closed.jaxpr, hoisted, *jax.tree.leaves((carry, consts)))
-    return jax.tree.unflatten(jax.tree.structure(out), flat)
-
-  return run, closed.consts
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _zero_or_once(fn: Callable[..., Any], when: jax.Array, carry: Any, args: Any) -> Any:
+def _zero_or_once(fn: Callable[..., Any], when: jax.Array, carry: list[Any], args: Any) -> Any:
+  """`fn(closed_over, *carry, *consts)` if `when`, else `carry`; `args` are what `fn` reads."""
+
   @jax.custom_batching.custom_vmap
   def run(when: jax.Array, carry: Any, args: Any) -> Any:
-    hoisted, consts = args
+    closed_over, consts = args
     if jax.default_backend() == "gpu":
       return _branch(fn, when, carry, args)
 
     def body(loop: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-      return jnp.zeros_like(when), fn(hoisted, loop[1], consts)
+      return jnp.zeros_like(when), fn(closed_over, *loop[1], *consts)
 
     return jax.lax.while_loop(lambda loop: loop[0], body, (when, carry))[1]
 
@@ -259,26 +251,28 @@ def _batched(
   )
   axes = jax.tree.map(lambda each: 0 if each else None, each_args)
   if not each_when:
-
-    def run(hoisted: Any, carry: Any, consts: Any) -> Any:
-      return jax.vmap(fn, in_axes=(axes[0], 0, axes[1]))(hoisted, carry, consts)
-
-    new = _zero_or_once(run, when, carry, args)
+    in_axes = axes[0], *[0] * len(carry), *axes[1]
+    new = _zero_or_once(jax.vmap(fn, in_axes=in_axes), when, carry, args)
   else:
 
     def member(when: jax.Array, carry: Any, args: Any) -> Any:
-      return keep(when, lambda carry, args: fn(args[0], carry, args[1]), carry, args)
+      return keep(when, lambda carry, args: fn(args[0], *carry, *args[1]), carry, args)
 
-    def selected(_: Any, carry: Any, consts: Any) -> Any:
-      return jax.vmap(member, in_axes=(0, 0, axes))(consts[0], carry, consts[1])
+    def selected(given: Any, *carry: Any) -> Any:
+      when, args = given
+      return jax.vmap(member, in_axes=(0, 0, axes))(when, list(carry), args)
 
-    new = _zero_or_once(selected, when.any(), carry, ((), (when, args)))
+    new = _zero_or_once(selected, when.any(), carry, ((when, args), []))
   return new, jax.tree.map(lambda _: True, carry)
 
 
 def _branch(fn: Callable[..., Any], when: jax.Array, carry: Any, args: Any) -> Any:
   """The same as a branch."""
-  return jax.lax.cond(when, lambda c, args: fn(args[0], c, args[1]), lambda c, _: c, carry, args)
+
+  def then(carry: Any, args: Any) -> Any:
+    return fn(args[0], *carry, *args[1])
+
+  return jax.lax.cond(when, then, lambda carry, _: carry, carry, args)
 
 
 @_zero_or_once.defjvp

@@ -20,13 +20,13 @@ import optax
 
 from optax_cadence import _cadence
 from optax_cadence import _checks
-from optax_cadence import _inner
 from optax_cadence import _paths
 from optax_cadence import _sharding
 from optax_cadence import _window
 from optax_cadence._state import CadenceState
 from optax_cadence._state import ConfidenceState
 from optax_cadence._state import GroupState
+from optax_cadence._state import plain
 from optax_cadence.confidence.statistics import Estimate
 from optax_cadence.regions import cuts
 from optax_cadence.regions.layout import Group
@@ -155,7 +155,7 @@ def _in_containers(state: Any, init: Any, params: Any) -> Any:
   Raises:
     ValueError: If it is that of something else.
   """
-  state = _inner.plain(init, state, params)
+  state = plain(init, state, params)
   difference = _paths.mismatch(jax.eval_shape(init, params), state)
   if difference is not None:
     raise ValueError(f"convert: expected the state of tx, which has {difference}")

@@ -1,21 +1,18 @@
-"""The inner optimizer's state, matched to the tensors of one group.
+"""The inner optimizer of each group, and its state, matched to the tensors of the group.
 
-It is restored where a framework has rebuilt it, explained where it belongs to other parameters, and
-told what it may want to know of the window.
+The state is restored where a framework has rebuilt it, and explained where it belongs to other
+parameters.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_cadence import _checks
 from optax_cadence import _paths
-from optax_cadence.regions.layout import Group
-from optax_cadence.regions.layout import Layout
 from optax_cadence.schedules.every import Every
 
 
@@ -24,11 +21,13 @@ class Inner:
 
   Attributes:
     any: One of them, for what does not depend on the length: the structure of a state.
+    follows_window: Whether it is a function of the window's length.
   """
 
   def __init__(self, given: optax.GradientTransformation | Callable[[Any], Any]):
-    self._make: Any = None if is_transformation(given) else given
-    if self._make is None:
+    self._make: Any = given
+    self.follows_window = not is_transformation(given)
+    if not self.follows_window:
       self.any = self._checked(given, None)
       return
     of_optax = getattr(getattr(given, "func", given), "__module__", None) or ""
@@ -39,11 +38,6 @@ class Inner:
       )
     self.any = self._checked(given(1), 1)
 
-  @property
-  def follows_window(self) -> bool:
-    """Whether it is a function of the window's length."""
-    return self._make is not None
-
   def of(self, every: Every, length: Any = None) -> optax.GradientTransformationExtraArgs:
     """The inner optimizer of a group.
 
@@ -52,7 +46,7 @@ class Inner:
       length: Micro-steps in the window, where that is not known before: int32 scalar, or one for
         each region, of which the most count. None where it makes no difference.
     """
-    if self._make is None or (length is None and not every.static):
+    if not self.follows_window or (length is None and not every.static):
       return self.any
     n = every.period if every.static else jnp.max(jnp.asarray(length))
     return self._checked(self._make(n), n)
@@ -71,25 +65,12 @@ def is_transformation(tx: Any) -> bool:
   return hasattr(tx, "init") and hasattr(tx, "update")
 
 
-def update(
-  inner: optax.GradientTransformationExtraArgs,
-  grads: Any,
-  state: optax.OptState,
-  params: Any,
-  extra_args: Mapping[str, Any],
-) -> tuple[Any, optax.OptState]:
-  """`inner.update`, with an error that says so where the state is that of other tensors.
-
-  Raises:
-    ValueError: If a leaf of the state does not fit the gradients.
-  """
-  try:
-    return inner.update(grads, state, params, **extra_args)
-  except (TypeError, ValueError) as error:
-    expected = jax.eval_shape(inner.init, grads if params is None else params)
-    difference = _paths.mismatch(expected, state)
-    if difference is None:
-      raise
+def check_state(
+  inner: optax.GradientTransformation, state: optax.OptState, tensors: Any, error: Exception
+) -> None:
+  """Raises `ValueError`, from the error of an update, if the state is that of other tensors."""
+  difference = _paths.mismatch(jax.eval_shape(inner.init, tensors), state)
+  if difference is not None:
     raise ValueError(
       f"state of the inner optimizer, {difference} (a state goes with the parameters and cadences"
       " it was made for)"
@@ -132,31 +113,6 @@ def for_no_leaves(inner: optax.GradientTransformation) -> optax.GradientTransfor
   return optax.GradientTransformation(init, inner.update)
 
 
-def told_window(state: optax.OptState, layout: Layout, group: Group, length: jax.Array) -> Any:
-  """The state, of which every part that has a method `with_window` is told the window's length.
-
-  So a transformation inside a cadence can know how many gradients its update is the mean of, as
-  `scale_by_cadence` does: `with_window` takes that number, an int32 scalar, or, where windows may
-  differ, a tree of one for each tensor; it returns the new state.
-
-  Args:
-    state: State of the inner optimizer.
-    layout: Groups of the tree.
-    group: The group.
-    length: Micro-steps in its window: int32 scalar, or one for each of its tensors.
-  """
-
-  def listens(node: Any) -> bool:
-    return hasattr(node, "with_window")
-
-  nodes, treedef = jax.tree.flatten(state, is_leaf=listens)
-  lengths = layout.tree(group, list(length)) if length.ndim else length
-  for i, node in enumerate(nodes):
-    if hasattr(node, "with_window"):
-      nodes[i] = node.with_window(lengths)
-  return jax.tree.unflatten(treedef, nodes)
-
-
 def restored(inner: optax.GradientTransformation, state: Any, tensors: Any) -> optax.OptState:
   """The state in the containers that `init` makes.
 
@@ -164,34 +120,6 @@ def restored(inner: optax.GradientTransformation, state: Any, tensors: Any) -> o
   into containers of its own.
   """
   return like(state, jax.eval_shape(inner.init, tensors))
-
-
-def plain(init: Callable[[Any], Any], state: optax.OptState, params: Any) -> optax.OptState:
-  """The state in the containers that `init` makes, if it is that of an `nnx.Optimizer`.
-
-  There each array of it is in a variable, and a variable like a parameter's is one of another kind.
-
-  Args:
-    init: What made the state.
-    state: The state.
-    params: Parameters, or what is shaped like them.
-
-  Raises:
-    ValueError: If it is the state of other parameters.
-  """
-  if isinstance(getattr(state, "micro_step", None), jax.Array | np.ndarray):
-    return state
-  nodes = jax.tree.leaves(state, is_leaf=_paths.is_optimizer_variable)
-  if not any(map(_paths.is_optimizer_variable, nodes)):
-    return state
-  expected, found = jax.eval_shape(init, params), _paths.arrays(state)
-  want = jax.tree.leaves(expected)
-  if list(map(np.shape, want)) != list(map(np.shape, found)):
-    raise ValueError(
-      f"state: expected {len(want)} arrays as init makes them for these parameters, found"
-      f" {len(found)}, or others; a state goes with the parameters and settings it was made for"
-    )
-  return jax.tree.unflatten(jax.tree.structure(expected), found)
 
 
 def like(state: optax.OptState, containers: Any) -> Any:

@@ -1,7 +1,7 @@
 """Larger steps for larger batches: updates scaled by the length of their window.
 
 The cadence sets the lengths, through the method `with_window` of the state: see
-`_inner.told_window`.
+`_window.told`.
 """
 
 from typing import Any, Literal, NamedTuple

@@ -1,12 +1,15 @@
 """The state of a cadence: what a checkpoint holds."""
 
 import json
+from collections.abc import Callable
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from optax_cadence import _paths
 
 if TYPE_CHECKING:
   from optax_cadence.confidence.statistics import Estimate
@@ -196,3 +199,31 @@ def cadence_states(state: Any) -> list[CadenceState]:
     return isinstance(node, CadenceState)
 
   return [node for node in jax.tree.leaves(state, is_leaf=is_state) if is_state(node)]
+
+
+def plain(init: Callable[[Any], Any], state: optax.OptState, params: Any) -> optax.OptState:
+  """The state in the containers that `init` makes, if it is that of an `nnx.Optimizer`.
+
+  There each array of it is in a variable, and a variable like a parameter's is one of another kind.
+
+  Args:
+    init: What made the state.
+    state: The state.
+    params: Parameters, or what is shaped like them.
+
+  Raises:
+    ValueError: If it is the state of other parameters.
+  """
+  if isinstance(getattr(state, "micro_step", None), jax.Array | np.ndarray):
+    return state
+  nodes = jax.tree.leaves(state, is_leaf=_paths.is_optimizer_variable)
+  if not any(map(_paths.is_optimizer_variable, nodes)):
+    return state
+  expected, found = jax.eval_shape(init, params), _paths.arrays(state)
+  want = jax.tree.leaves(expected)
+  if list(map(np.shape, want)) != list(map(np.shape, found)):
+    raise ValueError(
+      f"state: expected {len(want)} arrays as init makes them for these parameters, found"
+      f" {len(found)}, or others; a state goes with the parameters and settings it was made for"
+    )
+  return jax.tree.unflatten(jax.tree.structure(expected), found)

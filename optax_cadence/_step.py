@@ -1,15 +1,15 @@
 """One micro-step, from top to bottom: cut, accumulate, due?, fire, close.
 
 Each group is on its own. It cuts its tensors out of the gradients and accumulates them; only when
-it is due are parameters and inner state reached, in `fire`. What few cadences use (policies, masks)
-has modules of its own, which are imported where a group needs them.
+it is due are parameters and inner state reached, in `fire`. What few cadences use (policies, masks,
+weights, a limit on the norm) has modules of its own, which are imported where they are needed.
 """
 
 import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +17,21 @@ import optax
 
 from optax_cadence import _control
 from optax_cadence import _inner
-from optax_cadence import _sharding
 from optax_cadence import _window
 from optax_cadence._state import CadenceState
 from optax_cadence._state import GroupState
 from optax_cadence._state import MaskState
-from optax_cadence.regions.cuts import gathered
-from optax_cadence.regions.cuts import Whole
+from optax_cadence.regions import cuts
 from optax_cadence.regions.layout import Group
 from optax_cadence.regions.layout import Layout
 from optax_cadence.regions.layout import Leaves
 from optax_cadence.regions.layout import Tensor
+from optax_cadence.schedules import phases
 from optax_cadence.schedules.every import Every
 from optax_cadence.schedules.phases import Phase
+
+if TYPE_CHECKING:
+  from optax_cadence._weights import Counting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +46,16 @@ class Call:
     layout: Groups of the tree.
     dtypes: Dtype in which the inner optimizer gets the mean of each leaf.
     param_dtypes: Dtype of each parameter.
+    widened: The leaves for which these two differ.
     params: Parameters; None where there are none. Where `in_place` only their dtypes are read.
     extra_args: Extra arguments for the inner optimizer.
     in_place: Whether the targets are the parameters.
     sums: Whether the optimizer gets the sum of a window and not its mean.
-    skips: Whether micro-batches that are not finite are left out.
-    usable: Whether the micro-batch is to be used for each leaf; None where it is for all.
-    weights: How much the micro-batch counts for each leaf; None where all count alike.
     set_schedules: Sets the schedules in an inner state to a number of micro-steps; None where
       they count updates.
     clip_norm: The largest norm of all means that fire at a micro-step together; None for any.
-    scale: What these are multiplied with so that it is; None for 1.
+    counting: How much the micro-batch counts in each region; None where it counts once in all.
+    scale: What the means that fire are multiplied with to limit their norm; None for 1.
     moments: Where the inner optimizer keeps its arrays for the entries of each leaf under a mask,
       as key paths, by the position of the leaf.
     given: For some tensors their gradient, which is not read from that of the leaf.
@@ -65,74 +66,26 @@ class Call:
   layout: Layout
   dtypes: Sequence[Any]
   param_dtypes: Sequence[Any]
+  widened: frozenset[int]
   params: Leaves | None
   extra_args: Mapping[str, Any]
   in_place: bool
   sums: bool
-  skips: bool
   set_schedules: Callable[[Any, jax.Array], Any] | None
-  weights: Leaves | None = None
-  usable: Leaves | None = None
-  clip_norm: Any = None
+  clip_norm: Any
+  counting: "Counting | None" = None
   scale: jax.Array | None = None
   moments: Mapping[int, list[Any]] = dataclasses.field(default_factory=dict)
   given: Mapping[Tensor, jax.Array] = dataclasses.field(default_factory=dict)
   summed: Collection[Tensor] = ()
-
-  def rounds(self, group: Group) -> bool:
-    """Whether what the inner optimizer computes of a group is wider than its state."""
-    return any(self.dtypes[leaf] != self.param_dtypes[leaf] for leaf in group.leaves)
-
-  def inner_on_leaves(
-    self, group: Group, length: Any = None
-  ) -> optax.GradientTransformationExtraArgs:
-    """The inner optimizer of a group on tensors in the dtypes of their means.
-
-    For the length of its window see `Inner.of`.
-    """
-    inner = self.inner.of(group.every, length)
-    return _inner.widened(inner) if self.rounds(group) else inner
-
-  def inner_of(self, group: Group, length: Any = None) -> optax.GradientTransformationExtraArgs:
-    """The same as a group runs it, without the entries that it has of leaves under masks."""
-    inner = self.inner_on_leaves(group, length)
-    if not group.masked:
-      return inner
-    from optax_cadence.entrywise import masks
-
-    return masks.without_entries(inner, self, group)
-
-  def state_of(
-    self, group: Group, state: Any, window: _window.Window, micro_step: jax.Array
-  ) -> Any:
-    """The inner state that an update of the group starts from."""
-    if group.in_pieces:
-      state = _inner.restored(self.inner_of(group), state, self.layout.tree(group, window.sums))
-    if self.set_schedules is not None:
-      state = self.set_schedules(state, micro_step)
-    return _inner.told_window(state, self.layout, group, window.length)
 
 
 class Turn(NamedTuple):
   """A group at a micro-step, before it fires.
 
   Attributes:
-    inner_state: State of its inner optimizer.
-    window: Its window, with this micro-step.
-    fires: Whether it fires.
-  """
-
-  inner_state: Any
-  window: _window.Window
-  fires: bool | jax.Array
-
-
-class Opened(NamedTuple):
-  """A group at a micro-step, before it fires, with all that is needed to close its window.
-
-  Attributes:
     state: Its state.
-    window: Its window, with this micro-step.
+    window: Its window, with the gradients of this micro-step.
     due: Whether it is due.
     fires: Whether it fires, the same for all but some policies.
     decision: What its policy has decided; None without one.
@@ -142,39 +95,26 @@ class Opened(NamedTuple):
   window: _window.Window
   due: bool | jax.Array
   fires: bool | jax.Array
-  decision: Any
-
-  @property
-  def turn(self) -> Turn:
-    """What leaves under masks need to know of it."""
-    return Turn(self.state.inner_state, self.window, self.fires)
+  decision: Any = None
 
 
 def advance(
-  call: Call, grads: Leaves, state: CadenceState, targets: Leaves, phase: Phase | None
+  call: Call, grads: Leaves, state: CadenceState, targets: Leaves, phase: int | Phase | None
 ) -> tuple[Leaves, CadenceState]:
   """Adds the gradients to every window and fires the groups that are due."""
-  groups, turns, finite = {}, {}, {}
-  if call.skips and call.layout.masked:
-    from optax_cadence.entrywise import masks
-
-    finite = masks.all_finite(call, grads)
-
-  def opened(group: Group, targets: Leaves) -> Opened:
-    flags = finite.get(group.name, ())
-    return open_window(call, group, state.groups[group.name], grads, flags, targets, phase)
-
-  ready = {}
+  if phase is not None:
+    phase = phases.checked(phase, call.layout.everys, state.micro_step)
+  groups: dict[str, GroupState] = {}
+  turns: dict[str, Turn] = {}
   if call.clip_norm is not None:  # which takes the means of all groups before the first fires
-    ready = {group.name: opened(group, targets) for group in call.layout.groups}
-    turns = {name: group.turn for name, group in ready.items()}
+    for group in call.layout.groups:
+      turns[group.name] = accumulate(call, group, grads, state, targets, phase)
     call = clipped(call, state, grads, turns, targets)
   for group in call.layout.groups:
-    now = ready.get(group.name) or opened(group, targets)
-    turns[group.name] = now.turn
-    targets, new = fire(call, group, now.state, now.window, now.fires, targets, state.micro_step)
-    new = close(group.every, new, now.window, now.due, state.micro_step)
-    groups[group.name] = new if now.decision is None else now.decision.learned(new)
+    turn = turns.get(group.name) or accumulate(call, group, grads, state, targets, phase)
+    targets, new = fire(call, group, turn, targets, state.micro_step)
+    groups[group.name] = close(group.every, new, turn, state.micro_step)
+    turns[group.name] = turn
   mask_state = state.masks
   if call.layout.masked:
     targets, mask_state = advance_masks(call, state, grads, turns, targets, state.micro_step)
@@ -182,115 +122,32 @@ def advance(
   return targets, CadenceState(micro_step, groups, state.regions, mask_state)
 
 
-def open_window(
+def accumulate(
   call: Call,
   group: Group,
-  old: GroupState,
   grads: Leaves,
-  finite: Sequence[jax.Array],
+  state: CadenceState,
   targets: Leaves,
   phase: Phase | None,
-) -> Opened:
+) -> Turn:
   """Adds the gradients to the window of a group, and says whether it is due."""
-  decision = counts = weights = None
-  tensors, summed = group.take(grads), []
+  old, tensors, summed = state.groups[group.name], group.take(grads), []
   if call.given:
     pairs = zip(group.tensors, tensors, strict=True)
     tensors = [call.given.get(t, x) for t, x in pairs]
     summed = [t in call.summed for t in group.tensors]
+  counts = weights = None
+  if call.counting is not None and (group.tensors or group.masked):
+    counts, weights = call.counting.of(group, tensors)
   tree = call.layout.tree(group, tensors)
-  if (call.skips or call.usable is not None) and (tensors or group.masked):
-    counts = countable(call, group, tensors, finite)
-  if call.weights is not None and (group.tensors or group.masked):
-    from optax_cadence import _weights
-
-    weights = _weights.of_regions(call.weights, group)
   window = _window.accumulate(old, tensors, tree, counts, summed, weights)
-  due = fires = is_due(group, old, phase)
   if group.every.policy is not None and tensors:
     from optax_cadence.confidence import deciding
 
     decision = deciding.decide(call, group, old, window, targets)
-    due, fires, old = decision.due, decision.fires, decision.state
-  return Opened(old, window, due, fires, decision)
-
-
-def flush(call: Call, state: CadenceState, targets: Leaves) -> tuple[Leaves, CadenceState]:
-  """Fires every window that is not empty; when groups are due next stays as it was."""
-  groups, turns, micro_step = {}, {}, state.micro_step - 1
-  for group in call.layout.groups:
-    old = state.groups[group.name]
-    window = _window.so_far(old, call.layout.tree(group, group.take(targets)))
-    filled = False if old.window is None else window.length.max(initial=0) > 0
-    turns[group.name] = Turn(old.inner_state, window, filled)
-  if call.clip_norm is not None:
-    call = clipped(call, state, None, turns, targets)
-  for group in call.layout.groups:
-    old, (_, window, filled) = state.groups[group.name], turns[group.name]
-    old = old._replace(fired=jnp.zeros_like(old.fired))
-    if old.window is not None:
-      targets, old = fire(call, group, old, window, filled, targets, micro_step)
-      old = old._replace(window=jnp.zeros_like(window.length))
-    groups[group.name] = old
-  mask_state = state.masks
-  if call.layout.masked:
-    targets, mask_state = advance_masks(call, state, None, turns, targets, micro_step)
-  return targets, state._replace(groups=groups, masks=mask_state)
-
-
-def clipped(
-  call: Call,
-  state: CadenceState,
-  grads: Leaves | None,
-  turns: Mapping[str, Turn],
-  targets: Leaves,
-) -> Call:
-  """The call, with what all means that fire are multiplied with to limit their norm."""
-  from optax_cadence import _clipping
-
-  scale = _clipping.scale(call, state, grads, turns, targets)
-  return dataclasses.replace(call, scale=scale)
-
-
-def reduced(call: Call, group: Group, window: _window.Window) -> list[jax.Array]:
-  """What the inner optimizer is handed of a window: the mean of each tensor, or its sum."""
-  reduce = _window.sums if call.sums else _window.means
-  grads = reduce(window, [call.dtypes[tensor.leaf] for tensor in group.tensors])
-  return grads if call.scale is None else [_window.multiply(x, call.scale) for x in grads]
-
-
-def advance_masks(
-  call: Call,
-  state: CadenceState,
-  grads: Leaves | None,
-  turns: Mapping[str, Turn],
-  targets: Leaves,
-  micro_step: jax.Array,
-) -> tuple[Leaves, MaskState]:
-  """The same of the leaves under masks that the groups train together."""
-  from optax_cadence.entrywise import masks
-
-  assert state.masks is not None
-  return masks.advance(call, state.masks, grads, turns, targets, micro_step)
-
-
-def countable(
-  call: Call, group: Group, tensors: Sequence[jax.Array], finite: Sequence[jax.Array]
-) -> jax.Array:
-  """Whether the micro-batch is usable in each of a group's regions: bool [R].
-
-  Args:
-    call: The call.
-    group: The group.
-    tensors: Its gradients.
-    finite: Whether those that it has of leaves under masks are finite.
-  """
-  found = []
-  if call.skips:
-    found.append(jnp.stack([*map(_window.all_finite, tensors), *finite]))
-  if call.usable is not None:
-    found.append(jnp.stack([call.usable[t.leaf] for t in (*group.tensors, *group.masked)]))
-  return functools.reduce(jnp.logical_and, found)
+    return Turn(decision.state, window, decision.due, decision.fires, decision)
+  due = is_due(group, old, phase)
+  return Turn(old, window, due, due)
 
 
 def is_due(group: Group, state: GroupState, phase: Phase | None) -> bool | jax.Array:
@@ -304,19 +161,14 @@ def is_due(group: Group, state: GroupState, phase: Phase | None) -> bool | jax.A
 
 
 def fire(
-  call: Call,
-  group: Group,
-  state: GroupState,
-  window: _window.Window,
-  when: bool | jax.Array,
-  targets: Leaves,
-  micro_step: jax.Array,
+  call: Call, group: Group, turn: Turn, targets: Leaves, micro_step: jax.Array
 ) -> tuple[Leaves, GroupState]:
-  """Runs the inner optimizer on the window, if it is due and not empty.
+  """Runs the inner optimizer on the window, if the group fires and the window is not empty.
 
   Some results are written into the leaf as soon as they are computed; others replace the sum in
   their accumulator, which nobody needs any more, and are moved from there: see `writes_directly`.
   """
+  state, window, when = turn.state, turn.window, turn.fires
   if not (group.tensors or group.masked):
     return targets, state
   fired = when
@@ -328,20 +180,18 @@ def fire(
     direct.append(writes_directly(call, state, tensor, total, when, targets))
     if direct[-1]:
       leaves[tensor.leaf] = targets[tensor.leaf]
-  params = targets if call.in_place else call.params
-  if params is not None:
-    given, params = params, {}
-    for tensor in group.tensors:
-      if not (call.in_place and tensor.leaf in leaves):
-        params[tensor.leaf] = given[tensor.leaf]
+  params, read = targets if call.in_place else call.params or {}, {}
+  for tensor in group.tensors:
+    if tensor.leaf in params and not (call.in_place and tensor.leaf in leaves):
+      read[tensor.leaf] = params[tensor.leaf]
 
   def compute(carry: Any, consts: Any) -> Any:
     leaves, sums, inner_state = carry
     length, weights, params, micro_step = consts
-    read = leaves | params if call.in_place else params
-    before = None if read is None else group.take(read)
-    totals = window._replace(sums=sums, length=length, weights=weights)
-    results, inner_state = run_inner(call, group, totals, inner_state, before, micro_step)
+    params = leaves | params if call.in_place else params
+    before = None if call.params is None else group.take(params)
+    total = window._replace(sums=sums, length=length, weights=weights)
+    results, inner_state = run_inner(call, group, total, inner_state, before, micro_step)
     if call.in_place:
       with jax.numpy_dtype_promotion("standard"):  # added before it is rounded, once
         results = optax.apply_updates(before, results)
@@ -355,23 +205,14 @@ def fire(
         sums[i] = x.astype(sums[i].dtype)
     return leaves, sums, inner_state
 
-  def compute_where_filled(carry: Any, consts: Any) -> Any:
-    filled = call.layout.tree(group, list(window.length > 0))
-    inner_state = carry[2]
-    if group.in_pieces:
-      tensors = call.layout.tree(group, carry[1])
-      inner_state = _inner.restored(call.inner.any, inner_state, tensors)
-    flags = _inner.like(_inner.filled(call.inner.any, inner_state, filled), carry[2])
-    return _control.keep((True, True, flags), compute, carry, consts)
-
   waits = list(map(operator.not_, direct))
-  carry = leaves, window.sums, state.inner_state
-  consts = window.length, window.weights, params, micro_step
   run = runner(when, group, waits, micro_step)
-  if call.in_place and all(direct) and call.rounds(group):
+  if call.in_place and all(direct) and not call.widened.isdisjoint(group.leaves):
     # Parameters step by what is not rounded yet, out of moments that are then overwritten.
     run = functools.partial(_control.first_part_first, when, count=micro_step)
-  body = compute_where_filled if window.by_region else compute
+  body = functools.partial(where_filled, call, group, compute) if window.by_region else compute
+  carry = leaves, window.sums, state.inner_state
+  consts = window.length, window.weights, read, micro_step
   leaves, sums, inner_state = run(body, carry, consts)
   targets = write(when, targets | leaves, group, sums, waits, micro_step)
   state = state._replace(
@@ -381,6 +222,19 @@ def fire(
     sums = jax.tree.unflatten(jax.tree.structure(state.accumulators), sums)
     state = state._replace(accumulators=sums)
   return targets, state
+
+
+def where_filled(
+  call: Call, group: Group, compute: Callable[[Any, Any], Any], carry: Any, consts: Any
+) -> Any:
+  """What `fire` computes, but inner state of regions with an empty window stays as it is."""
+  _, sums, old = carry
+  length = consts[0]
+  inner_state, filled = old, call.layout.tree(group, list(length > 0))
+  if group.in_pieces:
+    inner_state = _inner.restored(call.inner.any, old, call.layout.tree(group, sums))
+  flags = _inner.like(_inner.filled(call.inner.any, inner_state, filled), old)
+  return _control.keep((True, True, flags), compute, carry, consts)
 
 
 def writes_directly(
@@ -419,7 +273,7 @@ def write(
     if not wanted:
       continue
     leaf = leaves[tensor.leaf]
-    if isinstance(tensor.cut, Whole):
+    if isinstance(tensor.cut, cuts.Whole):
       leaves[tensor.leaf] = _control.choose(when, x.astype(leaf.dtype), leaf)
     else:
       parts.append(tensor)
@@ -436,11 +290,11 @@ def write(
   views = {}
   for t in parts:
     if t.leaf not in views:
-      leaf = gathered(leaves[t.leaf], [other.cut for other in parts if other.leaf == t.leaf])
+      leaf = cuts.gathered(leaves[t.leaf], [other.cut for other in parts if other.leaf == t.leaf])
       views[t.leaf] = t.cut.view(leaf)
   views = runner(when, group, which, micro_step)(move, views, values)
   for leaf, view in views.items():
-    leaves[leaf] = _sharding.lying_as(view.reshape(leaves[leaf].shape), leaves[leaf])
+    leaves[leaf] = cuts.lying_as(view.reshape(leaves[leaf].shape), leaves[leaf])
   return leaves
 
 
@@ -467,11 +321,15 @@ def run_inner(
   micro_step: jax.Array,
 ) -> tuple[list[jax.Array], Any]:
   """Updates of the group's tensors, in the dtype of their mean, and the new inner state."""
-  grads = reduced(call, group, window)
-  old = call.state_of(group, state, window, micro_step)
+  inner, grads = inner_of(call, group, window.length), reduced(call, group, window)
+  old = state_of(call, group, state, window, micro_step)
+  tree = call.layout.tree(group, grads)
   values = None if params is None else call.layout.tree(group, params)
-  inner, tree = call.inner_of(group, window.length), call.layout.tree(group, grads)
-  updates, new = _inner.update(inner, tree, old, values, call.extra_args)
+  try:
+    updates, new = inner.update(tree, old, values, **call.extra_args)
+  except (TypeError, ValueError) as error:
+    _inner.check_state(inner, old, tree if values is None else values, error)
+    raise
   results = jax.tree.leaves(updates)
   for i, (tensor, grad) in enumerate(zip(group.tensors, grads, strict=True)):
     if jnp.shape(results[i]) != grad.shape:
@@ -483,22 +341,117 @@ def run_inner(
   return results, _inner.like(new, state) if group.in_pieces else new
 
 
-def close(
-  every: Every,
-  state: GroupState,
-  window: _window.Window,
-  due: bool | jax.Array,
-  micro_step: jax.Array,
-) -> GroupState:
+def inner_of(
+  call: Call, group: Group, length: Any = None, whole: bool = False
+) -> optax.GradientTransformationExtraArgs:
+  """The inner optimizer of a group, for tensors in the dtypes of their means.
+
+  Args:
+    call: The call.
+    group: The group.
+    length: Of its window; see `Inner.of`.
+    whole: Whether it gets the leaves under masks that others have a part in, as they are. The group
+      trains them together with those, so that it runs without them by itself.
+  """
+  inner = call.inner.of(group.every, length) if call.inner.follows_window else call.inner.any
+  if not call.widened.isdisjoint(group.leaves):
+    inner = _inner.widened(inner)
+  if group.masked and not whole:
+    from optax_cadence.entrywise import masks
+
+    inner = masks.without_entries(inner, call, group)
+  return inner
+
+
+def state_of(
+  call: Call, group: Group, state: Any, window: _window.Window, micro_step: jax.Array
+) -> Any:
+  """The inner state that an update of the group starts from."""
+  if group.in_pieces:
+    tensors = call.layout.tree(group, window.sums)
+    state = _inner.restored(inner_of(call, group), state, tensors)
+  if call.set_schedules is not None:
+    state = call.set_schedules(state, micro_step)
+  lengths = call.layout.tree(group, list(window.length)) if window.by_region else window.length
+  return _window.told(state, lengths)
+
+
+def reduced(call: Call, group: Group, window: _window.Window) -> list[jax.Array]:
+  """What the inner optimizer is handed of a window: the mean of each tensor, or its sum."""
+  grads = []
+  for i, tensor in enumerate(group.tensors):
+    grad = window.reduced(i, call.dtypes[tensor.leaf], as_sum=call.sums)
+    grads.append(grad if call.scale is None else _window.multiply(grad, call.scale))
+  return grads
+
+
+def close(every: Every, state: GroupState, turn: Turn, micro_step: jax.Array) -> GroupState:
   """The group's state after this micro-step: a new window where it was due."""
+  window, due = turn.window, turn.due
   new = state._replace(skipped=window.skipped)
   if state.weight is not None and window.weights is not None:
     new = new._replace(weight=window.weights)
   if state.remaining is not None:
-    ahead = every.window(optax.safe_increment(micro_step))
+    if every.static:
+      ahead = jnp.int32(every.period)
+    else:
+      ahead = every.window(optax.safe_increment(micro_step))
     new = new._replace(remaining=_control.choose(due, ahead, state.remaining - 1))
     if every.policy is None:
       new = new._replace(period=_control.choose(due, ahead, state.period))
   if state.window is not None:
     new = new._replace(window=_control.choose(due, jnp.zeros_like(window.length), window.length))
-  return new
+  return new if turn.decision is None else turn.decision.learned(new)
+
+
+def flush(call: Call, state: CadenceState, targets: Leaves) -> tuple[Leaves, CadenceState]:
+  """Fires every window that is not empty; when groups are due next stays as it was."""
+  groups, turns, micro_step = {}, {}, state.micro_step - 1
+  for group in call.layout.groups:
+    old = state.groups[group.name]
+    window = _window.so_far(old, call.layout.tree(group, group.take(targets)))
+    filled = False if old.window is None else window.length.max(initial=0) > 0
+    old = old._replace(fired=jnp.zeros_like(old.fired))
+    turns[group.name] = Turn(old, window, due=False, fires=filled)
+  if call.clip_norm is not None:
+    call = clipped(call, state, None, turns, targets)
+  for group in call.layout.groups:
+    turn = turns[group.name]
+    new = turn.state
+    if new.window is not None:
+      targets, new = fire(call, group, turn, targets, micro_step)
+      new = new._replace(window=jnp.zeros_like(turn.window.length))
+    groups[group.name] = new
+  mask_state = state.masks
+  if call.layout.masked:
+    targets, mask_state = advance_masks(call, state, None, turns, targets, micro_step)
+  return targets, state._replace(groups=groups, masks=mask_state)
+
+
+def clipped(
+  call: Call,
+  state: CadenceState,
+  grads: Leaves | None,
+  turns: Mapping[str, Turn],
+  targets: Leaves,
+) -> Call:
+  """The call, with what all means that fire are multiplied with to limit their norm."""
+  from optax_cadence import _clipping
+
+  scale = _clipping.scale(call, state, grads, turns, targets)
+  return dataclasses.replace(call, scale=scale)
+
+
+def advance_masks(
+  call: Call,
+  state: CadenceState,
+  grads: Leaves | None,
+  turns: Mapping[str, Turn],
+  targets: Leaves,
+  micro_step: jax.Array,
+) -> tuple[Leaves, MaskState]:
+  """The same of the leaves under masks that the groups train together."""
+  from optax_cadence.entrywise import masks
+
+  assert state.masks is not None
+  return masks.advance(call, state.masks, grads, turns, targets, micro_step)

@@ -1,7 +1,7 @@
-"""How much a micro-batch counts for each leaf: by the `weight` of a call, and by `skip`."""
+"""How much a micro-batch counts: by the `weight` of a call, by `skip`, and where it is finite."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,52 @@ import numpy as np
 from optax_cadence import _checks
 from optax_cadence import _paths
 from optax_cadence import _sharding
+from optax_cadence import _window
 from optax_cadence.regions.layout import Group
 from optax_cadence.regions.layout import Layout
 from optax_cadence.regions.layout import Leaves
 
 
-def of_regions(weights: Leaves, group: Group) -> jax.Array:
-  """The weights of a group's regions: float32 [R]."""
-  return jnp.stack([weights[t.leaf] for t in (*group.tensors, *group.masked)])
+def of_regions(of_leaves: Leaves, group: Group) -> jax.Array:
+  """For each of a group's R regions what there is for its leaf: [R]."""
+  return jnp.stack([of_leaves[t.leaf] for t in (*group.tensors, *group.masked)])
+
+
+class Counting(NamedTuple):
+  """Where a micro-batch counts, and how much.
+
+  Attributes:
+    weights: How much it counts for each leaf; None where all count alike.
+    usable: Whether it is to be used for each leaf; None where it is for all.
+    skips: Whether it is left out of a region where its gradient is not finite.
+    entries: Whether the entries that a group has of its leaves under masks are finite, by the name
+      of the group.
+  """
+
+  weights: Leaves | None
+  usable: Leaves | None
+  skips: bool
+  entries: Mapping[str, Sequence[jax.Array]]
+
+  def of(
+    self, group: Group, tensors: Sequence[jax.Array]
+  ) -> tuple[jax.Array | None, jax.Array | None]:
+    """Whether it is usable in each of a group's R regions, bool [R], and how much it counts.
+
+    The weights are float32 [R]; None stands for all, and for 1 in all.
+
+    Args:
+      group: The group.
+      tensors: Its gradients.
+    """
+    counts = None
+    if self.skips:
+      entries = self.entries.get(group.name, ())
+      counts = jnp.stack([*map(_window.all_finite, tensors), *entries])
+    if self.usable is not None:
+      usable = of_regions(self.usable, group)
+      counts = usable if counts is None else counts & usable
+    return counts, None if self.weights is None else of_regions(self.weights, group)
 
 
 def of_leaves(weight: Any, layout: Layout, grads: Leaves) -> dict[int, jax.Array]:

@@ -20,6 +20,8 @@ from optax_cadence._state import GroupState
 
 _SLABS = 8
 
+_AS_IN_STATE = "as in the state, which goes with the parameters and cadences it was made for"
+
 
 class Window(NamedTuple):
   """The gradients of a window.
@@ -55,6 +57,13 @@ class Window(NamedTuple):
     if self.weights is None:
       return jnp.maximum(item(self.length, i), 1)
     return jnp.where(self.weights[i] > 0, self.weights[i], 1)
+
+  def reduced(self, i: int, dtype: Any, as_sum: bool = False) -> jax.Array:
+    """The mean of region i in this dtype, or its sum; zero where nothing is in its window."""
+    x, reduce = self.sums[i], sum_of if as_sum else mean_of
+    if self.by_region:
+      x = jnp.where(self.length[i] > 0, x, jnp.zeros_like(x))
+    return reduce(x, self.total_weight(i), dtype, self.single)
 
 
 def wider(*dtypes: Any) -> np.dtype:
@@ -117,7 +126,7 @@ def accumulate(
     new = counts.astype(jnp.int32)
   if state.accumulators is None or state.window is None:
     return Window(list(tensors), new, skipped, flags, weights=weights, single=True)
-  _check_tree(state, tree)
+  _paths.check_same("gradient", _AS_IN_STATE, state.accumulators, tree)
   sums, length, total_weight = [], state.window + new, None
   if weights is not None and counts is not None and state.weight is not None:
     before = jnp.where(state.window > 0, state.weight, 0)
@@ -174,16 +183,10 @@ def holds_mean(total: jax.Array) -> bool:
 
 def so_far(state: GroupState, tree: Any) -> Window:
   """The window of a group as it is, without another micro-batch; arguments as in `accumulate`."""
-  _check_tree(state, tree)
+  if state.accumulators is not None:
+    _paths.check_same("gradient", _AS_IN_STATE, state.accumulators, tree)
   length = jnp.int32(0) if state.window is None else state.window
   return Window(jax.tree.leaves(state.accumulators), length, state.skipped, weights=state.weight)
-
-
-def _check_tree(state: GroupState, tree: Any) -> None:
-  """Raises `ValueError` if a state has accumulators for other tensors than these."""
-  if state.accumulators is not None:
-    where = "as in the state, which goes with the parameters and cadences it was made for"
-    _paths.check_same("gradient", where, state.accumulators, tree)
 
 
 def add_squares(
@@ -202,25 +205,6 @@ def add_squares(
   return total if finite is None else jnp.where(jnp.stack(finite), total, squares)
 
 
-def sums(window: Window, dtypes: Sequence[Any]) -> list[jax.Array]:
-  """The sum over the window in these dtypes; zero for a tensor that has nothing in its own."""
-  return _reduced(window, dtypes, sum_of)
-
-
-def means(window: Window, dtypes: Sequence[Any]) -> list[jax.Array]:
-  """The mean over the window in these dtypes; zero for a tensor that has nothing in its own."""
-  return _reduced(window, dtypes, mean_of)
-
-
-def _reduced(window: Window, dtypes: Sequence[Any], reduce: Any) -> list[jax.Array]:
-  results = []
-  for i, (x, dtype) in enumerate(zip(window.sums, dtypes, strict=True)):
-    if window.by_region:
-      x = jnp.where(window.length[i] > 0, x, jnp.zeros_like(x))
-    results.append(reduce(x, window.total_weight(i), dtype, window.single))
-  return results
-
-
 def sum_of(total: jax.Array, n: jax.Array, dtype: Any, single: bool = False) -> jax.Array:
   """The sum of gradients; n is their number or weight: a scalar, or one for each entry.
 
@@ -234,6 +218,28 @@ def mean_of(total: jax.Array, n: jax.Array, dtype: Any, single: bool = False) ->
   """Their mean."""
   x = total.astype(dtype)
   return x if single or holds_mean(total) else divide(x, n)
+
+
+def told(state: Any, length: Any) -> Any:
+  """The state of an optimizer, of which every part with a method `with_window` is told the length.
+
+  So a transformation inside a cadence can know how many gradients its update is the mean of, as
+  `scale_by_cadence` does: `with_window` takes that number and returns the new state.
+
+  Args:
+    state: The state.
+    length: Micro-steps in the window: int32 scalar, or, where windows may differ, a tree of one for
+      each tensor.
+  """
+
+  def listens(node: Any) -> bool:
+    return hasattr(node, "with_window")
+
+  nodes, treedef = jax.tree.flatten(state, is_leaf=listens)
+  for i, node in enumerate(nodes):
+    if hasattr(node, "with_window"):
+      nodes[i] = node.with_window(length)
+  return jax.tree.unflatten(treedef, nodes)
 
 
 def item(x: jax.Array, i: int) -> jax.Array:

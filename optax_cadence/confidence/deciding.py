@@ -113,8 +113,10 @@ def _statistics(asked: jax.Array, window: Window) -> statistics.Statistics:
   def read(_: Any, consts: Any) -> jax.Array:
     sums, length, weights = consts
     total = Window(sums, length, None, weights=weights)
-    dtypes = [_window.wider(x.dtype, jnp.float32) for x in total.sums]
-    return statistics.squared_norms(_window.sums(total, dtypes))
+    as_read = []
+    for i, x in enumerate(total.sums):
+      as_read.append(total.reduced(i, _window.wider(x.dtype, jnp.float32), as_sum=True))
+    return statistics.squared_norms(as_read)
 
   consts = window.sums, window.length, window.weights
   square = _control.maybe(asked, read, jnp.zeros_like(unknown), consts)

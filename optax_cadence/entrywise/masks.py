@@ -10,7 +10,7 @@ is told by a code of one bit for each group.
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ import numpy as np
 import optax
 
 from optax_cadence import _control
-from optax_cadence import _inner
 from optax_cadence import _sharding
+from optax_cadence import _step
 from optax_cadence import _window
 from optax_cadence._state import CadenceState
 from optax_cadence._state import MaskState
@@ -28,10 +28,6 @@ from optax_cadence.regions.cuts import Entries
 from optax_cadence.regions.layout import Group
 from optax_cadence.regions.layout import Layout
 from optax_cadence.regions.layout import Leaves
-
-if TYPE_CHECKING:
-  from optax_cadence._step import Call
-  from optax_cadence._step import Turn
 
 _CODES = (np.uint8, np.uint16, np.uint32)
 
@@ -98,7 +94,7 @@ def _equal(x: Any, y: Any) -> bool:
   return known and bool(x == y)
 
 
-def moments_of(call: "Call") -> dict[int, list[Any]]:
+def moments_of(call: _step.Call) -> dict[int, list[Any]]:
   """Where the inner optimizer keeps its arrays for the entries of each leaf, as key paths."""
   moments = {}
   for leaf in call.layout.masked:
@@ -117,7 +113,7 @@ def moments_in(layout: Layout, state: CadenceState) -> dict[int, list[Any]]:
   return {i: [paths[place] for place in masked[layout.paths[i]]] for i in layout.masked}
 
 
-def positions(call: "Call", state: MaskState | None) -> list[Any]:
+def positions(call: _step.Call, state: MaskState | None) -> list[Any]:
   """For each leaf its path, and which arrays of the state belong to its entries."""
   if state is None:
     return []
@@ -130,7 +126,9 @@ def _paths_in(state: MaskState) -> list[Any]:
   return [path for path, _ in jax.tree_util.tree_flatten_with_path(state.inner_state)[0]]
 
 
-def init(call: "Call", leaves: Leaves, sum_dtype: Callable[[Any], Any] | None) -> MaskState | None:
+def init(
+  call: _step.Call, leaves: Leaves, sum_dtype: Callable[[Any], Any] | None
+) -> MaskState | None:
   """The state of all leaves under masks; without a `sum_dtype` there are no accumulators."""
   layout = call.layout
   tree = proof.tree_of(layout, {leaf: leaves[leaf] for leaf in layout.masked})
@@ -158,7 +156,7 @@ def stand_in(inner: Any, placeholder: Any, accumulates: bool) -> MaskState:
 
 
 def without_entries(
-  inner: optax.GradientTransformationExtraArgs, call: "Call", group: Group
+  inner: optax.GradientTransformationExtraArgs, call: _step.Call, group: Group
 ) -> optax.GradientTransformationExtraArgs:
   """The inner optimizer as a group runs it whose entries under masks are trained elsewhere.
 
@@ -201,10 +199,10 @@ def without_entries(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def all_finite(call: "Call", grads: Leaves) -> dict[str, list[jax.Array]]:
+def all_finite(layout: Layout, grads: Leaves) -> dict[str, list[jax.Array]]:
   """Whether all entries that a group has of each of its leaves under masks are finite."""
-  flags: dict[str, list[jax.Array]] = {group.name: [] for group in call.layout.groups}
-  for mask in masks_of(call.layout):
+  flags: dict[str, list[jax.Array]] = {group.name: [] for group in layout.groups}
+  for mask in masks_of(layout):
     grad = grads[mask.leaf]
     codes, good = mask.codes(grad), jnp.isfinite(grad)
     for name, bit in zip(mask.groups, mask.bits, strict=True):
@@ -213,10 +211,10 @@ def all_finite(call: "Call", grads: Leaves) -> dict[str, list[jax.Array]]:
 
 
 def advance(
-  call: "Call",
+  call: _step.Call,
   state: MaskState,
   grads: Leaves | None,
-  turns: Mapping[str, "Turn"],
+  turns: Mapping[str, _step.Turn],
   targets: Leaves,
   micro_step: jax.Array,
 ) -> tuple[Leaves, MaskState]:
@@ -228,7 +226,7 @@ def advance(
     turn = turns[group.name]
     fires = turn.fires if reads else bool(turn.fires)
     if group.masked and fires is not False:
-      inner_state = call.state_of(group, turn.inner_state, turn.window, micro_step)
+      inner_state = _step.state_of(call, group, turn.state.inner_state, turn.window, micro_step)
       states[group.name] = dict(jax.tree_util.tree_flatten_with_path(inner_state)[0])
       if reads:
         inner, has_params = call.inner.of(group.every), call.params is not None
@@ -248,8 +246,7 @@ def advance(
     else:
       total = totals[mask.leaf]
       if grads is not None:
-        weight = None if call.weights is None else call.weights[mask.leaf]
-        total = _added(mask, codes, regions, total, grads[mask.leaf], weight)
+        total = _added(call, mask, codes, regions, total, grads[mask.leaf])
     paths = call.moments[mask.leaf]
     carry = targets[mask.leaf], [held[path] for path in paths], total
     now = mask.only(programs)
@@ -272,10 +269,10 @@ def advance(
 
 
 def squared_norm(
-  call: "Call",
+  call: _step.Call,
   state: MaskState,
   grads: Leaves | None,
-  turns: Mapping[str, "Turn"],
+  turns: Mapping[str, _step.Turn],
   targets: Leaves,
 ) -> jax.Array:
   """Squared norm of the means of all entries that fire: float32 scalar."""
@@ -283,7 +280,6 @@ def squared_norm(
 
   square = jnp.float32(0)
   sums = dict(zip(call.layout.masked, jax.tree.leaves(state.accumulators), strict=False))
-  reduce = _window.sum_of if call.sums else _window.mean_of
   for mask in masks_of(call.layout):
     grad, total = None if grads is None else grads[mask.leaf], sums.get(mask.leaf)
     codes, regions = mask.codes(targets[mask.leaf]), _regions(call, mask, turns, state)
@@ -294,8 +290,7 @@ def squared_norm(
         continue  # Nothing is held from one micro-step to the next.
       total = grad.astype(call.dtypes[mask.leaf])
     elif grad is not None:
-      weight = None if call.weights is None else call.weights[mask.leaf]
-      total = _added(mask, codes, regions, total, grad, weight)
+      total = _added(call, mask, codes, regions, total, grad)
 
     def measure(
       _: Any,
@@ -305,7 +300,7 @@ def squared_norm(
       fires: Any = fires,
       weights: Any = weights,
     ) -> jax.Array:
-      mean = reduce(total, mask.look_up(codes, total, weights), call.dtypes[mask.leaf])
+      mean = _reduced(call, mask.leaf, total, mask.look_up(codes, total, weights))
       mean = jnp.where(mask.any(codes, fires), mean, jnp.zeros_like(mean))
       return statistics.squared_norms([mean])[0]
 
@@ -336,7 +331,7 @@ class Region(NamedTuple):
 
 
 def _regions(
-  call: "Call", mask: Mask, turns: Mapping[str, "Turn"], state: MaskState
+  call: _step.Call, mask: Mask, turns: Mapping[str, _step.Turn], state: MaskState
 ) -> dict[str, Region]:
   """The regions of a leaf under a mask, by group."""
   regions = {}
@@ -353,14 +348,16 @@ def _regions(
 
 
 def _added(
+  call: _step.Call,
   mask: Mask,
   codes: jax.Array,
   regions: Mapping[str, Region],
   total: jax.Array,
   grad: jax.Array,
-  weight: jax.Array | None,
 ) -> jax.Array:
   """The sum or mean of a leaf, with one more gradient."""
+  weights = None if call.counting is None else call.counting.weights
+  weight = None if weights is None else weights[mask.leaf]
   first = mask.any(codes, [region.length == 1 for region in regions.values()])
   lengths = None
   if _window.holds_mean(total):
@@ -372,8 +369,15 @@ def _added(
   return jnp.where(mask.any(codes, counts), new, total)
 
 
+def _reduced(call: _step.Call, leaf: int, total: jax.Array, n: jax.Array) -> jax.Array:
+  """What the inner optimizer is handed of a leaf: the mean of every entry, or its sum."""
+  reduce = _window.sum_of if call.sums else _window.mean_of
+  grad = reduce(total, n, call.dtypes[leaf])
+  return grad if call.scale is None else _window.multiply(grad, call.scale)
+
+
 def _fire(
-  call: "Call",
+  call: _step.Call,
   mask: Mask,
   codes: jax.Array,
   regions: Mapping[str, Region],
@@ -389,13 +393,11 @@ def _fire(
   updates = [programs[name] for name in mask.groups]
   numbers = [states[name] for name in mask.groups]
   _check(call, mask, updates, paths)
-  reduce = _window.sum_of if call.sums else _window.mean_of
 
   def compute(carry: Any, param: Any) -> Any:
     target, moments, total = carry
     look_up = functools.partial(mask.look_up, codes, total)
-    grad = reduce(total, look_up(weights), call.dtypes[mask.leaf])
-    grad = grad if call.scale is None else _window.multiply(grad, call.scale)
+    grad = _reduced(call, mask.leaf, total, look_up(weights))
     param = target if call.in_place else param
     held = dict(zip(paths, moments, strict=True))
     results = proof.run(updates, mask.leaf, held, numbers, grad, param, look_up)
@@ -419,10 +421,10 @@ def _fire(
 
 
 def _fire_now(
-  call: "Call",
+  call: _step.Call,
   state_before: MaskState,
   group: Group,
-  turn: "Turn",
+  turn: _step.Turn,
   states: Mapping[str, Mapping[Any, jax.Array]],
   totals: Leaves,
   targets: Leaves,
@@ -434,15 +436,13 @@ def _fire_now(
   leaves, and the entries of the group are taken out of the results.
   """
   dtypes, layout = call.dtypes, call.layout
-  reduce = _window.sum_of if call.sums else _window.mean_of
   tensors, zeros = {}, functools.cache(jnp.zeros)
   for leaf, parts in proof.shapes_of(group, layout, dtypes).items():
     tensors[leaf] = [zeros(x.shape, x.dtype) for x in parts]
   params = dict(tensors)
   for i, t in enumerate(group.masked, len(group.tensors)):
     weight = _total_weight(state_before, turn.window, i)
-    grad = reduce(totals[t.leaf], weight, dtypes[t.leaf])
-    tensors[t.leaf] = [grad if call.scale is None else _window.multiply(grad, call.scale)]
+    tensors[t.leaf] = [_reduced(call, t.leaf, totals[t.leaf], weight)]
     param = targets if call.in_place else call.params
     params[t.leaf] = tensors[t.leaf] if param is None else [param[t.leaf]]
   grads = proof.tree_of(layout, tensors)
@@ -450,9 +450,9 @@ def _fire_now(
   state = jax.tree_util.tree_map_with_path(
     lambda path, _: arrays[path], jax.eval_shape(call.inner.any.init, grads)
   )
-  inner = call.inner_on_leaves(group)
+  inner = _step.inner_of(call, group, whole=True)
   values = None if call.params is None else proof.tree_of(layout, params)
-  updates, state = _inner.update(inner, grads, state, values, call.extra_args)
+  updates, state = inner.update(grads, state, values, **call.extra_args)
   slots, new = layout.treedef.flatten_up_to(updates), dict(held)
   results = dict(jax.tree_util.tree_flatten_with_path(state)[0])
   targets = dict(targets)
@@ -478,7 +478,7 @@ def _replaced(where: Any, new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def _check(
-  call: "Call", mask: Mask, updates: Sequence[proof.Program], paths: Sequence[Any]
+  call: _step.Call, mask: Mask, updates: Sequence[proof.Program], paths: Sequence[Any]
 ) -> None:
   """Raises where extra arguments, which the proof was without, couple the entries."""
   if call.extra_args:
@@ -487,7 +487,7 @@ def _check(
       raise _no_longer(call, mask, reason)
 
 
-def _no_longer(call: "Call", mask: Mask, reason: str) -> ValueError:
+def _no_longer(call: _step.Call, mask: Mask, reason: str) -> ValueError:
   return ValueError(
     f"update of {call.layout.name(mask.leaf)!r}: expected an inner optimizer that treats the"
     f" entries of a mask one by one, as it did when the state was made, found {reason}"

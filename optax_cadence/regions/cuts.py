@@ -65,10 +65,21 @@ class Cut(Protocol):
 
 def gathered(leaf: jax.Array, cuts: Iterable[Cut]) -> jax.Array:
   """The leaf, lying whole along every axis across whose shards one of these cuts goes."""
-  shards = _sharding.shards_of(leaf)
-  if max(shards, default=1) == 1:
+  if not _says_how_it_lies(leaf):
     return leaf
+  shards = _sharding.shards_of(leaf)
   return _sharding.gathered(leaf, set().union(*(cut.across(shards) for cut in cuts)))
+
+
+def lying_as(x: jax.Array, like: jax.Array) -> jax.Array:
+  """The array, lying as another of its shape or number of axes."""
+  lies = _says_how_it_lies(x) or _says_how_it_lies(like)
+  return _sharding.lying_as(x, like) if lies else x
+
+
+def _says_how_it_lies(x: jax.Array) -> bool:
+  """Whether the type of an array does so, as on a mesh with explicit axes."""
+  return any(getattr(getattr(jax.typeof(x), "sharding", None), "spec", ()))
 
 
 class Whole:
@@ -123,7 +134,7 @@ class Box:
     return leaf
 
   def put(self, view: jax.Array, tensor: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice(view, _sharding.lying_as(tensor, view), self.start)
+    return jax.lax.dynamic_update_slice(view, lying_as(tensor, view), self.start)
 
   def size(self, shape: Shape) -> int:
     del shape
