@@ -209,7 +209,7 @@ def _owner(tx: CadenceTransformation) -> Any:
 
 
 def _owner_of_update(tx: CadenceTransformation, method: str) -> Any:
-  """The same; raises `AttributeError` where `update` is not its own."""
+  """The object whose method `update` is; `AttributeError` where another function took its place."""
   owner = getattr(tx.update, "__self__", None)
   if isinstance(owner, Cadence | Chain):
     return owner
@@ -548,13 +548,12 @@ class Cadence:
     if params is None:
       known = state.regions.dtypes
       dtypes = [known.get(path, x) for path, x in zip(layout.paths, dtypes, strict=True)]
-    call = self._call(layout, dtypes, params, extra_args, in_place)
     if layout.scattered:
       from optax_cadence.entrywise import choice
 
       layout = choice.as_in_state(layout, state)
-      choice.check_extra_args(self.inner, layout, call.dtypes, extra_args)
-    call = dataclasses.replace(call, layout=layout)
+      choice.check_extra_args(self.inner, layout, list(map(self.mean_dtype, dtypes)), extra_args)
+    call = self._call(layout, dtypes, params, extra_args, in_place)
     if layout.masked:
       from optax_cadence.entrywise import masks
 

@@ -1,5 +1,6 @@
 """One norm for all that is due at a micro-step: see `clip_norm` of `cadence`."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,14 +15,14 @@ from optax_cadence.regions.layout import Group
 from optax_cadence.regions.layout import Leaves
 
 
-def scale(
+def clipped(
   call: _step.Call,
   state: CadenceState,
   grads: Leaves | None,
   turns: Mapping[str, _step.Turn],
   targets: Leaves,
-) -> jax.Array:
-  """What all means that fire are multiplied with, so that their norm is at most `call.clip_norm`.
+) -> _step.Call:
+  """The call, with what to multiply the means that fire with, to limit their norm together.
 
   A NaN does not reach the updates of other windows by it: it clips nothing.
 
@@ -33,7 +34,7 @@ def scale(
     targets: What groups write into.
 
   Returns:
-    A float32 scalar, at most 1.
+    The call, with a float32 scalar of at most 1 as its `scale`.
   """
   square = jnp.float32(0)
   for group in call.layout.groups:
@@ -47,11 +48,10 @@ def scale(
 
     consts = turn.window.sums, turn.window.length, turn.window.weights
     square += _control.maybe(turn.fires, measure, jnp.float32(0), consts)
-  if call.layout.masked:
+  if state.masks is not None and call.layout.masked:
     from optax_cadence.entrywise import masks
 
-    assert state.masks is not None
     square += masks.squared_norm(call, state.masks, grads, turns, targets)
   norm = jnp.sqrt(square)
   largest = jnp.asarray(call.clip_norm, jnp.float32)
-  return jnp.where(norm > largest, largest / norm, 1)
+  return dataclasses.replace(call, scale=jnp.where(norm > largest, largest / norm, 1))

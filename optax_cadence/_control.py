@@ -267,7 +267,7 @@ def _batched(
 
 
 def _branch(fn: Callable[..., Any], when: jax.Array, carry: Any, args: Any) -> Any:
-  """The same as a branch."""
+  """`_zero_or_once` as a branch, which can be differentiated."""
 
   def then(carry: Any, args: Any) -> Any:
     return fn(args[0], *carry, *args[1])

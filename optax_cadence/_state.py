@@ -25,7 +25,7 @@ def per_region(regions: int) -> tuple[int, ...]:
 
 
 class ConfidenceState(NamedTuple):
-  """What a group under a policy knows of its R regions; of none, what `per_region` says.
+  """What a group under a policy knows of its R regions.
 
   Attributes:
     squares: Sum of the squared norms of the gradients in the window: float32 [R]; of no

@@ -20,7 +20,6 @@ from optax_cadence import _inner
 from optax_cadence import _window
 from optax_cadence._state import CadenceState
 from optax_cadence._state import GroupState
-from optax_cadence._state import MaskState
 from optax_cadence.regions import cuts
 from optax_cadence.regions.layout import Group
 from optax_cadence.regions.layout import Layout
@@ -109,15 +108,19 @@ def advance(
   if call.clip_norm is not None:  # which takes the means of all groups before the first fires
     for group in call.layout.groups:
       turns[group.name] = accumulate(call, group, grads, state, targets, phase)
-    call = clipped(call, state, grads, turns, targets)
+    from optax_cadence import _clipping
+
+    call = _clipping.clipped(call, state, grads, turns, targets)
   for group in call.layout.groups:
     turn = turns.get(group.name) or accumulate(call, group, grads, state, targets, phase)
     targets, new = fire(call, group, turn, targets, state.micro_step)
     groups[group.name] = close(group.every, new, turn, state.micro_step)
     turns[group.name] = turn
   mask_state = state.masks
-  if call.layout.masked:
-    targets, mask_state = advance_masks(call, state, grads, turns, targets, state.micro_step)
+  if mask_state is not None and call.layout.masked:
+    from optax_cadence.entrywise import masks
+
+    targets, mask_state = masks.advance(call, mask_state, grads, turns, targets, state.micro_step)
   micro_step = optax.safe_increment(state.micro_step)
   return targets, CadenceState(micro_step, groups, state.regions, mask_state)
 
@@ -414,7 +417,9 @@ def flush(call: Call, state: CadenceState, targets: Leaves) -> tuple[Leaves, Cad
     old = old._replace(fired=jnp.zeros_like(old.fired))
     turns[group.name] = Turn(old, window, due=False, fires=filled)
   if call.clip_norm is not None:
-    call = clipped(call, state, None, turns, targets)
+    from optax_cadence import _clipping
+
+    call = _clipping.clipped(call, state, None, turns, targets)
   for group in call.layout.groups:
     turn = turns[group.name]
     new = turn.state
@@ -423,35 +428,8 @@ def flush(call: Call, state: CadenceState, targets: Leaves) -> tuple[Leaves, Cad
       new = new._replace(window=jnp.zeros_like(turn.window.length))
     groups[group.name] = new
   mask_state = state.masks
-  if call.layout.masked:
-    targets, mask_state = advance_masks(call, state, None, turns, targets, micro_step)
+  if mask_state is not None and call.layout.masked:
+    from optax_cadence.entrywise import masks
+
+    targets, mask_state = masks.advance(call, mask_state, None, turns, targets, micro_step)
   return targets, state._replace(groups=groups, masks=mask_state)
-
-
-def clipped(
-  call: Call,
-  state: CadenceState,
-  grads: Leaves | None,
-  turns: Mapping[str, Turn],
-  targets: Leaves,
-) -> Call:
-  """The call, with what all means that fire are multiplied with to limit their norm."""
-  from optax_cadence import _clipping
-
-  scale = _clipping.scale(call, state, grads, turns, targets)
-  return dataclasses.replace(call, scale=scale)
-
-
-def advance_masks(
-  call: Call,
-  state: CadenceState,
-  grads: Leaves | None,
-  turns: Mapping[str, Turn],
-  targets: Leaves,
-  micro_step: jax.Array,
-) -> tuple[Leaves, MaskState]:
-  """The same of the leaves under masks that the groups train together."""
-  from optax_cadence.entrywise import masks
-
-  assert state.masks is not None
-  return masks.advance(call, state.masks, grads, turns, targets, micro_step)

@@ -53,7 +53,7 @@ class Window(NamedTuple):
     return self.length.ndim > 0
 
   def total_weight(self, i: int) -> jax.Array:
-    """What the mean of region i is the sum divided by; 1 for nothing."""
+    """What the sum of region i is divided by for the mean; 1 where the window is empty."""
     if self.weights is None:
       return jnp.maximum(item(self.length, i), 1)
     return jnp.where(self.weights[i] > 0, self.weights[i], 1)
@@ -215,7 +215,7 @@ def sum_of(total: jax.Array, n: jax.Array, dtype: Any, single: bool = False) -> 
 
 
 def mean_of(total: jax.Array, n: jax.Array, dtype: Any, single: bool = False) -> jax.Array:
-  """Their mean."""
+  """The mean of gradients, from the same as in `sum_of`."""
   x = total.astype(dtype)
   return x if single or holds_mean(total) else divide(x, n)
 
@@ -243,7 +243,7 @@ def told(state: Any, length: Any) -> Any:
 
 
 def item(x: jax.Array, i: int) -> jax.Array:
-  """What belongs to region i: an entry of [R], or the one number for all."""
+  """The number of region i, where there is one for each region or one for all."""
   return x[i] if x.ndim else x
 
 
@@ -257,7 +257,7 @@ def all_finite(x: jax.Array) -> jax.Array:
 
 
 def _all_finite_by_slabs(x: jax.Array) -> jax.Array:
-  """The same, as a sum of zeros, which an infinity or a NaN makes NaN.
+  """`all_finite` as a sum of zeros, which an infinity or a NaN makes NaN.
 
   Most of it is an elementwise operation, which XLA vectorizes and runs on all CPU cores; a
   reduction to a scalar it does not.

@@ -61,7 +61,7 @@ def mask_reasons(inner: Inner, layout: Layout, dtypes: Sequence[Any]) -> Reasons
 def _refused(
   inner: Inner, layout: Layout, dtypes: Sequence[Any], leaves: Sequence[int]
 ) -> dict[int, str]:
-  """Those of these leaves that cannot be trained by one pass, though all others are, and why."""
+  """Which of these leaves cannot be trained by one pass if the others are, each with the reason."""
   refused: dict[int, str] = {}
   moments: dict[int, Mapping[Any, int]] = {}
   groups, layout = _under_masks(layout), _with_masked(layout, leaves)

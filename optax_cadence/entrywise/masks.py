@@ -49,7 +49,7 @@ class Mask:
   bits: tuple[int, ...]
 
   def only(self, groups: Collection[str]) -> "Mask":
-    """The same of those that are among these groups, with the bits that they have here."""
+    """The mask of those of its groups that are among these; they keep their bits."""
     kept = [i for i, name in enumerate(self.groups) if name in groups]
     names, cuts = tuple(self.groups[i] for i in kept), tuple(self.cuts[i] for i in kept)
     return Mask(self.leaf, names, cuts, tuple(self.bits[i] for i in kept))
@@ -106,7 +106,7 @@ def moments_of(call: _step.Call) -> dict[int, list[Any]]:
 
 
 def moments_in(layout: Layout, state: CadenceState) -> dict[int, list[Any]]:
-  """The same, as a state says it."""
+  """Where a state says that it keeps the arrays for the entries of each leaf, as key paths."""
   if state.masks is None:
     return {}
   paths, masked = _paths_in(state.masks), state.regions.masked
@@ -234,19 +234,12 @@ def advance(
           inner, call.layout, group, call.dtypes, call.extra_args, has_params
         )
   held = dict(jax.tree_util.tree_flatten_with_path(state.inner_state)[0])
-  totals: Leaves = {}
-  if state.accumulators is not None:
-    totals = dict(zip(call.layout.masked, jax.tree.leaves(state.accumulators), strict=True))
+  totals = _sums(call, state)
   for mask in masks:
     codes, regions = mask.codes(targets[mask.leaf]), _regions(call, mask, turns, state)
-    if state.accumulators is None:
-      if grads is None:
-        continue  # Nothing is held from one micro-step to the next.
-      total = grads[mask.leaf].astype(call.dtypes[mask.leaf])
-    else:
-      total = totals[mask.leaf]
-      if grads is not None:
-        total = _added(call, mask, codes, regions, total, grads[mask.leaf])
+    total = _added(call, mask, codes, regions, totals.get(mask.leaf), grads)
+    if total is None:
+      continue
     paths = call.moments[mask.leaf]
     carry = targets[mask.leaf], [held[path] for path in paths], total
     now = mask.only(programs)
@@ -278,19 +271,14 @@ def squared_norm(
   """Squared norm of the means of all entries that fire: float32 scalar."""
   from optax_cadence.confidence import statistics
 
-  square = jnp.float32(0)
-  sums = dict(zip(call.layout.masked, jax.tree.leaves(state.accumulators), strict=False))
+  square, totals = jnp.float32(0), _sums(call, state)
   for mask in masks_of(call.layout):
-    grad, total = None if grads is None else grads[mask.leaf], sums.get(mask.leaf)
     codes, regions = mask.codes(targets[mask.leaf]), _regions(call, mask, turns, state)
     fires = [region.fires for region in regions.values()]
     weights = [region.total_weight for region in regions.values()]
+    total = _added(call, mask, codes, regions, totals.get(mask.leaf), grads)
     if total is None:
-      if grad is None:
-        continue  # Nothing is held from one micro-step to the next.
-      total = grad.astype(call.dtypes[mask.leaf])
-    elif grad is not None:
-      total = _added(call, mask, codes, regions, total, grad)
+      continue
 
     def measure(
       _: Any,
@@ -310,7 +298,7 @@ def squared_norm(
 
 
 def _total_weight(state: MaskState, window: _window.Window, i: int) -> jax.Array:
-  """What the mean of region i is its sum divided by: of one gradient as it is, 1."""
+  """What the sum of region i is divided by for the mean; 1 where there are no accumulators."""
   return jnp.int32(1) if state.accumulators is None else window.total_weight(i)
 
 
@@ -347,22 +335,36 @@ def _regions(
   return {name: regions[name] for name in mask.groups}
 
 
+def _sums(call: _step.Call, state: MaskState) -> Leaves:
+  """The accumulator of each leaf under a mask; none for `accumulate="latest"`."""
+  if state.accumulators is None:
+    return {}
+  return dict(zip(call.layout.masked, jax.tree.leaves(state.accumulators), strict=True))
+
+
 def _added(
   call: _step.Call,
   mask: Mask,
   codes: jax.Array,
   regions: Mapping[str, Region],
-  total: jax.Array,
-  grad: jax.Array,
-) -> jax.Array:
-  """The sum or mean of a leaf, with one more gradient."""
+  total: jax.Array | None,
+  grads: Leaves | None,
+) -> jax.Array | None:
+  """The sum or mean of a leaf, with the gradient of this micro-step, if there is one.
+
+  Without an accumulator it is this gradient alone; None where there is neither.
+  """
+  if grads is None:
+    return total
+  if total is None:
+    return grads[mask.leaf].astype(call.dtypes[mask.leaf])
   weights = None if call.counting is None else call.counting.weights
   weight = None if weights is None else weights[mask.leaf]
   first = mask.any(codes, [region.length == 1 for region in regions.values()])
   lengths = None
   if _window.holds_mean(total):
     lengths = mask.look_up(codes, total, [region.total_weight for region in regions.values()])
-  new = _window.added(total, grad, first, lengths, weight)
+  new = _window.added(total, grads[mask.leaf], first, lengths, weight)
   counts = [region.counts for region in regions.values()]
   if all(flag is True for flag in counts):
     return new

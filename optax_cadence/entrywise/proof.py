@@ -182,7 +182,10 @@ def coupled_in(program: Program, leaf: int, moments: Mapping[int, Mapping[Any, i
 def coupled(
   programs: Sequence[Program], leaf: int, moments: Mapping[int, Mapping[Any, int]]
 ) -> str | None:
-  """The same in the updates of all groups that have entries of a leaf, which run as one."""
+  """Why the entries of a leaf are not treated one by one in the updates of its groups, run as one.
+
+  Arguments and result are as in `coupled_in`; there is a program for each group.
+  """
   for program in programs:
     reason = coupled_in(program, leaf, moments)
     if reason is not None:
