@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from optax_cadence import _control
+from optax_cadence import _inner
 from optax_cadence import _sharding
 from optax_cadence import _step
 from optax_cadence import _window
@@ -454,7 +455,11 @@ def _fire_now(
   )
   inner = _step.inner_of(call, group, whole=True)
   values = None if call.params is None else proof.tree_of(layout, params)
-  updates, state = inner.update(grads, state, values, **call.extra_args)
+  try:
+    updates, state = inner.update(grads, state, values, **call.extra_args)
+  except (TypeError, ValueError) as error:
+    _inner.check_state(inner, state, grads if values is None else values, error)
+    raise
   slots, new = layout.treedef.flatten_up_to(updates), dict(held)
   results = dict(jax.tree_util.tree_flatten_with_path(state)[0])
   targets = dict(targets)
