@@ -2,13 +2,13 @@
 
 JAX adds the cotangents of an argument into a *reference* where `jax.vjp` is given one. Of layers
 that are stacked in a leaf and run by a scan, each step of the scan in reverse then adds to one row
-of the sum, in place; a gradient would be an array of all rows, which the scan writes and whoever
-adds it up reads. A leaf that no scan reads gains nothing, since XLA adds up its gradient where that
-is computed.
+of the sum, in place. Without references the scan writes the gradients of all rows into an array,
+which is then read once to add it up. A leaf that no scan reads gains nothing, since XLA adds up its
+gradient where that is computed.
 
-References cannot be differentiated, nor is a scan over them batched. So that nobody tries, the pass
-is an operation of its own, whose program is seen by the compiler alone: under differentiation and
-under `vmap` gradients take its place.
+JAX neither differentiates references nor batches a scan over them. So the pass is an operation of
+its own, whose program only the compiler sees: under differentiation and under `vmap` it is replaced
+by one that computes gradients and adds them up.
 """
 
 import dataclasses
@@ -63,9 +63,7 @@ def trace(loss: Callable[[Leaves], Any], leaves: Leaves, has_aux: bool) -> Loss:
     ValueError: If it does not return a scalar that can be differentiated.
   """
   program, returned = jax.make_jaxpr(loss, return_shape=True)(leaves)
-  if has_aux and not (isinstance(returned, tuple | list) and len(returned) == 2):
-    raise ValueError(f"loss: expected a pair, as has_aux=True says, found {_found(returned)}")
-  value = returned[0] if has_aux else returned
+  value = value_and_aux(returned)[0] if has_aux else returned
   scalar = isinstance(value, jax.ShapeDtypeStruct) and value.shape == ()
   if not (scalar and jnp.issubdtype(value.dtype, jnp.floating)):
     raise ValueError(
@@ -78,6 +76,17 @@ def trace(loss: Callable[[Leaves], Any], leaves: Leaves, has_aux: bool) -> Loss:
     return Loss(program, (), returned)
   leaves_of_scans, (program, consts) = scans.read_by_scans(program), reading.hoisted(program)
   return Loss(program, consts, returned, *leaves_of_scans)
+
+
+def value_and_aux(returned: Any) -> tuple[Any, Any]:
+  """The pair that a loss returns with `has_aux=True`.
+
+  Raises:
+    ValueError: If it is none.
+  """
+  if not (isinstance(returned, tuple | list) and len(returned) == 2):
+    raise ValueError(f"loss: expected a pair, as has_aux=True says, found {_found(returned)}")
+  return returned[0], returned[1]
 
 
 def _found(value: Any) -> str:

@@ -97,16 +97,20 @@ class Merged:
     return carried
 
   def _number(self, keys: Any) -> Any:
+    """What belongs to no region: that of the group whose counters are taken, if it has it."""
     for group in (self.chosen, *self.groups):
       if keys in group.numbers:
         return FRESH if group.as_started(keys) else group.numbers[keys]
     return _NOTHING
 
   def _slot(self, where: Any, region: Region, shape: tuple[int, ...]) -> Any:
+    """What is kept for a region in one place of the inner state, in this shape."""
+
     def kept(old: Region) -> Any:
       return self._sources.groups[old.group].slots.get(where, {}).get(old)
 
     same = self._same(region)
+    # What has the shape of a leaf under a mask has entries of other groups too.
     if same and kept(same) is not None and not (region.masked and shape == region.shape):
       return kept(same)
     parts = {old: kept(old) for old in self._parts(region)}
@@ -128,12 +132,14 @@ class Merged:
     return self._sources.regions[region.leaf] if region.masked else self.regions[region]
 
   def _assembled(self, region: Region, parts: Mapping[Region, jax.Array]) -> jax.Array:
+    """An array for a region, out of those for the regions that its entries were in."""
     full = jnp.zeros_like(self._leaves[region.leaf], next(iter(parts.values())).dtype)
     for old, x in parts.items():
       full = old.put(full, x)
     return region.take(full)
 
   def _windows(self, region: Region) -> list[Window]:
+    """The windows that its entries were in."""
     return [self._sources.window(old) for old in self.regions[region]]
 
   def check_windows(self, accumulates: bool, by_region: bool, weighted: bool) -> None:
@@ -184,6 +190,7 @@ class Merged:
     return self._assembled(region, parts)
 
   def _total_of(self, old: Region, dtype: Any, is_mean: bool) -> jax.Array:
+    """The same, of a region as it was."""
     x, was_mean, length, weight, _ = self._sources.window(old)
     if x is not None and x.dtype == dtype and is_mean == was_mean:
       return x
