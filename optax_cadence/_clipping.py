@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_cadence import _control
+from optax_cadence import _sharding
 from optax_cadence import _step
 from optax_cadence._state import CadenceState
 from optax_cadence.confidence import statistics
@@ -34,7 +35,11 @@ def scale(
 
   Returns:
     A float32 scalar, at most 1.
+
+  Raises:
+    ValueError: If some parameters are sharded over an axis of `jax.shard_map` and others are not.
   """
+  _check_axes(call, turns)
   square = jnp.float32(0)
   for group in call.layout.groups:
     turn = turns[group.name]
@@ -55,3 +60,21 @@ def scale(
   norm = jnp.sqrt(square)
   largest = jnp.asarray(call.clip_norm, jnp.float32)
   return jnp.where(norm > largest, largest / norm, 1)
+
+
+def _check_axes(call: _step.Call, turns: Mapping[str, _step.Turn]) -> None:
+  """Raises where the norm of a shard would scale what has to be the same on all shards."""
+  found: dict[frozenset[Any], int] = {}
+  for group in call.layout.groups:
+    for t, x in zip(group.tensors, turns[group.name].window.sums, strict=True):
+      found.setdefault(_sharding.axes_of(x), t.leaf)
+  if len(found) > 1:
+    shown = [
+      f"{call.layout.name(leaf)!r} over {', '.join(sorted(map(str, axes))) or 'none'}"
+      for axes, leaf in found.items()
+    ]
+    raise ValueError(
+      "clip_norm: expected gradients that vary over the same axes of jax.shard_map, found that of"
+      f" {' and that of '.join(shown)}: every shard has a norm of its own; clip in front of the"
+      " cadence, by a norm that jax.lax.psum adds up over the shards, or shard with jax.jit alone"
+    )

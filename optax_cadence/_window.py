@@ -105,36 +105,55 @@ def accumulate(
   Raises:
     ValueError: If the state is of other tensors.
   """
-  new, skipped = jnp.int32(1), state.skipped
+  skipped = state.skipped
   if counts is not None:
     assert skipped is not None
     left_out = ~counts if weights is None else ~counts & (weights > 0)
     skipped = skipped + left_out.astype(jnp.int32)
   if weights is not None:
     counts = weights > 0 if counts is None else counts & (weights > 0)
+  if state.accumulators is None:
+    flags = None if counts is None else list(counts)
+    return Window(list(tensors), _as_length(counts), skipped, flags, weights=weights, single=True)
+  squares = None if state.confidence is None else state.confidence.squares
+  before = so_far(state, tree)._replace(skipped=skipped, squares=squares)
+  return extended(before, tensors, counts, summed, weights)
+
+
+def extended(
+  window: Window,
+  tensors: Sequence[jax.Array],
+  counts: jax.Array | None = None,
+  summed: Sequence[bool] = (),
+  weights: jax.Array | None = None,
+) -> Window:
+  """A window with one more micro-batch; arguments as in `accumulate`.
+
+  With weights, `counts` is given too, and False where a weight is 0.
+  """
   flags = None if counts is None else list(counts)
-  if counts is not None:
-    new = counts.astype(jnp.int32)
-  if state.accumulators is None or state.window is None:
-    return Window(list(tensors), new, skipped, flags, weights=weights, single=True)
-  _check_tree(state, tree)
-  sums, length, total_weight = [], state.window + new, None
-  if weights is not None and counts is not None and state.weight is not None:
-    before = jnp.where(state.window > 0, state.weight, 0)
+  sums, length, total_weight = [], window.length + _as_length(counts), None
+  if weights is not None and counts is not None and window.weights is not None:
+    before = jnp.where(window.length > 0, window.weights, 0)
     total_weight = before + jnp.where(counts, weights, 0)
-  for i, (old, x) in enumerate(zip(jax.tree.leaves(state.accumulators), tensors, strict=True)):
+  for i, (old, x) in enumerate(zip(window.sums, tensors, strict=True)):
     if summed and summed[i]:
       sums.append(x)
       continue
     count, weight = item(length, i), None
     if weights is not None and total_weight is not None:
       count, weight = total_weight[i], weights[i]
-    total = added(old, x, item(state.window, i) == 0, count, weight)
+    total = added(old, x, item(window.length, i) == 0, count, weight)
     sums.append(total if flags is None else jnp.where(flags[i], total, old))
-  squares = None if state.confidence is None else state.confidence.squares
+  squares = window.squares
   if squares is not None and tensors:
-    squares = add_squares(squares, state.window, tensors, flags, weights)
-  return Window(sums, length, skipped, flags, squares, total_weight)
+    squares = _add_squares(squares, window.length, tensors, flags, weights)
+  return Window(sums, length, window.skipped, flags, squares, total_weight)
+
+
+def _as_length(counts: jax.Array | None) -> jax.Array:
+  """By how much a micro-batch makes a window longer."""
+  return jnp.int32(1) if counts is None else counts.astype(jnp.int32)
 
 
 def added(
@@ -186,7 +205,7 @@ def _check_tree(state: GroupState, tree: Any) -> None:
     _paths.check_same("gradient", where, state.accumulators, tree)
 
 
-def add_squares(
+def _add_squares(
   squares: jax.Array,
   length: jax.Array,
   tensors: Sequence[jax.Array],

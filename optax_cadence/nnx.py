@@ -10,6 +10,7 @@ import jax
 import optax
 from flax import nnx
 
+from optax_cadence import _backward
 from optax_cadence import _cadence
 from optax_cadence import _paths
 from optax_cadence import _training
@@ -123,11 +124,7 @@ class Optimizer(nnx.Optimizer):
       copies: Any = nnx.merge(graph, params_given, jax.tree.map(lambda x: x, others))
       filled = dict(enumerate(flat)) | dict(zip(places, copies[1], strict=True))
       returned: Any = loss(copies[0], *jax.tree.unflatten(structure, filled.values()))
-      if has_aux and not (isinstance(returned, tuple | list) and len(returned) == 2):
-        raise ValueError(
-          f"loss: expected a pair, as has_aux=True says, found a {type(returned).__name__}"
-        )
-      value, aux = returned if has_aux else (returned, None)
+      value, aux = _backward.value_and_aux(returned) if has_aux else (returned, None)
       changed, params_after, others = split(copies, of_model, ...)
       pairs = zip(jax.tree.leaves(params_after), jax.tree.leaves(given), strict=False)
       if changed != graph or any(after is not before for after, before in pairs):

@@ -27,10 +27,9 @@ class Statistics(NamedTuple):
 
   Attributes:
     length: Gradients in the window: int32 [R].
-    squares: Sum of squares: of the squared norms of the gradients, each times its weight, s1:
-      float32 [R].
-    square: Square of the sum: the squared norm of all gradients, each times its weight, added up,
-      s2: float32 [R]. Both are NaN for a policy that does not read gradients.
+    squares: s1, the sum of the squared norm of each gradient times its weight: float32 [R].
+    square: s2, the squared norm of the sum of all gradients, each times its weight: float32 [R].
+      Both are NaN for a policy that does not read gradients.
     update: Squared norm of the last update of a sample of the parameters: float32 [R].
     params: Squared norm of the sample before that: float32 [R]. Both are there when a window
       has fired, and NaN before, at the first, and for a policy that does not read updates.
