@@ -72,9 +72,6 @@ def order(scores: jax.Array, wide: bool = False) -> jax.Array:
 
   Returns:
     int32 or int64 of the same shape. -0.0 equals 0.0; NaNs equal one another and rank below -inf.
-
-  Raises:
-    ValueError: If the scores are not real numbers.
   """
   dtype = scores.dtype
   wide = wide or dtype.itemsize > 4
@@ -87,8 +84,6 @@ def order(scores: jax.Array, wide: bool = False) -> jax.Array:
     return jax.lax.bitcast_convert_type(scores ^ unsigned(2 ** (bits - 1)), signed)
   if jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_:
     return jnp.clip(scores.astype(signed), signed(lowest + 2), signed(highest - 1))
-  if not jnp.issubdtype(dtype, jnp.floating):
-    raise ValueError(f"scores: expected real numbers, found dtype {dtype}")
   scores = scores.astype(jnp.float64 if wide else jnp.float32)
   infinity = 0x7FF0000000000000 if wide else 0x7F800000
   pattern = jax.lax.bitcast_convert_type(scores, signed)
