@@ -254,7 +254,11 @@ class Masker:
       for i, (path, mask) in enumerate(old.items()):
         scores = self._scores(criterion, i, path, micro_step)
         allowed = mask if self.permanent else jnp.ones_like(mask)
-        masks[path] = self.structures[path].mask(scores, sparsities[path], allowed) & allowed
+        try:
+          mask = self.structures[path].mask(scores, sparsities[path], allowed)
+        except ValueError as error:
+          raise ValueError(f"structure of {_paths.join(path)!r}: {error}") from error
+        masks[path] = mask & allowed
       return masks
     keys = self._keys(criterion, micro_step)
     if self.permanent:

@@ -128,7 +128,8 @@ def prune(
       raise ValueError(
         f"{name}: expected a function (path, param) -> bool, found {_checks.shown(function)}"
       )
-  # A function may read the gradient where there is one.
+  # Whether scores may need what only comes with an update: a gradient or an extra argument. A
+  # function may read the gradient where there is one.
   needs_an_update = callable(criterion) and inner is not None
   criterion = criteria.as_criterion(criterion)
   needs_an_update |= criterion.needs_grads or criterion.reads is not None
@@ -402,13 +403,13 @@ def _memory_dtype(param: jax.Array) -> Any:
 
 
 def _zeroed(update: jax.Array, param: jax.Array, kept: jax.Array) -> jax.Array:
-  """The update, and `-param` where the weight is not kept."""
+  """The update; for a weight that is not kept, the one that makes it zero."""
   update = filling.as_wide(update, param)
   return jnp.where(kept, update, -param.astype(update.dtype))
 
 
 def _moved(update: jax.Array, param: jax.Array, to: jax.Array, kept: jax.Array) -> jax.Array:
-  """The update, and what leads to another weight where the weight is not kept."""
+  """The update; for a weight that is not kept, the one that turns it into `to`."""
   update = filling.as_wide(update, param)
   return jnp.where(kept, update, to.astype(update.dtype) - param.astype(update.dtype))
 
