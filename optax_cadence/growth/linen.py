@@ -87,7 +87,8 @@ def widen(
     The grown variables, the forward pass with its gate, and the plan.
 
   Raises:
-    ValueError: As `growth.couple`, `growth.widening` and `Plan.apply` do.
+    ValueError: As `growth.couple`, `growth.widening` and `Plan.apply` do, or if `new` does not run
+      with its gate.
   """
   if (producer is None) != (by is None):
     raise ValueError(f"expected both producer= and by=, or neither, found {producer!r} and {by!r}")
@@ -102,10 +103,7 @@ def widen(
     fresh=fresh,
     alpha=alpha,
   )
-  merged = _trees.remove(grown.variables, grown.plan.alpha)
-  resized = network._replace(forward=_apply(new, rngs), variables=merged)
-  _driver.check_layout(resized, grown.plan, type(new).__name__)
-  return _with_forward(old, new, grown)
+  return _with_forward(old, new, grown, network, rngs)
 
 
 def enlarge(
@@ -139,7 +137,7 @@ def enlarge(
     fresh=fresh,
     alpha=alpha,
   )
-  return _with_forward(old, new, grown)
+  return _with_forward(old, new, grown, network, rngs)
 
 
 def deepen(
@@ -168,8 +166,7 @@ def deepen(
   network = _network(old, variables, inputs, kwargs, new, rngs)
   deeper = _network(new, network.init() if fresh is None else fresh, inputs, kwargs)
   grown = _driver.deepen(network, deeper, outgoing=outgoing, moved=moved, alpha=alpha)
-  _check_closed(new, grown, inputs, kwargs, rngs)
-  return _with_forward(old, new, grown)
+  return _with_forward(old, new, grown, network, rngs)
 
 
 def stack(
@@ -221,8 +218,7 @@ def stack(
     alpha=network.alpha,
   )
   grown = _driver.grow(network, plan, {} if copies else fresh, alpha)
-  _check_closed(new, grown, inputs, kwargs, rngs)
-  return _with_forward(old, new, grown)
+  return _with_forward(old, new, grown, network, rngs)
 
 
 def heads(
@@ -251,7 +247,7 @@ def heads(
   network = _network(old, variables, inputs, kwargs, new, rngs)
   names = [attn] if isinstance(attn, str) else attn
   grown = _driver.heads(network, names, by, of, fresh=fresh, alpha=alpha)
-  return _with_forward(old, new, grown)
+  return _with_forward(old, new, grown, network, rngs)
 
 
 def vocabulary(
@@ -286,19 +282,7 @@ def vocabulary(
   network = _network(new, variables, inputs, kwargs, new)
   plan = _vocabulary.adding_tokens(variables, by, embed=embed, head=head, alpha=network.alpha)
   grown = _driver.grow(network, plan, _vocabulary.mean_tokens(variables, plan, given))
-  return grown.variables, new.apply, plan
-
-
-def _check_closed(
-  new: Any, grown: _driver.Grown, inputs: Sequence[Any], settings: Mapping[str, Any], rngs: Any
-) -> None:
-  """Raises `ValueError` if what is new counts although the gate is closed."""
-  plan, variables = grown.plan, grown.variables
-  if plan.gate:
-    network = _network(new, _trees.remove(variables, plan.alpha), inputs, settings, rngs=rngs)
-    # With `mutable` the output stands before what has changed.
-    output = ("0",) if settings.get("mutable") else ()
-    _driver.check_closed(network._replace(output=output), plan)
+  return _with_forward(new, new, grown, network, None)
 
 
 def shrink(
@@ -429,8 +413,24 @@ def _of_init(settings: Mapping[str, Any]) -> dict[str, Any]:
   return {name: value for name, value in settings.items() if name not in of_apply}
 
 
-def _with_forward(old: Any, new: Any, grown: _driver.Grown) -> Grown:
-  """The result of a growth: the variables, the forward pass with its gate, and the plan."""
-  if not grown.plan.gate:
-    return grown.variables, new.apply, grown.plan
-  return grown.variables, _gate.gated(new.apply, grown.plan, old=old.apply), grown.plan
+def _with_forward(old: Any, new: Any, grown: _driver.Grown, network: Network, rngs: Any) -> Grown:
+  """The result of a growth, once it is known to run: the forward pass has the gate, if there is one.
+
+  Raises:
+    ValueError: If the new module does not run with the grown variables, or with its units where
+      they are; if the program cannot keep old and new apart; or if new layers count although the
+      gate is closed.
+  """
+  plan, variables, name = grown.plan, grown.variables, type(new).__name__
+  plain = _trees.remove(variables, plan.alpha) if plan.gate else variables
+  # With `mutable` the output stands before what has changed.
+  output = ("0",) if network.settings.get("mutable") else ()
+  resized = network._replace(forward=_apply(new, rngs), variables=plain, output=output)
+  _driver.check_layout(resized, plan, name)
+  if not plan.gate:
+    _driver.check_runs(resized, name)
+    return variables, new.apply, plan
+  traced = _gate.gated(resized.forward, plan, old=network.forward)
+  _driver.check_runs(network._replace(forward=traced, variables=variables), name)
+  _driver.check_closed(resized, plan)
+  return variables, _gate.gated(new.apply, plan, old=old.apply), plan
