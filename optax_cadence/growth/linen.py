@@ -5,7 +5,9 @@ call in place of `new.apply` until `growth.merge(variables, plan)`; and the plan
 `growth.grow_state` takes the optimizer's state along.
 """
 
+import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,11 +22,28 @@ from optax_cadence.growth import _planners
 from optax_cadence.growth import _recycle
 from optax_cadence.growth import _stacking
 from optax_cadence.growth import _trees
+from optax_cadence.growth import _upcycling
 from optax_cadence.growth import _vocabulary
 from optax_cadence.growth._dimension import Dimension
 from optax_cadence.growth._driver import Network
+from optax_cadence.growth._linen_experts import MixtureOfExperts
+from optax_cadence.growth._plan import described
 from optax_cadence.growth._plan import Plan
 from optax_cadence.growth._recycle import Recycle
+
+__all__ = [
+  "MixtureOfExperts",
+  "couple",
+  "deepen",
+  "enlarge",
+  "heads",
+  "recycle",
+  "shrink",
+  "stack",
+  "upcycle",
+  "vocabulary",
+  "widen",
+]
 
 Grown = tuple[Any, Callable[..., Any], Plan]
 
@@ -285,6 +304,67 @@ def vocabulary(
   return _with_forward(new, new, grown, network, None)
 
 
+def upcycle(
+  old: Any,
+  new: Any,
+  variables: Any,
+  *inputs: Any,
+  mlp: str | Sequence[str],
+  inside: str = "experts",
+  router: str = "router/kernel",
+  copy_state: bool = True,
+  rngs: Any = None,
+  fresh: Any = None,
+  **kwargs: Any,
+) -> Grown:
+  """Makes mixtures of experts of MLPs (arXiv:2212.05055); the outputs stay, and there is no gate.
+
+  `new` has a `MixtureOfExperts` of the same name where the MLP was, or a module of your own that
+  calls `growth.mixture_of_experts`. `mlp` is the path of the MLP, "params/mlp", a glob, or a list;
+  it may be one of layers that are stacked along axis 0. `inside` and `router` say where a mixture
+  has its experts and the router's weights, [features, experts]; `rngs` or `fresh` gives these.
+  `copy_state` says whether the optimizer's state is copied to all experts, or begins anew in them.
+  All other arguments are as for `widen`.
+
+  Returns:
+    The grown variables, `new.apply`, and the plan, whose `growth.undo` leaves the first expert.
+
+  Raises:
+    ValueError: If there is no router in `new`, if its experts are not as the MLP is, or as
+      `growth.upcycling` does.
+  """
+  network = _network(old, variables, inputs, kwargs, new, rngs)
+  if network.defined is None:
+    raise ValueError("expected inputs of the module, on which new is defined, found none")
+  shapes = _trees.shapes(network.defined())
+  plans = []
+  for path in (
+    p for n in ([mlp] if isinstance(mlp, str) else mlp) for p in _trees.layers(variables, n)
+  ):
+    place = (*path, *router.split("/"))
+    if len(shapes.get(place, ())) < 2:
+      raise ValueError(
+        f"mlp {_paths.join(path)!r}: expected {_paths.join(place)!r} in the new module, the weights"
+        f" of a router [features, experts], found {described(shapes.get(place))}"
+      )
+    *stack, features, experts = shapes[place]
+    plans.append(
+      _upcycling.upcycling(
+        variables,
+        _paths.join(path),
+        experts=experts,
+        features=features,
+        axis=len(stack),
+        inside=inside,
+        router=router,
+        copy_state=copy_state,
+        alpha=network.alpha,
+      )
+    )
+  grown = _driver.grow(network, functools.reduce(operator.add, plans), fresh)
+  return _with_forward(old, new, grown, network, rngs)
+
+
 def shrink(
   old: Any,
   new: Any,
@@ -414,7 +494,7 @@ def _of_init(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_forward(old: Any, new: Any, grown: _driver.Grown, network: Network, rngs: Any) -> Grown:
-  """The result of a growth, once it is known to run: the forward pass has the gate, if there is one.
+  """The result of a growth, once it is known to run; the forward pass has its gate.
 
   Raises:
     ValueError: If the new module does not run with the grown variables, or with its units where
