@@ -195,6 +195,22 @@ def test_stacked_layers():
   close(model(X), twin(X))
 
 
+def test_experts_of_layers_that_have_a_period_each():
+  params = {"mlp": jax.tree.map(lambda x: jnp.stack([x, 2 * x, 3 * x]), PARAMS["mlp"])}
+  tx = oc.cadence(optax.adam(1e-2), oc.stacked([4, 2, 4]))
+  plan = growth.upcycling(params, "mlp", experts=4, features=6, axis=1)
+  grown = plan.apply(params, lambda path, shape, dtype: jnp.ones(shape))
+  with nets.relaxed():
+    _, state = tx.update(params, tx.init(params), params)
+    found = growth.grow_state(tx, state, params, grown, plan)
+    for name, group in state.groups.items():
+      moments = found.groups[name].accumulators["mlp"]["experts"]["up"]
+      for i in range(4):
+        equal(moments[:, i], group.accumulators["mlp"]["up"])
+    assert found.groups["4"].accumulators["mlp"]["experts"]["up"].shape == (2, 4, 6, 8)
+    equal(growth.grow_state(tx, found, grown, params, plan.inverse()), state)
+
+
 class LinenMlp(nn.Module):
   hidden: int = 8
 
