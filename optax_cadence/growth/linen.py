@@ -13,11 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.core import meta
 
 from optax_cadence import _paths
 from optax_cadence.growth import _driver
-from optax_cadence.growth import _gate
+from optax_cadence.growth import _linen_network
 from optax_cadence.growth import _planners
 from optax_cadence.growth import _recycle
 from optax_cadence.growth import _stacking
@@ -25,8 +24,8 @@ from optax_cadence.growth import _trees
 from optax_cadence.growth import _upcycling
 from optax_cadence.growth import _vocabulary
 from optax_cadence.growth._dimension import Dimension
-from optax_cadence.growth._driver import Network
 from optax_cadence.growth._linen_experts import MixtureOfExperts
+from optax_cadence.growth._linen_network import Grown
 from optax_cadence.growth._plan import described
 from optax_cadence.growth._plan import Plan
 from optax_cadence.growth._recycle import Recycle
@@ -45,8 +44,6 @@ __all__ = [
   "widen",
 ]
 
-Grown = tuple[Any, Callable[..., Any], Plan]
-
 
 def couple(
   module: Any, variables: Any, *inputs: Any, producer: str | Sequence[str], **kwargs: Any
@@ -64,7 +61,9 @@ def couple(
   Returns:
     The `Dimension`, for the tree `variables`.
   """
-  return _driver.couple(_network(module, variables, inputs, {}), producer, **kwargs)
+  return _driver.couple(
+    _linen_network.network_of(module, variables, inputs, {}), producer, **kwargs
+  )
 
 
 def widen(
@@ -111,7 +110,7 @@ def widen(
   """
   if (producer is None) != (by is None):
     raise ValueError(f"expected both producer= and by=, or neither, found {producer!r} and {by!r}")
-  network = _network(old, variables, inputs, kwargs, new, rngs)
+  network = _linen_network.network_of(old, variables, inputs, kwargs, new, rngs)
   grown = _driver.widen(
     network,
     producer,
@@ -122,7 +121,7 @@ def widen(
     fresh=fresh,
     alpha=alpha,
   )
-  return _with_forward(old, new, grown, network, rngs)
+  return _linen_network.with_forward(old, new, grown, network, rngs)
 
 
 def enlarge(
@@ -147,7 +146,7 @@ def enlarge(
   Raises:
     ValueError: As `growth.enlarging` and `Plan.apply` do.
   """
-  network = _network(old, variables, inputs, kwargs, new, rngs)
+  network = _linen_network.network_of(old, variables, inputs, kwargs, new, rngs)
   grown = _driver.enlarge(
     network,
     network.kernel(tuple(conv.split("/"))),
@@ -156,7 +155,7 @@ def enlarge(
     fresh=fresh,
     alpha=alpha,
   )
-  return _with_forward(old, new, grown, network, rngs)
+  return _linen_network.with_forward(old, new, grown, network, rngs)
 
 
 def deepen(
@@ -182,10 +181,12 @@ def deepen(
   Raises:
     ValueError: If what is new counts although the gate is closed, or as `growth.deepening` does.
   """
-  network = _network(old, variables, inputs, kwargs, new, rngs)
-  deeper = _network(new, network.init() if fresh is None else fresh, inputs, kwargs)
+  network = _linen_network.network_of(old, variables, inputs, kwargs, new, rngs)
+  deeper = _linen_network.network_of(
+    new, network.init() if fresh is None else fresh, inputs, kwargs
+  )
   grown = _driver.deepen(network, deeper, outgoing=outgoing, moved=moved, alpha=alpha)
-  return _with_forward(old, new, grown, network, rngs)
+  return _linen_network.with_forward(old, new, grown, network, rngs)
 
 
 def stack(
@@ -216,7 +217,7 @@ def stack(
     ValueError: If `new` has not as many layers, if new ones count although the gate is closed, or
       as `growth.stacking` does.
   """
-  network = _network(old, variables, inputs, kwargs, new, rngs)
+  network = _linen_network.network_of(old, variables, inputs, kwargs, new, rngs)
   copies = rngs is None and fresh is None
   # What a stack has in other collections, such as running statistics, is at the same path there.
   inside = tuple(layers.split("/"))[1:]
@@ -237,7 +238,7 @@ def stack(
     alpha=network.alpha,
   )
   grown = _driver.grow(network, plan, {} if copies else fresh, alpha)
-  return _with_forward(old, new, grown, network, rngs)
+  return _linen_network.with_forward(old, new, grown, network, rngs)
 
 
 def heads(
@@ -263,10 +264,10 @@ def heads(
   Raises:
     ValueError: As `growth.couple_heads`, `growth.widening` and `Plan.apply` do.
   """
-  network = _network(old, variables, inputs, kwargs, new, rngs)
+  network = _linen_network.network_of(old, variables, inputs, kwargs, new, rngs)
   names = [attn] if isinstance(attn, str) else attn
   grown = _driver.heads(network, names, by, of, fresh=fresh, alpha=alpha)
-  return _with_forward(old, new, grown, network, rngs)
+  return _linen_network.with_forward(old, new, grown, network, rngs)
 
 
 def vocabulary(
@@ -298,10 +299,10 @@ def vocabulary(
   Raises:
     ValueError: If `new` is of another size, or as `growth.adding_tokens` does.
   """
-  network = _network(new, variables, inputs, kwargs, new)
+  network = _linen_network.network_of(new, variables, inputs, kwargs, new)
   plan = _vocabulary.adding_tokens(variables, by, embed=embed, head=head, alpha=network.alpha)
   grown = _driver.grow(network, plan, _vocabulary.mean_tokens(variables, plan, given))
-  return _with_forward(new, new, grown, network, None)
+  return _linen_network.with_forward(new, new, grown, network, None)
 
 
 def upcycle(
@@ -333,14 +334,15 @@ def upcycle(
     ValueError: If there is no router in `new`, if its experts are not as the MLP is, or as
       `growth.upcycling` does.
   """
-  network = _network(old, variables, inputs, kwargs, new, rngs)
+  network = _linen_network.network_of(old, variables, inputs, kwargs, new, rngs)
   if network.defined is None:
     raise ValueError("expected inputs of the module, on which new is defined, found none")
-  shapes = _trees.shapes(network.defined())
-  plans = []
-  for path in (
-    p for n in ([mlp] if isinstance(mlp, str) else mlp) for p in _trees.layers(variables, n)
-  ):
+  names = [mlp] if isinstance(mlp, str) else mlp
+  paths = [path for name in names for path in _trees.layers(variables, name)]
+  if not paths:
+    raise ValueError(f"mlp: expected the path of one or more MLPs, found {mlp!r}")
+  shapes, plans = _trees.shapes(network.defined()), []
+  for path in paths:
     place = (*path, *router.split("/"))
     if len(shapes.get(place, ())) < 2:
       raise ValueError(
@@ -362,7 +364,7 @@ def upcycle(
       )
     )
   grown = _driver.grow(network, functools.reduce(operator.add, plans), fresh)
-  return _with_forward(old, new, grown, network, rngs)
+  return _linen_network.with_forward(old, new, grown, network, rngs)
 
 
 def shrink(
@@ -389,11 +391,11 @@ def shrink(
   Raises:
     ValueError: If `new` does not run with what is left, or as `growth.shrinking` does.
   """
-  network = _network(old, variables, inputs, kwargs)
+  network = _linen_network.network_of(old, variables, inputs, kwargs)
   units = _driver.couple(network, producer, axis=axis, unit=unit, blocks=blocks)
   plan = _planners.shrinking(variables, units, keep=keep, remove=remove)
   smaller = plan.apply(variables)
-  resized = network._replace(forward=_apply(new), variables=smaller)
+  resized = network._replace(forward=_linen_network.forward_of(new), variables=smaller)
   _driver.check_runs(resized, type(new).__name__)
   _driver.check_layout(resized, plan, type(new).__name__)
   return smaller, plan
@@ -432,85 +434,3 @@ def recycle(
 
   settings["init"] = fresh if init is None else init
   return _recycle.recycle(module.apply, variables, *inputs, within="params", **settings)
-
-
-def _network(
-  module: Any,
-  variables: Any,
-  inputs: Sequence[Any],
-  settings: Mapping[str, Any],
-  new: Any = None,
-  rngs: Any = None,
-) -> Network:
-  """A module as the driver sees it; `new` and `rngs` give its new entries."""
-  if "params" not in variables:
-    raise ValueError(
-      'expected variables as `init` returns them, {"params": …}, found the keys'
-      f" {sorted(variables)}"
-    )
-
-  def init() -> Any:
-    if rngs is None:
-      raise ValueError("new entries need a source: expected rngs=, for new.init, or fresh=")
-    return jax.jit(of_new)(rngs)
-
-  def defined() -> Any:
-    return jax.eval_shape(of_new, jax.random.key(0))
-
-  def of_new(rngs: Any) -> Any:
-    fresh = new.init(rngs, *inputs, **_of_init(settings))
-    # The axes' names, with which modules may wrap their variables, are often taken off again.
-    return fresh if any(map(_is_boxed, _nodes(variables))) else meta.unbox(fresh)
-
-  shapes = defined if inputs and new is not None else None
-  return Network(
-    _apply(module, rngs), variables, inputs, settings, "params/alpha", init, defined=shapes
-  )
-
-
-def _apply(module: Any, rngs: Any = None) -> Callable[..., Any]:
-  """The forward pass as it is traced; dropout gets random numbers, be it those of `init`."""
-  rngs = jax.random.key(0) if rngs is None else rngs
-
-  def forward(variables: Any, *inputs: Any, **settings: Any) -> Any:
-    return module.apply(variables, *inputs, **{"rngs": rngs, **settings})
-
-  return forward
-
-
-def _is_boxed(node: Any) -> bool:
-  return isinstance(node, meta.AxisMetadata)
-
-
-def _nodes(variables: Any) -> list[Any]:
-  """The variables, each in the box in which it may be."""
-  return jax.tree.leaves(variables, is_leaf=_is_boxed)
-
-
-def _of_init(settings: Mapping[str, Any]) -> dict[str, Any]:
-  """The further arguments of a forward pass that `init` takes too."""
-  of_apply = ("capture_intermediates", "mutable", "rngs")
-  return {name: value for name, value in settings.items() if name not in of_apply}
-
-
-def _with_forward(old: Any, new: Any, grown: _driver.Grown, network: Network, rngs: Any) -> Grown:
-  """The result of a growth, once it is known to run; the forward pass has its gate.
-
-  Raises:
-    ValueError: If the new module does not run with the grown variables, or with its units where
-      they are; if the program cannot keep old and new apart; or if new layers count although the
-      gate is closed.
-  """
-  plan, variables, name = grown.plan, grown.variables, type(new).__name__
-  plain = _trees.remove(variables, plan.alpha) if plan.gate else variables
-  # With `mutable` the output stands before what has changed.
-  output = ("0",) if network.settings.get("mutable") else ()
-  resized = network._replace(forward=_apply(new, rngs), variables=plain, output=output)
-  _driver.check_layout(resized, plan, name)
-  if not plan.gate:
-    _driver.check_runs(resized, name)
-    return variables, new.apply, plan
-  traced = _gate.gated(resized.forward, plan, old=network.forward)
-  _driver.check_runs(network._replace(forward=traced, variables=variables), name)
-  _driver.check_closed(resized, plan)
-  return variables, _gate.gated(new.apply, plan, old=old.apply), plan
