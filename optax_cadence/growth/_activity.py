@@ -47,7 +47,7 @@ class Activity(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Forward:
-  """A function that returns, beside what another does, the activity of hidden layers.
+  """A function that returns the result of another and, beside it, the activity of hidden layers.
 
   Attributes:
     fn: The other function: `fn(variables, *args, **kwargs)`.
@@ -174,10 +174,10 @@ def _activity(read: Read, operands: Sequence[Any], layer: Layer) -> Activity:
 
 
 def _per_unit(x: jax.Array, labels: Labels, units: int) -> jax.Array:
-  """The sum of what stands at the positions of each unit."""
+  """For each unit the sum over its positions."""
   if np.array_equal(labels, np.arange(units)):
     return x
-  # Positions without a unit are counted in one more than there are.
+  # Positions without a unit go into one entry more, which is dropped.
   labels = np.where(labels < 0, units, labels)
   return jnp.zeros(units + 1, x.dtype).at[labels].add(x)[:-1]
 

@@ -55,7 +55,7 @@ class Contraction(NamedTuple):
 
   Attributes:
     flops: Multiplications and additions of one call, at the present size.
-    shares: How the dimension enters: for each of its axes the positions in all and per unit.
+    shares: For each of its axes that runs over the dimension, its positions in all and per unit.
   """
 
   flops: int

@@ -23,7 +23,7 @@ from optax_cadence.programs import reading
 
 
 class Read(NamedTuple):
-  """A product that takes units in.
+  """A product of units with weights, at which they are read.
 
   Attributes:
     at: Where it stands in the program, as `Operation.at` says it.
@@ -41,7 +41,7 @@ class Read(NamedTuple):
 
 
 class Taker(NamedTuple):
-  """A bias that can take up what units give on average to the product it is added to.
+  """A bias behind a product that reads units: it can take up what they give to it on average.
 
   Attributes:
     name: Path of the product's weights, as `/`-joined names, in all variables.
@@ -176,7 +176,7 @@ class _LeftOut(ValueError):
 
 
 def _made(operation: Operation) -> Iterator[tuple[Node, int, int]]:
-  """The weights of a product, each axis of units that it makes, and how many axes these are."""
+  """Of a product: its weights, each of their axes that makes units, and how many such axes."""
   product = primitives.product(operation.eqn)
   if product is None:
     return
@@ -246,10 +246,10 @@ def reads_of(operations: Sequence[Operation]) -> Iterator[Read]:
 
 
 def _loops(program: Any, at: Sequence[int]) -> int:
-  """How many loops an operation is inside, through which its operands can be told.
+  """How many loops an operation is inside, if numbers can be taken out of all that it is inside.
 
   Raises:
-    ValueError: If it is inside something else from which nothing can be told.
+    ValueError: If they cannot, as out of a branch.
   """
   loops = 0
   for i in at[:-1]:
@@ -275,7 +275,7 @@ def inside(eqn: Any) -> Any:
 
 
 def _is_stream(graph: Graph, operations: Sequence[Operation], reads: Sequence[Read]) -> bool:
-  """Whether several products write the units, are added, and are read at several places."""
+  """Whether units are a residual stream: several products write them, add up, and are read."""
   writes = sum(
     any(axis in node.labels for node, axis, _ in _made(operation)) for operation in operations
   )

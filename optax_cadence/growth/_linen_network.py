@@ -41,7 +41,7 @@ def network_of(
 
   def of_new(rngs: Any) -> Any:
     fresh = new.init(rngs, *inputs, **_of_init(settings))
-    # The axes' names, with which modules may wrap their variables, are often taken off again.
+    # Where the caller has unboxed the variables (of the names of their axes), so are fresh ones.
     return fresh if any(map(_is_boxed, _nodes(variables))) else meta.unbox(fresh)
 
   shapes = defined if inputs and new is not None else None
@@ -85,7 +85,7 @@ def with_forward(old: Any, new: Any, grown: _driver.Grown, network: Network, rng
   """
   plan, variables, name = grown.plan, grown.variables, type(new).__name__
   plain = _trees.remove(variables, plan.alpha) if plan.gate else variables
-  # With `mutable` the output stands before what has changed.
+  # With `mutable`, `apply` returns a pair: the output, and the changed variables.
   output = ("0",) if network.settings.get("mutable") else ()
   resized = network._replace(forward=forward_of(new, rngs), variables=plain, output=output)
   _driver.check_layout(resized, plan, name)

@@ -135,7 +135,7 @@ def put(
     tree = _trees.remove(tree, plan.alpha)
 
   def resize(model: nnx.Module) -> tuple[dict[Any, Any], Any]:
-    """Puts in what is new; returns what had to follow, as it was: attributes, and contents."""
+    """Brings the model to its new size; returns attributes and contents that changed, as before."""
     held = _nnx_contents.snapshot(model)
     add(model)
     contents = _nnx_contents.changes(held, model)

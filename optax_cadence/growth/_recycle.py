@@ -335,7 +335,7 @@ class _Recycling:
     gone, credit = may, units.credit
     if rule.rate is not None:
       credit += rule.rate * rule.every * may.sum(-1).astype(jnp.float32)
-      # How many of those that may go are less useful, or as useful and stand before.
+      # The rank of each by utility among those that may go; equal ones in their order.
       order = jnp.argsort(jnp.where(may, utility, jnp.inf), axis=-1)
       rank = jnp.argsort(order, axis=-1).astype(jnp.float32)
       gone = may & (rank < jnp.floor(credit)[..., None])
@@ -416,7 +416,7 @@ class _Recycling:
     fresh = self._fresh(state, step, leaves)
     after = {}
     for path, leaf in leaves.items():
-      # Between two units that are both new there is nothing.
+      # A weight between two replaced units is incoming and outgoing: it becomes zero.
       started = jnp.where(made[path], fresh[path].astype(leaf.dtype), leaf)
       after[path] = jnp.where(read[path], jnp.zeros_like(leaf), started)
     return after, {path: made[path] | read[path] for path in leaves}

@@ -113,7 +113,7 @@ def grow_state(
         )
       return old_value
     assert source is not None
-    # The change of a parameter that shrinks is told by its path before, as that is the larger one.
+    # Paths of a plan are those of the larger tree, which is the old one of a plan that shrinks.
     change = changes.get(path if plan.grows else source)
     if change is not None and plan.grows and change.adds_axis and not change.copies_state:
       return new
@@ -233,7 +233,7 @@ def _index(
 ) -> Any:
   """Where the smaller of two arrays lies in the larger; None if the plan does not say.
 
-  An array of the parameter's shape, or one that has only some of its axes (factored moments).
+  The arrays have the shapes of the parameter, or only some of its axes (factored moments).
   """
   if change is None or old == new:
     return None
@@ -260,7 +260,7 @@ def _index(
 
 
 def _is_cut(leaf: Any, shape: tuple[int, ...]) -> bool:
-  """Whether what is kept of a stack is that of some of its layers, which have a period."""
+  """Whether an array of the state is that of some layers of a stack, which share a period."""
   found = np.shape(leaf)
   same = len(found) == len(shape) > 1 and found[1:] == shape[1:]
   return same and found[0] != shape[0]

@@ -219,7 +219,7 @@ def stack(
   """
   network = _linen_network.network_of(old, variables, inputs, kwargs, new, rngs)
   copies = rngs is None and fresh is None
-  # What a stack has in other collections, such as running statistics, is at the same path there.
+  # Other collections, such as running statistics, have the stack at the same path.
   inside = tuple(layers.split("/"))[1:]
   others = {
     _paths.join((path[0], *inside))

@@ -156,7 +156,7 @@ def _stack(mlp: Any) -> tuple[int, ...]:
 
 
 def _features(mlp: Any, stacked: int) -> int:
-  """The number of entries that an MLP reads: of the inputs of its layers the one that it runs on.
+  """The number of entries that an MLP reads: of its layers' input sizes the one on which it runs.
 
   Args:
     mlp: The MLP.
