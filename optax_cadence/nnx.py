@@ -4,7 +4,7 @@ It keeps its state where `nnx.Optimizer` does, so that checkpoints of one are re
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
@@ -17,7 +17,7 @@ from optax_cadence import _training
 from optax_cadence.report import metrics as reports
 from optax_cadence.schedules.phases import Phase
 
-__all__ = ["Optimizer"]
+__all__ = ["Optimizer", "convert"]
 
 
 class Optimizer(nnx.Optimizer):
@@ -173,6 +173,46 @@ class Optimizer(nnx.Optimizer):
 
   def _count(self) -> None:
     _paths.set_arrays(self.step, [x + 1 for x in _paths.arrays(self.step)])
+
+
+def convert(
+  optimizer: nnx.Optimizer,
+  model: Any,
+  *,
+  to: _cadence.CadenceTransformation,
+  counters: Literal["equal", "most", "least"] = "equal",
+) -> Optimizer:
+  """The optimizer of another cadence, which goes on where this one is, in mid-window too.
+
+  Args:
+    optimizer: An `nnx.Optimizer` with `optax.MultiSteps` or a cadence as its `tx`, or an `Optimizer`.
+      It is not changed.
+    model: Its model.
+    to: The cadence.
+    counters: As for `oc.convert`.
+
+  Returns:
+    A new optimizer of the same variables of the model.
+
+  Raises:
+    ValueError: As `oc.convert` does, which converts the state.
+
+  >>> import jax.numpy as jnp, optax, optax_cadence as oc
+  >>> from flax import nnx
+  >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+  >>> old = nnx.Optimizer(model, optax.MultiSteps(optax.sgd(0.5), 8), wrt=nnx.Param)
+  >>> new = oc.nnx.convert(old, model, to=oc.cadence(optax.sgd(0.5), {"kernel": 8, "bias": 2}))
+  >>> list(new.opt_state.groups)
+  ['2', '8']
+  """
+  from optax_cadence.conversion.convert import convert as converted
+
+  params = nnx.to_pure_dict(nnx.state(model, optimizer.wrt))
+  state = converted(optimizer.opt_state, optimizer.tx, params, to=to, counters=counters)
+  new = Optimizer(model, to, wrt=optimizer.wrt)
+  _paths.set_arrays(new.opt_state, jax.tree.leaves(state))
+  _paths.set_arrays(new.step, _paths.arrays(optimizer.step))
+  return new
 
 
 class _ChangesMoreThanState(Exception):
