@@ -2,13 +2,13 @@
 
 JAX adds the cotangents of an argument into a *reference* where `jax.vjp` is given one. Of layers
 that are stacked in a leaf and run by a scan, each step of the scan in reverse then adds to one row
-of the sum, in place; a gradient would be an array of all rows, which the scan writes and whoever
-adds it up reads. A leaf that no scan reads gains nothing, since XLA adds up its gradient where that
-is computed.
+of the sum, in place. Without references the scan writes the gradients of all rows into an array,
+which is then read once to add it up. A leaf that no scan reads gains nothing, since XLA adds up its
+gradient where that is computed.
 
-References cannot be differentiated, nor is a scan over them batched. So that nobody tries, the pass
-is an operation of its own, whose program is seen by the compiler alone: under differentiation and
-under `vmap` gradients take its place.
+JAX neither differentiates references nor batches a scan over them. So the pass is an operation of
+its own, whose program only the compiler sees: under differentiation and under `vmap` it is replaced
+by one that computes gradients and adds them up.
 """
 
 import dataclasses
@@ -63,9 +63,7 @@ def trace(loss: Callable[[Leaves], Any], leaves: Leaves, has_aux: bool) -> Loss:
     ValueError: If it does not return a scalar that can be differentiated.
   """
   program, returned = jax.make_jaxpr(loss, return_shape=True)(leaves)
-  if has_aux and not (isinstance(returned, tuple | list) and len(returned) == 2):
-    raise ValueError(f"loss: expected a pair, as has_aux=True says, found {_found(returned)}")
-  value = returned[0] if has_aux else returned
+  value = value_and_aux(returned)[0] if has_aux else returned
   scalar = isinstance(value, jax.ShapeDtypeStruct) and value.shape == ()
   if not (scalar and jnp.issubdtype(value.dtype, jnp.floating)):
     raise ValueError(
@@ -78,6 +76,17 @@ def trace(loss: Callable[[Leaves], Any], leaves: Leaves, has_aux: bool) -> Loss:
     return Loss(program, (), returned)
   leaves_of_scans, (program, consts) = scans.read_by_scans(program), reading.hoisted(program)
   return Loss(program, consts, returned, *leaves_of_scans)
+
+
+def value_and_aux(returned: Any) -> tuple[Any, Any]:
+  """The pair that a loss returns with `has_aux=True`.
+
+  Raises:
+    ValueError: If it is none.
+  """
+  if not (isinstance(returned, tuple | list) and len(returned) == 2):
+    raise ValueError(f"loss: expected a pair, as has_aux=True says, found {_found(returned)}")
+  return returned[0], returned[1]
 
 
 def _found(value: Any) -> str:
@@ -112,101 +121,79 @@ def value_and_sums(
   # What closes over `loss` has its constants too, which may be tracers of a program around.
   loss_program = loss.program
   jaxpr, numbers = reading.opened(loss_program)
-  whole = {t.leaf: x for t, x in sums.items() if t not in parts}
-  of_parts = [sums.get(t) for t in parts]
-  in_parts = {t.leaf: leaves[t.leaf] for t in parts}
-  added = {i: leaves[i] for i in whole}
-  others = {i: x for i, x in leaves.items() if i not in whole and i not in in_parts}
+  whole = [t for t in sums if t not in parts]
+  targets = [*whole, *parts]
+  totals = [sums.get(t) for t in targets]
+  others = leaves.keys() - {t.leaf for t in targets}
 
-  def evaluate(
-    consts: Any, others: Leaves, added: Leaves, in_parts: Leaves, places: Sequence[jax.Array] = ()
-  ) -> tuple[jax.Array, Any]:
-    given = [*consts, *jax.tree.leaves({**others, **added, **in_parts})]
+  def evaluate(consts: Any, leaves: Leaves, places: Sequence[jax.Array] = ()) -> Any:
+    given = [*consts, *jax.tree.leaves(leaves)]
     if places:
       runs: dict[int, list[scans.Run]] = {}
       for t, place in zip(parts, places, strict=True):
         assert isinstance(t.cut, Box)
         runs.setdefault(len(consts) + t.leaf, []).append((*t.cut.intervals[0], place))
-      cut = scans.Cut(runs, [len(consts) + leaf for leaf in added])
+      cut = scans.Cut(runs, [len(consts) + t.leaf for t in whole])
       value, *aux = cut.run(loss_program, given)
     else:
       value, *aux = jax.core.eval_jaxpr(jaxpr, numbers, *given)
     return value, list(map(jnp.asarray, aux))  # some may be numbers that the program has
 
-  def by_references(
-    consts: Any,
-    others: Leaves,
-    added: Leaves,
-    in_parts: Leaves,
-    whole: Leaves,
-    of_parts: Any,
-    weight: jax.Array | None,
-  ) -> Any:
-    places = [jnp.zeros_like(t.cut.take(in_parts[t.leaf])) for t in parts]
-    arguments = others, added, places, consts, in_parts
+  def by_references(consts: Any, leaves: Leaves, totals: Any, weight: Any) -> Any:
+    alone = {i: leaves[i] for i in others}
+    added = [leaves[t.leaf] for t in whole]
+    places = [jnp.zeros_like(t.cut.take(leaves[t.leaf])) for t in parts]
+    rest = consts, {t.leaf: leaves[t.leaf] for t in parts}
 
-    def run(others: Leaves, added: Leaves, places: Any, consts: Any, in_parts: Leaves) -> Any:
-      return evaluate(consts, others, added, in_parts, places)
+    def run(alone: Leaves, added: Any, places: Any, consts: Any, in_parts: Leaves) -> Any:
+      summed = {t.leaf: x for t, x in zip(whole, added, strict=True)}
+      return evaluate(consts, {**alone, **summed, **in_parts}, places)
 
-    program = jax.make_jaxpr(run)(*arguments)
-    has_reference = jax.tree.map(lambda _: False, others), jax.tree.map(lambda _: True, added)
-    marks = [*jax.tree.leaves(has_reference), *(x is not None for x in of_parts)]
+    program = jax.make_jaxpr(run)(alone, added, places, *rest)
+    marks = [*(False for _ in alone), *(total is not None for total in totals)]
     marks += [False] * (len(program.in_avals) - len(marks))
     program = scans.for_references(program, marks)
 
     def fn(*differentiated: Any) -> tuple[jax.Array, Any]:
-      given = jax.tree.leaves((*differentiated, consts, in_parts))
+      given = jax.tree.leaves((*differentiated, *rest))
       value, *aux = jax.core.eval_jaxpr(program.jaxpr, program.consts, *given)
       return value, aux
 
-    references = jax.tree.map(jax.new_ref, (whole, of_parts))
-    value, backward, aux = _vjp(fn, others, added, places, has_aux=True)
-    wanted = [_ad.GradValue() if x is None else x for x in references[1]]
-    asked = jax.tree.map(lambda _: _ad.GradValue(), others), references[0], wanted
+    value, backward, aux = _vjp(fn, alone, added, places, has_aux=True)
+    references = [None if total is None else jax.new_ref(total) for total in totals]
+    asked = [_ad.GradValue() if ref is None else ref for ref in references]
+    n = len(whole)
     factor = jnp.ones_like(value) if weight is None else weight.astype(value.dtype)
-    grads, _, found = backward.with_refs(*asked)(factor)
-    grads, found = _divided(grads, weight), _divided(found, weight)
-    whole, of_parts = jax.tree.map(jax.freeze, references)
-    pairs = zip(found, of_parts, strict=True)
-    return value, aux, grads, whole, [x if total is None else total for x, total in pairs]
+    grads, *found = backward.with_refs(
+      jax.tree.map(lambda _: _ad.GradValue(), alone), asked[:n], asked[n:]
+    )(factor)
+    results = [
+      _divided(x, weight) if ref is None else jax.freeze(ref)
+      for x, ref in zip([*found[0], *found[1]], references, strict=True)
+    ]
+    return value, aux, _divided(grads, weight), results
 
-  def by_gradients(
-    consts: Any,
-    others: Leaves,
-    added: Leaves,
-    in_parts: Leaves,
-    whole: Leaves,
-    of_parts: Any,
-    weight: jax.Array | None,
-  ) -> Any:
-    fn = jax.value_and_grad(functools.partial(evaluate, consts), argnums=(0, 1, 2), has_aux=True)
-    (value, aux), (grads, more, cut) = fn(others, added, in_parts)
-    found = [t.cut.take(cut[t.leaf]) for t in parts]
-    pairs = zip(found, of_parts, strict=True)
-    found = [x if total is None else _plus(total, x, weight) for x, total in pairs]
-    whole = jax.tree.map(lambda total, x: _plus(total, x, weight), whole, more)
-    return value, aux, grads, whole, found
+  def by_gradients(consts: Any, leaves: Leaves, totals: Any, weight: Any) -> Any:
+    (value, aux), grads = jax.value_and_grad(evaluate, argnums=1, has_aux=True)(consts, leaves)
+    found = [t.cut.take(grads[t.leaf]) for t in targets]
+    results = [
+      x if total is None else total + (x if weight is None else _window.multiply(x, weight))
+      for x, total in zip(found, totals, strict=True)
+    ]
+    return value, aux, {i: grads[i] for i in others}, results
 
-  inputs = loss.consts, others, added, in_parts
-
-  def differentiated(inputs: Any, whole: Leaves, of_parts: Any, weight: Any) -> Any:
-    operands = *inputs, whole, of_parts, weight
+  def differentiated(*operands: Any) -> Any:
     if sums:
       return _as_one_operation(by_references, by_gradients, operands)
     return by_gradients(*operands)
 
   if not sums or weight is None:
-    results = differentiated(inputs, whole, of_parts, None)
+    results = differentiated(loss.consts, leaves, totals, None)
   else:
-    results = _where_it_counts(differentiated, evaluate, inputs, whole, of_parts, weight)
-  value, aux, grads, whole, of_parts = results
-  given = dict(zip(parts, of_parts, strict=True))
-  given |= {t: whole[t.leaf] for t in sums if t not in parts}
-  return jax.tree.unflatten(jax.tree.structure(loss.returned), [value, *aux]), grads, given
-
-
-def _plus(total: jax.Array, x: jax.Array, weight: jax.Array | None) -> jax.Array:
-  return total + (x if weight is None else _window.multiply(x, weight))
+    results = _where_it_counts(differentiated, evaluate, (loss.consts, leaves), totals, weight)
+  value, aux, grads, found = results
+  value = jax.tree.unflatten(jax.tree.structure(loss.returned), [value, *aux])
+  return value, grads, dict(zip(targets, found, strict=True))
 
 
 def _divided(tree: Any, weight: jax.Array | None) -> Any:
@@ -218,24 +205,22 @@ def _where_it_counts(
   differentiated: Callable[..., Any],
   evaluate: Callable[..., Any],
   inputs: Any,
-  whole: Leaves,
-  of_parts: Sequence[jax.Array | None],
+  totals: Sequence[jax.Array | None],
   weight: jax.Array,
 ) -> Any:
   """What is differentiated where the weight is above 0; else the value, and no gradient.
 
   Of a weight of 0 times a gradient that is not finite, something would come into the sums.
   """
-  shapes = jax.eval_shape(differentiated, inputs, whole, of_parts, weight)
-  value, aux, grads, _, found = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  pairs = zip(found, of_parts, strict=True)
-  carry = value, aux, grads, whole, [x if total is None else total for x, total in pairs]
+  shapes = jax.eval_shape(differentiated, *inputs, totals, weight)
+  value, aux, grads, found = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  pairs = zip(found, totals, strict=True)
+  carry = value, aux, grads, [x if total is None else total for x, total in pairs]
 
   def counted(carry: Any, consts: Any) -> Any:
-    *_, whole, found = carry
-    pairs = zip(found, of_parts, strict=True)
-    sums = [None if total is None else x for x, total in pairs]
-    return differentiated(consts[0], whole, sums, consts[1])
+    inputs, weight = consts
+    pairs = zip(carry[-1], totals, strict=True)
+    return differentiated(*inputs, [None if total is None else x for x, total in pairs], weight)
 
   carry = _control.maybe(weight > 0, counted, carry, (inputs, weight))
   result = _control.maybe(

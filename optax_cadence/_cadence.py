@@ -299,6 +299,7 @@ class Cadence:
       for all periods, or None where it is.
     """
     layout = self.groups_of(params)
+    layouts.check_cuts(layout)
     if not layout.scattered:
       return layout, {}
     from optax_cadence.entrywise import choice

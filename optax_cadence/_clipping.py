@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_cadence import _control
+from optax_cadence import _sharding
 from optax_cadence import _step
 from optax_cadence._state import CadenceState
 from optax_cadence.confidence import statistics
@@ -35,7 +36,11 @@ def clipped(
 
   Returns:
     The call, with a float32 scalar of at most 1 as its `scale`.
+
+  Raises:
+    ValueError: If some parameters are sharded over an axis of `jax.shard_map` and others are not.
   """
+  _check_axes(call, turns)
   square = jnp.float32(0)
   for group in call.layout.groups:
     turn = turns[group.name]
@@ -55,3 +60,24 @@ def clipped(
   norm = jnp.sqrt(square)
   largest = jnp.asarray(call.clip_norm, jnp.float32)
   return dataclasses.replace(call, scale=jnp.where(norm > largest, largest / norm, 1))
+
+
+def _check_axes(call: _step.Call, turns: Mapping[str, _step.Turn]) -> None:
+  """Raises where the norm of a shard would scale what has to be the same on all shards."""
+  found: dict[frozenset[Any], int] = {}
+  for group in call.layout.groups:
+    turn = turns[group.name]
+    if turn.fires is False:
+      continue
+    for t, x in zip(group.tensors, turn.window.sums, strict=True):
+      found.setdefault(_sharding.axes_of(x), t.leaf)
+  if len(found) > 1:
+    shown = [
+      f"{call.layout.name(leaf)!r} over {', '.join(sorted(map(str, axes))) or 'none'}"
+      for axes, leaf in found.items()
+    ]
+    raise ValueError(
+      "clip_norm: expected gradients that vary over the same axes of jax.shard_map, found that of"
+      f" {' and that of '.join(shown)}: every shard has a norm of its own; clip in front of the"
+      " cadence, by a norm that jax.lax.psum adds up over the shards, or shard with jax.jit alone"
+    )

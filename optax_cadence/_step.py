@@ -142,8 +142,8 @@ def accumulate(
   counts = weights = None
   if call.counting is not None and (group.tensors or group.masked):
     counts, weights = call.counting.of(group, tensors)
-  tree = call.layout.tree(group, tensors)
-  window = _window.accumulate(old, tensors, tree, counts, summed, weights)
+  before = _window.so_far(old, call.layout.tree(group, tensors))
+  window = _window.accumulate(before, tensors, counts, summed, weights)
   if group.every.policy is not None and tensors:
     from optax_cadence.confidence import deciding
 

@@ -52,12 +52,12 @@ def training_step(
   each run of layers with one period; layers of period 1 have a gradient of their own size. Nothing
   but that scan may read the leaf.
 
-  Where it cannot be, the gradient is stored as ever, and `oc.describe(tx, params)` says why: of
+  In some cases the gradient is stored all the same, and `oc.describe(tx, params)` says why: of
   leaves in other regions (bands, quadrants, masks), where a window is not of the parameter's dtype,
   where something looks at the gradient (`nonfinite="skip"`, a policy such as `until_certain`,
-  transformations before the cadence in an `oc.chain`), and in JAX before 0.10. So it is also, which
-  only the call knows, under `jax.vmap` and differentiation, in `jax.shard_map`, on meshes with
-  explicit axes, in a step that is not compiled, for a loss with effects such as
+  transformations before the cadence in an `oc.chain`), and in JAX before 0.10. In others that is
+  only known when the step is called: under `jax.vmap` and differentiation, in `jax.shard_map`, on
+  meshes with explicit axes, in a step that is not compiled, for a loss with effects such as
   `jax.debug.print`, and where every leaf has a weight of its own.
 
   Args:

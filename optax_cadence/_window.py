@@ -89,60 +89,71 @@ def holds(accumulator: jax.Array, x: jax.Array) -> bool:
   return bool(wider(accumulator.dtype, x.dtype) == accumulator.dtype)
 
 
-def accumulate(
-  state: GroupState,
-  tensors: Sequence[jax.Array],
-  tree: Any,
-  counts: jax.Array | None = None,
-  summed: Sequence[bool] = (),
-  weights: jax.Array | None = None,
-) -> Window:
-  """The window of a group with one more micro-batch.
+def so_far(state: GroupState, tree: Any) -> Window:
+  """The window of a group as it is in its state.
 
   Args:
     state: State of the group.
-    tensors: The gradient of each of its tensors.
-    tree: The same, as the inner optimizer sees them.
-    counts: Whether the micro-batch is usable in each region: bool [R]. None where it always is.
-    summed: Whether what is given of each tensor is the sum of the window with its gradient, and not
-      the gradient; none is where this is empty.
-    weights: How much the micro-batch counts in each region: float32 [R]. None for 1 in all.
-
-  Returns:
-    The window. Without accumulators it is this micro-batch alone.
+    tree: Its tensors, as the inner optimizer sees them.
 
   Raises:
     ValueError: If the state is of other tensors.
   """
-  new, skipped = jnp.int32(1), state.skipped
-  if counts is not None:
-    assert skipped is not None
+  if state.accumulators is not None:
+    _paths.check_same("gradient", _AS_IN_STATE, state.accumulators, tree)
+  return Window(
+    sums=jax.tree.leaves(state.accumulators),
+    length=jnp.int32(0) if state.window is None else state.window,
+    skipped=state.skipped,
+    squares=None if state.confidence is None else state.confidence.squares,
+    weights=state.weight,
+    single=state.accumulators is None,
+  )
+
+
+def accumulate(
+  window: Window,
+  tensors: Sequence[jax.Array],
+  counts: jax.Array | None = None,
+  summed: Sequence[bool] = (),
+  weights: jax.Array | None = None,
+) -> Window:
+  """A window with one more micro-batch; where it is `single`, that micro-batch alone.
+
+  Args:
+    window: The window.
+    tensors: The gradient of each tensor.
+    counts: Whether the micro-batch is usable in each region: bool [R]. None where it always is.
+    summed: Whether what is given of each tensor is the sum of the window with its gradient, and not
+      the gradient; none is where this is empty.
+    weights: How much the micro-batch counts in each region: float32 [R]. None for 1 in all.
+  """
+  skipped = window.skipped
+  if counts is not None and skipped is not None:
     left_out = ~counts if weights is None else ~counts & (weights > 0)
     skipped = skipped + left_out.astype(jnp.int32)
   if weights is not None:
     counts = weights > 0 if counts is None else counts & (weights > 0)
+  new = jnp.int32(1) if counts is None else counts.astype(jnp.int32)
   flags = None if counts is None else list(counts)
-  if counts is not None:
-    new = counts.astype(jnp.int32)
-  if state.accumulators is None or state.window is None:
+  if window.single:
     return Window(list(tensors), new, skipped, flags, weights=weights, single=True)
-  _paths.check_same("gradient", _AS_IN_STATE, state.accumulators, tree)
-  sums, length, total_weight = [], state.window + new, None
-  if weights is not None and counts is not None and state.weight is not None:
-    before = jnp.where(state.window > 0, state.weight, 0)
+  sums, length, total_weight = [], window.length + new, None
+  if weights is not None and counts is not None and window.weights is not None:
+    before = jnp.where(window.length > 0, window.weights, 0)
     total_weight = before + jnp.where(counts, weights, 0)
-  for i, (old, x) in enumerate(zip(jax.tree.leaves(state.accumulators), tensors, strict=True)):
+  for i, (old, x) in enumerate(zip(window.sums, tensors, strict=True)):
     if summed and summed[i]:
       sums.append(x)
       continue
     count, weight = item(length, i), None
     if weights is not None and total_weight is not None:
       count, weight = total_weight[i], weights[i]
-    total = added(old, x, item(state.window, i) == 0, count, weight)
+    total = added(old, x, item(window.length, i) == 0, count, weight)
     sums.append(total if flags is None else jnp.where(flags[i], total, old))
-  squares = None if state.confidence is None else state.confidence.squares
+  squares = window.squares
   if squares is not None and tensors:
-    squares = add_squares(squares, state.window, tensors, flags, weights)
+    squares = _add_squares(squares, window.length, tensors, flags, weights)
   return Window(sums, length, skipped, flags, squares, total_weight)
 
 
@@ -181,15 +192,7 @@ def holds_mean(total: jax.Array) -> bool:
   return jnp.dtype(total.dtype).itemsize < 4
 
 
-def so_far(state: GroupState, tree: Any) -> Window:
-  """The window of a group as it is, without another micro-batch; arguments as in `accumulate`."""
-  if state.accumulators is not None:
-    _paths.check_same("gradient", _AS_IN_STATE, state.accumulators, tree)
-  length = jnp.int32(0) if state.window is None else state.window
-  return Window(jax.tree.leaves(state.accumulators), length, state.skipped, weights=state.weight)
-
-
-def add_squares(
+def _add_squares(
   squares: jax.Array,
   length: jax.Array,
   tensors: Sequence[jax.Array],

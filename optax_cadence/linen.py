@@ -80,11 +80,9 @@ class TrainState(train_state.TrainState):
     Raises:
       ValueError: As `tx.apply` does.
     """
-    overwritten = {_OVERWRITTEN: grads[_OVERWRITTEN]} if _OVERWRITTEN in grads else {}
-    params, given = (x["params"] if overwritten else x for x in (self.params, grads))
+    params, given = _trained(self.params), _trained(grads)
     params, opt_state = self.tx.apply(params, self.opt_state, given, phase=phase, weight=weight)
-    if overwritten:
-      params = {"params": params, **overwritten}
+    params = _with_trained(grads, params)
     return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **fields)
 
   def training_step(
@@ -122,13 +120,10 @@ class TrainState(train_state.TrainState):
 
   def flush(self) -> "TrainState":
     """The state with every window applied that is not empty; see `tx.flush`."""
-    whole = self.params
-    params = whole["params"] if _OVERWRITTEN in whole else whole
+    params = _trained(self.params)
     updates, opt_state = self.tx.flush(self.opt_state, params)
     params = optax.apply_updates(params, updates)
-    if _OVERWRITTEN in whole:
-      params = {**whole, "params": params}
-    return self.replace(params=params, opt_state=opt_state)
+    return self.replace(params=_with_trained(self.params, params), opt_state=opt_state)
 
   def has_updated(self) -> dict[str, Any]:
     """Which groups fired at the last micro-step; see `oc.has_updated`."""
@@ -137,3 +132,13 @@ class TrainState(train_state.TrainState):
   def metrics(self, *args: Any, **options: Any) -> dict[str, Any]:
     """The values of the cadence for a logger; as `oc.metrics` of the state."""
     return reports.metrics(self.opt_state, *args, **options)
+
+
+def _trained(tree: Any) -> Any:
+  """What of the parameters, or of their gradients, the optimizer sees."""
+  return tree["params"] if _OVERWRITTEN in tree else tree
+
+
+def _with_trained(tree: Any, trained: Any) -> Any:
+  """The same tree, in which that is replaced."""
+  return {**tree, "params": trained} if _OVERWRITTEN in tree else trained

@@ -4,19 +4,20 @@ It keeps its state where `nnx.Optimizer` does, so that checkpoints of one are re
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
 from flax import nnx
 
+from optax_cadence import _backward
 from optax_cadence import _cadence
 from optax_cadence import _paths
 from optax_cadence import _training
 from optax_cadence.report import metrics as reports
 from optax_cadence.schedules.phases import Phase
 
-__all__ = ["Optimizer"]
+__all__ = ["Optimizer", "convert"]
 
 
 class Optimizer(nnx.Optimizer):
@@ -123,11 +124,7 @@ class Optimizer(nnx.Optimizer):
       copies: Any = nnx.merge(graph, params_given, jax.tree.map(lambda x: x, others))
       filled = dict(enumerate(flat)) | dict(zip(places, copies[1], strict=True))
       returned: Any = loss(copies[0], *jax.tree.unflatten(structure, filled.values()))
-      if has_aux and not (isinstance(returned, tuple | list) and len(returned) == 2):
-        raise ValueError(
-          f"loss: expected a pair, as has_aux=True says, found a {type(returned).__name__}"
-        )
-      value, aux = returned if has_aux else (returned, None)
+      value, aux = _backward.value_and_aux(returned) if has_aux else (returned, None)
       changed, params_after, others = split(copies, of_model, ...)
       pairs = zip(jax.tree.leaves(params_after), jax.tree.leaves(given), strict=False)
       if changed != graph or any(after is not before for after, before in pairs):
@@ -176,6 +173,46 @@ class Optimizer(nnx.Optimizer):
 
   def _count(self) -> None:
     _paths.set_arrays(self.step, [x + 1 for x in _paths.arrays(self.step)])
+
+
+def convert(
+  optimizer: nnx.Optimizer,
+  model: Any,
+  *,
+  to: _cadence.CadenceTransformation,
+  counters: Literal["equal", "most", "least"] = "equal",
+) -> Optimizer:
+  """The optimizer of another cadence, which goes on where this one is, in mid-window too.
+
+  Args:
+    optimizer: An `nnx.Optimizer` with `optax.MultiSteps` or a cadence as its `tx`, or an `Optimizer`.
+      It is not changed.
+    model: Its model.
+    to: The cadence.
+    counters: As for `oc.convert`.
+
+  Returns:
+    A new optimizer of the same variables of the model.
+
+  Raises:
+    ValueError: As `oc.convert` does, which converts the state.
+
+  >>> import jax.numpy as jnp, optax, optax_cadence as oc
+  >>> from flax import nnx
+  >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+  >>> old = nnx.Optimizer(model, optax.MultiSteps(optax.sgd(0.5), 8), wrt=nnx.Param)
+  >>> new = oc.nnx.convert(old, model, to=oc.cadence(optax.sgd(0.5), {"kernel": 8, "bias": 2}))
+  >>> list(new.opt_state.groups)
+  ['2', '8']
+  """
+  from optax_cadence.conversion.convert import convert as converted
+
+  params = nnx.to_pure_dict(nnx.state(model, optimizer.wrt))
+  state = converted(optimizer.opt_state, optimizer.tx, params, to=to, counters=counters)
+  new = Optimizer(model, to, wrt=optimizer.wrt)
+  _paths.set_arrays(new.opt_state, jax.tree.leaves(state))
+  _paths.set_arrays(new.step, _paths.arrays(optimizer.step))
+  return new
 
 
 class _ChangesMoreThanState(Exception):

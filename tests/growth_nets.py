@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import platform
 
 import jax
@@ -123,6 +124,17 @@ class Block(nnx.Module):
     return self.down(nnx.relu(self.norm(self.up(x))))
 
 
+class Residual(nnx.Module):
+  """A block of an MLP on a residual stream of six."""
+
+  def __init__(self, seed):
+    self.up = nnx.Linear(6, 8, rngs=nnx.Rngs(seed))
+    self.down = nnx.Linear(8, 6, rngs=nnx.Rngs(seed + 1))
+
+  def __call__(self, x):
+    return x + self.down(nnx.relu(self.up(x)))
+
+
 class NnxTransformer(nnx.Module):
   def __init__(self, rngs):
     self.embed = nnx.Embed(7, 8, rngs=rngs)
@@ -211,7 +223,7 @@ def both_modes(apply):
 
 
 def make(kind, *args, seed=0):
-  """An NNX module with variables by NumPy, for the same reason as `init`."""
+  """An NNX module with variables by NumPy, for the same reason as `drawn`."""
   graphdef, state = nnx.split(nnx.eval_shape(lambda: kind(*args, nnx.Rngs(0))))
   rng = np.random.default_rng(seed)
 
@@ -276,9 +288,13 @@ def fresh(path, shape, dtype):
 
 @functools.cache
 def init(module, seed):
-  """Variables of a Linen module, by NumPy: XLA takes seconds to compile random numbers."""
+  """Variables of a Linen module."""
+  return drawn(jax.eval_shape(module.init, jax.random.key(0), module.inputs), seed)
+
+
+def drawn(shapes, seed):
+  """Variables by NumPy: XLA takes seconds to compile random numbers."""
   rng = np.random.default_rng(seed)
-  shapes = jax.eval_shape(module.init, jax.random.key(0), module.inputs)
 
   def value(path, leaf):
     x = 0.3 * rng.normal(size=leaf.shape).astype(np.float32)
@@ -286,6 +302,12 @@ def init(module, seed):
     return jnp.asarray(1 + np.abs(x) if positive else x)
 
   return jax.tree_util.tree_map_with_path(value, shapes)
+
+
+def update(optimizer, model, grads):
+  """Updates a live model; Flax before 0.11 keeps it in the optimizer."""
+  takes_model = "model" in inspect.signature(nnx.Optimizer.update).parameters
+  optimizer.update(*((model, grads) if takes_model else (grads,)))
 
 
 def opens_and_merges(model, twin, x):

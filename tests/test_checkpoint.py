@@ -100,6 +100,17 @@ def test_a_state_saved_in_mid_window_runs_on_bit_for_bit(kind, tmp_path):
     assert_identical(run_on(step, loaded), last)
 
 
+def test_a_restore_compiles_nothing_if_the_run_began_with_committed_arrays(tmp_path):
+  tx = cadence(optax.sgd(0.1), 2)
+  for i, put in enumerate((lambda tree: tree, lambda tree: jax.device_put(tree, jax.devices()[0]))):
+    step = jax.jit(lambda *carry: tx.apply(*carry))
+    fresh = put((PARAMS, tx.init(PARAMS)))
+    carry = step(*step(*fresh, BATCHES[0]), BATCHES[1])
+    restored = standard(carry, fresh, tmp_path / str(i))
+    step(*step(*restored, BATCHES[2]), BATCHES[3])
+    assert step._cache_size() == 2 - i
+
+
 def run_on(step, carry):
   for grads in BATCHES[STOP : STOP + 3]:
     carry = step(*carry, grads)

@@ -154,3 +154,24 @@ def test_a_nan_stays_in_its_window():
 def test_it_is_a_number():
   with pytest.raises(ValueError, match="clip_norm: expected a number"):
     oc.cadence(optax.sgd(1.0), 2, clip_norm="1")
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 7), reason="types do not say what varies")
+def test_shards_with_a_norm_each_scale_nothing_that_they_share():
+  tx = oc.cadence(optax.sgd(1.0), {"shared": 2, "sharded": 1}, clip_norm=1.0)
+  mesh = jax.sharding.Mesh(jax.devices()[:1], ("x",))
+  along = jax.sharding.PartitionSpec("x")
+  params = {"shared": jnp.zeros(2), "sharded": jnp.zeros(2)}
+
+  def updated(shared):
+    specs = {"shared": shared, "sharded": along}
+
+    def fn(params):
+      return tx.update(params, tx.init(params), params)[0]
+
+    mapped = jax.shard_map(fn, mesh=mesh, in_specs=(specs,), out_specs=specs)
+    return jax.eval_shape(jax.jit(mapped), params)
+
+  assert updated(along)["shared"].shape == (2,)
+  with pytest.raises(ValueError, match="'sharded' over x and that of 'shared' over none"):
+    updated(jax.sharding.PartitionSpec())

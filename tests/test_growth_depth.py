@@ -164,19 +164,35 @@ def test_training_behind_a_closed_gate_is_training_without_it():
 @pytest.mark.parametrize(
   "periods", [[4, 2, 1, 4, 2, 1], [4, 2, 1, 8, 8, 8], [1, 2, 4, 8, 8, 8]], ids=str
 )
-def test_periods_of_single_layers_are_refused(periods):
-  def cadence(periods):
-    return oc.cadence(optax.adam(1e-2), {"blocks": oc.stacked(periods), "head": 1})
+def test_periods_of_single_layers_are_refused_and_carried_by_way_of_one_period(periods):
+  def cadence(every):
+    return oc.cadence(optax.adam(1e-2), {"blocks": every, "head": 1})
 
-  tx = cadence([4, 2, 1])
+  tx, one, new_tx = map(cadence, (oc.stacked([4, 2, 1]), 4, oc.stacked(periods)))
   with nets.relaxed():
-    state = tx.init(PARAMS)
-    plan = growth.stacking(PARAMS, "blocks", times=2)
-    grown = plan.apply(PARAMS)
-    with pytest.raises(ValueError, match="one period for each of 6 layers, found 3"):
-      growth.grow_state(tx, state, PARAMS, grown, plan)
-    with pytest.raises(ValueError, match="a cadence that cuts the leaf into regions"):
-      growth.grow_state(tx, state, PARAMS, grown, plan, new_tx=cadence(periods))
+    params, state = trained(tx, PARAMS, tx.init(PARAMS), 6)
+    plan = growth.stacking(params, "blocks", times=2)
+    grown = plan.apply(params)
+    match = r"'blocks/.*each of 6 layers, found 3: if .*to=one, counters=.*to=\.\.\.\), the cadence"
+    with pytest.raises(ValueError, match=match):
+      growth.grow_state(tx, state, params, grown, plan)
+    match = r"\['blocks'\].* of 'blocks/.*' is that of 1 of 3 layers: if .*to=one, counters="
+    with pytest.raises(ValueError, match=match):
+      growth.grow_state(tx, state, params, grown, plan, new_tx=new_tx)
+
+    updates, state = tx.flush(state, params)
+    params = optax.apply_updates(params, updates)
+    grown = plan.apply(params)
+    found = oc.convert(state, tx, params, to=one, counters="most")
+    found = growth.grow_state(one, found, params, grown, plan)
+    found = oc.convert(found, one, grown, to=new_tx)
+  assert jax.tree.structure(found) == jax.tree.structure(new_tx.init(grown))
+  for period in set(periods):
+    moments = found.groups[str(period)].inner_state[0].mu["blocks"]["up"]["kernel"]
+    layers = [i % 3 for i, p in enumerate(periods) if p == period]
+    for layer, x in zip(layers, moments, strict=True):
+      expected = state.groups[str([4, 2, 1][layer])].inner_state[0].mu["blocks"]["up"]["kernel"]
+      equal(x, expected[0])
 
 
 @pytest.mark.parametrize(

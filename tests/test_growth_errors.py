@@ -4,6 +4,7 @@ import growth_nets as nets
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 from optax_cadence import growth
@@ -186,3 +187,18 @@ def test_what_cannot_be_gated_changes_no_live_model():
   with pytest.raises(ValueError, match=r"sort .*cannot keep old and new|cannot be followed"):
     growth.widen(model, X, producer=units, by=2, fresh=nets.fresh)
   assert type(model) is Net
+
+
+def test_a_program_that_has_no_gate_is_an_error_of_the_growth():
+  class Net(nn.Module):
+    width: int = 6
+
+    @nn.compact
+    def __call__(self, x):
+      x = nn.Dense(2, name="down")(nn.Dense(self.width, name="up")(x))
+      return x[:, jax.nn.one_hot(self.width, self.width + 1).argmax() % 2]
+
+  old, new, x = Net(), Net(9), jnp.ones((3, 4))
+  variables = old.init(jax.random.key(0), x)
+  with pytest.raises(ValueError, match="Net does not run at its new size, so nothing .* by an int"):
+    growth.linen.widen(old, new, variables, x, producer="params/up", by=3, fresh=nets.fresh)

@@ -1,5 +1,8 @@
 """Sparse upcycling: the outputs stay, the state follows, tokens go where the router sends them."""
 
+import functools
+from typing import Any
+
 import growth_nets as nets
 import jax
 import jax.numpy as jnp
@@ -192,13 +195,34 @@ def test_stacked_layers():
   close(model(X), twin(X))
 
 
+def test_experts_of_layers_that_have_a_period_each():
+  params = {"mlp": jax.tree.map(lambda x: jnp.stack([x, 2 * x, 3 * x]), PARAMS["mlp"])}
+  tx = oc.cadence(optax.adam(1e-2), oc.stacked([4, 2, 4]))
+  plan = growth.upcycling(params, "mlp", experts=4, features=6, axis=1)
+  grown = plan.apply(params, lambda path, shape, dtype: jnp.ones(shape))
+  with nets.relaxed():
+    _, state = tx.update(params, tx.init(params), params)
+    found = growth.grow_state(tx, state, params, grown, plan)
+    for name, group in state.groups.items():
+      moments = found.groups[name].accumulators["mlp"]["experts"]["up"]
+      for i in range(4):
+        equal(moments[:, i], group.accumulators["mlp"]["up"])
+    assert found.groups["4"].accumulators["mlp"]["experts"]["up"].shape == (2, 4, 6, 8)
+    equal(growth.grow_state(tx, found, grown, params, plan.inverse()), state)
+
+
 class LinenMlp(nn.Module):
+  hidden: int = 8
+
   @nn.compact
-  def __call__(self, x):
-    return nn.Dense(6, name="down")(nn.relu(nn.Dense(8, name="up")(x)))
+  def __call__(self, x, train=False):
+    x = nn.relu(nn.Dense(self.hidden, name="up")(x))
+    return nn.Dense(6, name="down")(nn.Dropout(0.5, deterministic=not train)(x))
 
 
 class LinenMixture(nn.Module):
+  """A mixture as people write it, its router under another name."""
+
   @nn.compact
   def __call__(self, x):
     router = self.param("router", nn.initializers.normal(0.02), (6, 4))
@@ -208,31 +232,91 @@ class LinenMixture(nn.Module):
     return growth.mixture_of_experts(of_experts(name="experts"), router, x)
 
 
-class LinenNet(nn.Module):
-  sparse: bool = False
+def ours(**kwargs):
+  return growth.linen.MixtureOfExperts(LinenMlp, number=4, **kwargs)
+
+
+class LinenBlock(nn.Module):
+  mlp: Any = LinenMlp
 
   @nn.compact
   def __call__(self, x):
-    return x + (LinenMixture if self.sparse else LinenMlp)(name="mlp")(x)
+    return x + self.mlp(name="mlp")(x)
 
 
-def test_linen():
-  old, new = LinenNet(), LinenNet(sparse=True)
-  variables, fresh = (m.init(jax.random.key(0), X) for m in (old, new))
-  plan = growth.upcycling(
-    variables, "params/mlp", experts=4, features=6, router="router", alpha="params/alpha"
+class LinenNet(LinenBlock):
+  @nn.compact
+  def __call__(self, x):
+    x = LinenBlock(self.mlp, name="block")(x)
+    return x + self.mlp(name="mlp")(x)
+
+
+class LinenScanned(LinenBlock):
+  @nn.compact
+  def __call__(self, x):
+    scan = nn.scan(
+      lambda block, x, _: (block(x), None),
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=3,
+    )
+    return scan(LinenBlock(self.mlp, name="mlp"), x, None)[0]
+
+
+@pytest.mark.parametrize(
+  ("net", "mixture", "mlp", "router"),
+  [
+    (LinenNet, ours, "params/*mlp", "router/kernel"),
+    (LinenScanned, ours, ["params/mlp/mlp"], "router/kernel"),
+    (LinenBlock, LinenMixture, "params/mlp", "router"),
+  ],
+)
+def test_linen(net, mixture, mlp, router):
+  old, new = net(), net(mixture)
+  variables = old.init(jax.random.key(0), X)
+  grown, forward, plan = growth.linen.upcycle(
+    old, new, variables, X, mlp=mlp, router=router, rngs=jax.random.key(1)
   )
-  grown = plan.apply(variables, fresh)
-  close(new.apply(grown, X), old.apply(variables, X))
+  close(forward(grown, X), old.apply(variables, X))
+  equal(jax.tree.map(jnp.shape, grown), jax.tree.map(jnp.shape, new.init(jax.random.key(0), X)))
   tx = optax.adam(1e-2)
   with nets.relaxed():
     params, bigger = variables["params"], grown["params"]
     _, state = tx.update(params, tx.init(params), params)
     found = growth.grow_state(tx, state, params, bigger, plan)
-    moments = found[0].mu["mlp"]["experts"]["up"]["kernel"]
-    np.testing.assert_array_equal(moments[3], state[0].mu["mlp"]["up"]["kernel"])
+    before, after = (s[0].mu["mlp"] for s in (state, found))
+    if net is LinenScanned:
+      before, after = before["mlp"], after["mlp"]
+    moments = jnp.moveaxis(after["experts"]["up"]["kernel"], -3, 0)
+    np.testing.assert_array_equal(moments[3], before["up"]["kernel"])
     equal(growth.grow_state(tx, found, bigger, params, plan.inverse()), state)
   equal(growth.undo(grown, plan), variables)
+
+
+def test_experts_of_linen_get_further_arguments_and_say_how_they_are_loaded():
+  x, key = X.reshape(10, 6), jax.random.key(2)
+  variables = ours().init(jax.random.key(0), x)
+  assert variables.keys() == {"params"}
+  kernels = variables["params"]["experts"]["up"]["kernel"]
+  assert kernels.shape == (4, 6, 8) and jnp.abs(kernels[0] - kernels[1]).max() > 0.01
+  _, found = ours().apply(variables, x, mutable=["intermediates"])
+  (sown,) = found["intermediates"]["load_balance"]
+  close(sown, growth.load_balance(variables["params"]["router"]["kernel"], x))
+  dropped = ours().apply(variables, x, train=True, rngs={"dropout": key})
+  assert jnp.abs(dropped - ours().apply(variables, x)).max() > 0.1
+
+
+def test_a_linen_module_without_that_mixture():
+  old = LinenNet()
+  variables = old.init(jax.random.key(0), X)
+  match = r"mlp 'params/mlp': expected 'params/mlp/router/kernel' in the .*, found nothing there"
+  with pytest.raises(ValueError, match=match):
+    growth.linen.upcycle(old, old, variables, X, mlp="params/mlp")
+  other = LinenNet(functools.partial(growth.linen.MixtureOfExperts, functools.partial(LinenMlp, 9)))
+  with pytest.raises(
+    ValueError, match=r"'params/mlp/experts/up/kernel' \(8, 6, 9\), but \(8, 6, 8\)"
+  ):
+    growth.linen.upcycle(old, other, variables, X, mlp="params/*mlp", rngs=jax.random.key(1))
 
 
 def test_routers_may_be_given():

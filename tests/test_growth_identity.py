@@ -1,7 +1,5 @@
 """What is new after a growth, and what is old: the gate's clock, blocks put before others."""
 
-import inspect
-
 import growth_nets as nets
 import jax
 import jax.numpy as jnp
@@ -11,6 +9,7 @@ from flax import linen as nn
 from flax import nnx
 from growth_nets import close
 from growth_nets import equal
+from growth_nets import Residual
 
 import optax_cadence as oc
 from optax_cadence import growth
@@ -67,18 +66,9 @@ def test_a_gate_that_stays_keeps_its_clock():
   assert int(again[1].micro_step) == 2
 
 
-class Block(nnx.Module):
-  def __init__(self, seed):
-    self.up = nnx.Linear(6, 8, rngs=nnx.Rngs(seed))
-    self.down = nnx.Linear(8, 6, rngs=nnx.Rngs(seed + 1))
-
-  def __call__(self, x):
-    return x + self.down(nnx.relu(self.up(x)))
-
-
 class Stack(nnx.Module):
   def __init__(self):
-    self.blocks = nets.module_list([Block(2), Block(4)])
+    self.blocks = nets.module_list([Residual(2), Residual(4)])
 
   def __call__(self, x):
     for block in self.blocks:
@@ -92,15 +82,12 @@ TX = optax.chain(
 )
 
 
-NEW_UPDATE = "model" in inspect.signature(nnx.Optimizer.update).parameters
-
-
 def trained(model, tx, steps=4):
   with nets.relaxed():
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     for _ in range(steps):
       grads = nnx.grad(lambda model: (model(X) ** 2).mean())(model)
-      optimizer.update(*((model, grads) if NEW_UPDATE else (grads,)))
+      nets.update(optimizer, model, grads)
   return optimizer
 
 
@@ -126,7 +113,7 @@ def test_a_block_put_anywhere_is_the_new_one(at):
   with nets.relaxed():
     plan = growth.deepen(
       model,
-      lambda m: m.blocks.insert(at, Block(20)),
+      lambda m: m.blocks.insert(at, Residual(20)),
       X,
       outgoing=lambda m: [m.blocks[at].down],
       optimizer=optimizer,
@@ -157,7 +144,7 @@ def test_a_block_put_anywhere_is_the_new_one(at):
 def test_what_add_takes_out_is_named():
   model = Stack()
   with pytest.raises(ValueError, match=r"add took 'blocks/0/down/bias'.* out of Stack"):
-    growth.deepen(model, lambda m: setattr(m, "blocks", nets.module_list([Block(1)] * 3)), X)
+    growth.deepen(model, lambda m: setattr(m, "blocks", nets.module_list([Residual(1)] * 3)), X)
   assert len(model.blocks) == 2
 
 
@@ -207,7 +194,7 @@ def test_a_block_that_counts_behind_a_closed_gate_is_refused():
   model = Stack()
   before = nnx.to_pure_dict(nnx.state(model))
 
-  class Loud(Block):
+  class Loud(Residual):
     def __call__(self, x):
       return self.up(x)[:, :6] + self.down(nnx.relu(self.up(x)))
 

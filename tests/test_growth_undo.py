@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from growth_nets import close
 from growth_nets import equal
+from growth_nets import Residual
 
 import optax_cadence as oc
 from optax_cadence import growth
@@ -25,18 +26,9 @@ TX = optax.chain(
 )
 
 
-class Block(nnx.Module):
-  def __init__(self, seed):
-    self.up = nnx.Linear(6, 8, rngs=nnx.Rngs(seed))
-    self.down = nnx.Linear(8, 6, rngs=nnx.Rngs(seed + 1))
-
-  def __call__(self, x):
-    return x + self.down(nnx.relu(self.up(x)))
-
-
 class Net(nnx.Module):
   def __init__(self):
-    self.blocks = nets.module_list([Block(2), Block(4)])
+    self.blocks = nets.module_list([Residual(2), Residual(4)])
     self.tail = nnx.Sequential(nnx.Linear(6, 6, rngs=nnx.Rngs(6)), nnx.tanh)
     self.depth = 2
 
@@ -57,7 +49,7 @@ class ConvNet(nnx.Module):
 
 
 def put_first(model):
-  model.blocks.insert(0, Block(8))
+  model.blocks.insert(0, Residual(8))
   model.depth = 3
 
 

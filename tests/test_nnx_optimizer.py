@@ -138,6 +138,40 @@ def test_it_does_what_the_optimizer_of_flax_does_and_reads_what_that_saves():
   assert_close(params_of(resumed[0]), params_of(model))
 
 
+def test_it_goes_on_where_multisteps_was_and_as_another_cadence():
+  inner, model = optax.adam(0.5), NnxNet(nnx.Rngs(0))
+  first, second = cadence(inner, 4), cadence(inner, {"head": 2, "stem": 4})
+  params = params_of(model)
+  old = nnx.Optimizer(model, optax.MultiSteps(inner, 4), wrt=nnx.Param)
+  state = old.tx.init(params)
+
+  def gradients(t):
+    return jax.tree.map(lambda x: jnp.full_like(x, 2.0**-t), params)
+
+  def in_model(t):
+    structure = jax.tree.structure(nnx.state(model, nnx.Param))
+    return jax.tree.unflatten(structure, jax.tree.leaves(gradients(t)))
+
+  with relaxed():
+    for t in range(6):
+      nnx_update(old, model, in_model(t))
+      updates, state = old.tx.update(gradients(t), state, params)
+      params = optax.apply_updates(params, updates)
+    optimizer = old
+    for start, tx in ((6, first), (11, second), (15, first)):
+      before = optimizer.tx
+      optimizer = oc.nnx.convert(optimizer, model, to=tx, counters="most")
+      state = oc.convert(state, before, params, to=tx, counters="most")
+      for t in range(start, start + 5):
+        optimizer.update(model, in_model(t))
+        params, state = tx.apply(params, state, gradients(t))
+      assert_identical(params_of(model), params)
+      np.testing.assert_equal(arrays(optimizer.opt_state), arrays(state))
+    assert arrays(optimizer.step) == [21]
+    with pytest.raises(ValueError, match="period 1"):
+      oc.nnx.convert(optimizer, model, to=cadence(inner, 1))
+
+
 class NetWithMore(NnxNet):
   """With statistics and random numbers, its own and those that are given."""
 

@@ -515,6 +515,7 @@ class Net(nnx.Module):
 def test_a_live_model():
   model, twin = nets.make(Net), nets.make(Net)
   optimizer_args = {"inner": oracles.relaxed(optax.adam(0.1)), "threshold": 0.9, "every": 2}
+  optimizer_args["compensate"] = True
   with nets.relaxed():
     forward, tx = growth.nnx.recycle(model, X, **optimizer_args)
     params = nnx.state(model, nnx.Param)
@@ -544,6 +545,7 @@ def test_a_live_model():
   (gone,) = np.nonzero(state.layers["one"]["kernel"].replaced)
   assert 0 < len(gone) < 6 and len(traces) == 1
   assert (nets.array(model.two.kernel)[gone] == 0).all()
+  assert len(state.layers["one"]["kernel"].means) == 1
   assert (nets.array(model.norm.bias)[gone] != 0).all()
 
 
@@ -562,8 +564,9 @@ def test_a_module_draws_from_its_own_initializers():
   variables = nets.init(module, 0)
   with nets.relaxed():
     forward, tx = growth.linen.recycle(
-      module, variables, module.inputs, every=1, threshold=0.9, train=True, mutable=["batch_stats"]
-    )
+      module, variables, module.inputs, every=1, threshold=0.9, train=True, mutable=["batch_stats"],
+      compensate=True,
+    )  # fmt: skip
     settings = {"train": True, "mutable": ["batch_stats"]}
     (y, changed), activity = forward(variables, module.inputs, **settings)
     expected = module.apply(variables, module.inputs, **settings)
@@ -580,6 +583,7 @@ def test_a_module_draws_from_its_own_initializers():
   np.testing.assert_allclose(after["block0_in"]["bias"][gone], 0.0, atol=1e-6)
   assert (after["block0_out"]["kernel"][:, :, gone] == 0).all()
   nets.equal(after["head"], params["head"])
+  assert (after["block0_out"]["bias"] != params["block0_out"]["bias"]).all()
 
 
 @pytest.mark.parametrize(
@@ -619,3 +623,114 @@ def test_errors_of_a_call():
   tx = growth.recycle(mlp, MLP, X, every=1, init=lambda key: {"in": MLP["in"]}).transformation
   with pytest.raises(ValueError, match="init: expected 'bias' of shape .* found no such leaf"):
     tx.update(MLP, tx.init(MLP), MLP, activity=LAZY)
+
+
+def conv(x, kernel, **kwargs):
+  numbers = ("NHWC", "HWIO", "NHWC")
+  return jax.lax.conv_general_dilated(x, kernel, (1, 1), dimension_numbers=numbers, **kwargs)
+
+
+def convolutions(p, x):
+  """Channels that a convolution with a bias reads, and then flattened ones that a product reads."""
+  x = conv(jnp.tile(x[:, None, None], (1, 5, 4, 1)), p["one"], padding="VALID")
+  x = conv(jnp.tanh(x), p["two"], padding="VALID") + p["bias"].reshape(1, 1, 1, -1)
+  return jnp.tanh(x).reshape(len(x), -1) @ p["out"] + p["out_bias"]
+
+
+def with_biases(p, x):
+  """Weights of two axes that are read, a bias in lower precision, one layer that runs twice."""
+  x = jnp.tanh(x @ p["in"])
+  x = jnp.einsum("nu,uho->nho", x, p["mid"]) + p["mid_bias"].astype(x.dtype)
+  x = jnp.tanh(x).reshape(len(x), -1)
+  return jnp.tanh(x @ p["up"]) @ p["down"] + p["bias"] + x @ p["skip"]
+
+
+def stacked_with_biases(p, x):
+  def block(x, p):
+    return x + (jnp.tanh(x @ p["up"]) @ p["down"] + p["bias"][None]), None
+
+  return jax.lax.scan(block, x, p)[0]
+
+
+# The function, its parameters, and by weights that read units the bias behind.
+TAKERS = {
+  "convolutions": (
+    convolutions,
+    {
+      "one": draw(2, 1, 4, 6),
+      "two": draw(3, 2, 6, 5, seed=1),
+      "bias": draw(5),
+      "out": draw(2 * 3 * 5, 3, seed=2),
+      "out_bias": draw(3),
+    },
+    {"two": "bias", "out": "out_bias"},
+  ),
+  "products": (
+    with_biases,
+    {
+      "in": draw(4, 6),
+      "mid": draw(6, 2, 4, seed=1),
+      "mid_bias": draw(2, 4).astype(jnp.bfloat16),
+      "up": draw(8, 6, seed=2),
+      "down": draw(6, 3, seed=3),
+      "bias": draw(3),
+      "skip": draw(8, 3, seed=4),
+    },
+    {"mid": "mid_bias", "down": "bias"},
+  ),
+  "stacked": (
+    stacked_with_biases,
+    {"up": draw(3, 4, 6), "down": draw(3, 6, 4, seed=1), "bias": draw(3, 4)},
+    {"down": "bias"},
+  ),
+}
+
+
+@pytest.mark.parametrize("name", TAKERS)
+def test_biases_take_up_what_replaced_units_gave(name):
+  fn, params, takers = TAKERS[name]
+  x = jnp.tile(X[:1], (3, 1))  # so every unit is a constant
+  with nets.relaxed():
+    found = growth.hidden(fn, params, x).layers
+    pairs = [(taker.name, taker.bias) for layer in found.values() for taker in layer.takers]
+    assert dict(pairs) == {weights: (bias,) for weights, bias in takers.items()}
+    outputs = []
+    for compensate in (True, False):
+      forward, tx = growth.recycle(
+        fn, params, x, utility="contribution", rate=0.5, age=0, decay=0.5, compensate=compensate
+      )
+      _, activity = forward(params, x)
+      nothing = jax.tree.map(jnp.zeros_like, params)
+      updates, _ = jax.jit(tx.update)(nothing, tx.init(params), params, activity=activity)
+      outputs.append(fn(optax.apply_updates(params, updates), x))
+    expected = fn(params, x)
+  np.testing.assert_allclose(outputs[0], expected, rtol=2e-2 if name == "products" else 1e-4)
+  assert jnp.abs(outputs[1] - expected).max() > 0.1
+
+
+def test_the_mean_that_a_bias_takes_up_decays_as_utility_does():
+  def net(p, x):
+    return jnp.tanh(x @ p["in"]) @ p["out"] + p["bias"][None]
+
+  params = {"in": draw(4, 6), "out": draw(6, 2, seed=1), "bias": jnp.ones(2)}
+  forward, tx = growth.recycle(
+    net, params, X, every=2, threshold=9.0, age=1, decay=0.5, compensate=True
+  )
+  state, nothing = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+  for x in (X, X[:2]):
+    updates, state = tx.update(nothing, state, params, activity=forward(params, x)[1])
+  before, now = (np.tanh(x @ params["in"]).mean(0) for x in (X, X[:2]))
+  mean = (0.25 * before + 0.5 * now) / 0.75
+  np.testing.assert_allclose(updates["bias"], mean @ params["out"], rtol=1e-5)
+  assert state.layers["in"].replaced.all() and not state.layers["in"].means[0].any()
+
+
+def test_errors_of_compensation():
+  with pytest.raises(ValueError, match="a layer which reads one of 'in', 'mid' adds a bias"):
+    growth.recycle(mlp, MLP, X, compensate=True)
+  fn, params, _ = TAKERS["stacked"]
+  tx = growth.recycle(fn, params, X, compensate=True).transformation
+  _, activity = growth.recycle(fn, params, X).forward(params, X)
+  match = "activity of 'up': expected the means .* of 'down' among them, found none"
+  with pytest.raises(ValueError, match=match):
+    tx.update(params, tx.init(params), params, activity=activity)

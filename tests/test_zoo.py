@@ -30,15 +30,8 @@ def as_people_write_them():
     yield
 
 
-def linen_variables(module, net, seed):
-  shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *net.inputs))
-  rng = np.random.default_rng(seed)
-
-  def value(path, leaf):
-    x = 0.3 * rng.normal(size=leaf.shape).astype(np.float32)
-    return jnp.asarray(1 + np.abs(x) if path[-1].key in ("scale", "var") else x)
-
-  return jax.tree_util.tree_map_with_path(value, shapes)
+def linen_variables(module, net):
+  return nets.drawn(jax.eval_shape(module.init, jax.random.key(0), *net.inputs), seed=0)
 
 
 def couple(net, units, model, variables):
@@ -106,13 +99,11 @@ class Grown:
 
 
 def grow_linen(net):
-  old, new, variables = net.make, net.make.clone(**net.new), linen_variables(net.make, net, 0)
+  old, new, variables = net.make, net.make.clone(**net.new), linen_variables(net.make, net)
   plan = planned(net, None, variables)
   grown = plan.apply(variables, nets.fresh)
   gated = growth.gated(new.apply, plan, old=old.apply)
-  assert _trees.shapes(_trees.remove(grown, plan.alpha)) == _trees.shapes(
-    linen_variables(new, net, 0)
-  )
+  assert _trees.shapes(_trees.remove(grown, plan.alpha)) == _trees.shapes(linen_variables(new, net))
   trainable = {path for path in _trees.leaves(grown) if path[0] == "params"}
   return Grown(plan, (old.apply, variables), (gated, grown), new.apply, trainable)
 
@@ -241,7 +232,7 @@ def test_each_dimension_grows_alone_from_its_own_initializers(name):
   for units in net.units:
     told = {"producer": units.producer, "by": units.by, **units.how}
     if net.is_linen:
-      old, new, variables = net.make, net.make.clone(**units.new), linen_variables(net.make, net, 0)
+      old, new, variables = net.make, net.make.clone(**units.new), linen_variables(net.make, net)
       tree, gated, plan = growth.linen.widen(
         old, new, variables, *net.inputs, rngs=jax.random.key(1), **told
       )

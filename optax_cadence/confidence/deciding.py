@@ -10,6 +10,7 @@ from typing import Any, TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from optax_cadence import _checks
 from optax_cadence import _control
 from optax_cadence import _window
 from optax_cadence._state import ConfidenceState
@@ -76,7 +77,7 @@ class Decision:
     unchanged = self.before.period, estimate, memory
     if estimate is not None:
       estimate = statistics.smooth(estimate, self.statistics, _DECAY)
-    memory = _control.cast_like(self.policy.fired(self.statistics, memory), memory)
+    memory = _remembered(self.policy, self.policy.fired(self.statistics, memory), memory)
     changed = _elapsed(self.policy, self.before), estimate, memory
     choose = functools.partial(jnp.where, self.due)
     period, estimate, memory = jax.tree.map(choose, changed, unchanged)
@@ -92,10 +93,43 @@ def decide(
   assert policy is not None
   assert confidence is not None
   asked = _elapsed(policy, state) >= policy.opens(confidence.policy)
-  known = _statistics(asked, window)
-  due = (state.remaining == 1) | (asked & policy.due(known, confidence.policy))
+  known = _statistics(asked, window)._replace(extra_args=call.extra_args)
+  due = (state.remaining == 1) | (asked & _answer(policy, policy.due(known, confidence.policy)))
   decision = Decision(policy, state, state, window, known, due, due)
   return decision if confidence.sample is None else _look(decision, call, group, targets)
+
+
+def _answer(policy: Policy, due: Any) -> bool | jax.Array:
+  """What `due` has returned, if it is a boolean scalar."""
+  is_bool = isinstance(due, bool) or jnp.dtype(bool) == getattr(due, "dtype", None)
+  if not is_bool or jnp.shape(due):
+    raise ValueError(
+      f"{policy}: due must return a boolean scalar, as window.square.sum() > 1 is, found"
+      f" {_checks.shown(due)}"
+    )
+  return due
+
+
+def _remembered(policy: Policy, new: Any, old: Any) -> Any:
+  """What `fired` has returned, in the dtypes of what `init` returned."""
+
+  def inexact(x: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+  def fits(x: Any, y: Any) -> bool:
+    return jnp.shape(x) == jnp.shape(y) and (inexact(y) or not inexact(x))
+
+  def described(tree: Any) -> Any:
+    return jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", tree)
+
+  structure: Any = jax.tree.structure(old)
+  same = structure == jax.tree.structure(new)
+  if not (same and jax.tree.all(jax.tree.map(fits, new, old))):
+    raise ValueError(
+      f"{policy}: fired must return a tree as init does, of the same shapes and kinds of numbers:"
+      f" expected {described(old)}, found {described(new)}"
+    )
+  return _control.cast_like(new, old)
 
 
 def _elapsed(policy: Policy, state: GroupState) -> Any:

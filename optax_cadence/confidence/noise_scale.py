@@ -150,34 +150,25 @@ def _measure(
   weights: jax.Array | None,
 ) -> MeasuredGroup:
   """The state of a group after one more gradient of each of its tensors, of these weights."""
-  sums, counts = [], None if weights is None else weights > 0
-  for i, (total, x) in enumerate(zip(jax.tree.leaves(old.sums), grads, strict=True)):
-    first = _window.item(old.length, i) == 0
-    if weights is None or counts is None:
-      sums.append(_window.added(total, x, first, None))
-    else:
-      new = _window.added(total, x, first, None, weights[i])
-      sums.append(jnp.where(counts[i], new, total))
-  flags = None if counts is None else list(counts)
-  squares = _window.add_squares(old.squares, old.length, grads, flags, weights)
-  due, weight, more = old.remaining == 1, old.weight, jnp.int32(1)
-  if weights is not None and counts is not None and weight is not None:
-    more = counts.astype(jnp.int32)
-    weight = jnp.where(old.length == 0, 0, weight) + jnp.where(counts, weights, 0)
-  length = old.length + more
+  sums, structure = jax.tree.flatten(old.sums)
+  before = _window.Window(sums, old.length, None, squares=old.squares, weights=old.weight)
+  window = _window.accumulate(before, grads, weights=weights)
+  due = old.remaining == 1
 
-  def estimated(estimate: statistics.Estimate, window: Any) -> statistics.Estimate:
-    sums, length, squares, weight = window
+  def estimated(estimate: statistics.Estimate, consts: Any) -> statistics.Estimate:
+    sums, length, squares, weight = consts
     numbers = statistics.of(length, squares, statistics.squared_norms(sums), weight)
     return statistics.smooth(estimate, numbers, decay)
 
+  assert window.squares is not None
+  consts = window.sums, window.length, window.squares, window.weights
   return MeasuredGroup(
-    jax.tree.unflatten(jax.tree.structure(old.sums), sums),
-    jnp.where(due, 0, length),
+    jax.tree.unflatten(structure, window.sums),
+    jnp.where(due, 0, window.length),
     jnp.where(due, every.window(micro_step), old.remaining - 1),
-    squares,
-    _control.maybe(due, estimated, old.estimate, (sums, length, squares, weight)),
-    weight,
+    window.squares,
+    _control.maybe(due, estimated, old.estimate, consts),
+    window.weights,
   )
 
 

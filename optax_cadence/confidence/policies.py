@@ -185,6 +185,11 @@ class EachLayer:
 
 
 def _positive(name: str, value: Any) -> Any:
+  """A number above 0; a traced one is not looked at.
+
+  Raises:
+    ValueError: If it is anything else.
+  """
   if isinstance(value, jax.core.Tracer):
     return value
   try:
@@ -196,7 +201,7 @@ def _positive(name: str, value: Any) -> Any:
 
 
 def fraction(name: str, value: Any) -> Any:
-  """A number from 0 to below 1.
+  """A number from 0 to below 1; a traced one is not looked at.
 
   Raises:
     ValueError: If it is anything else.

@@ -10,7 +10,7 @@ of one of weight 1. With s1 = Σ w_i ‖g_i‖², s2 = ‖Σ w_i g_i‖² and W 
 (s1 - s2/W) / (n - 1), and |G|² by (s2/W - tr Σ) / W: the above where every weight is 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,14 +27,14 @@ class Statistics(NamedTuple):
 
   Attributes:
     length: Gradients in the window: int32 [R].
-    squares: Sum of squares: of the squared norms of the gradients, each times its weight, s1:
-      float32 [R].
-    square: Square of the sum: the squared norm of all gradients, each times its weight, added up,
-      s2: float32 [R]. Both are NaN for a policy that does not read gradients.
+    squares: s1, the sum of the squared norm of each gradient times its weight: float32 [R].
+    square: s2, the squared norm of the sum of all gradients, each times its weight: float32 [R].
+      Both are NaN for a policy that does not read gradients.
     update: Squared norm of the last update of a sample of the parameters: float32 [R].
     params: Squared norm of the sample before that: float32 [R]. Both are there when a window
       has fired, and NaN before, at the first, and for a policy that does not read updates.
     weight: Sum of the weights of the gradients, their number where there are none: float32 [R].
+    extra_args: Extra arguments that `update` was called with at this micro-step, such as a loss.
   """
 
   length: jax.Array
@@ -43,6 +43,7 @@ class Statistics(NamedTuple):
   update: jax.Array
   params: jax.Array
   weight: jax.Array
+  extra_args: Mapping[str, Any] = {}
 
   def signals(self) -> jax.Array:
     """Unbiased |G|² of each region: float32 [R]; zero where there are fewer than two gradients."""

@@ -128,13 +128,16 @@ def check_extra_args(
 
 
 def _under_masks(layout: Layout) -> dict[int, list[str]]:
-  """The leaves that fall into vectors of entries, each with the names of its groups."""
+  """The leaves that fall into a vector of entries for each group, with the names of the groups."""
   found: dict[int, list[str]] = {}
+  others: set[int] = set()
   for group in layout.groups:
     for t in group.tensors:
-      if isinstance(t.cut, cuts.Entries):
-        found.setdefault(t.leaf, []).append(group.name)
-  return found
+      names = found.setdefault(t.leaf, [])
+      if not isinstance(t.cut, cuts.Entries) or group.name in names:
+        others.add(t.leaf)
+      names.append(group.name)
+  return {leaf: names for leaf, names in found.items() if layout.has_masks and leaf not in others}
 
 
 def _with_masked(layout: Layout, leaves: Collection[int]) -> Layout:

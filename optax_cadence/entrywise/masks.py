@@ -475,6 +475,7 @@ def _fire_now(
       with jax.numpy_dtype_promotion("standard"):
         update = optax.apply_updates([target], [update])[0]
     targets[t.leaf] = _replaced(fires, update, target)
+    totals[t.leaf] = _replaced(fires, tensors[t.leaf][0], totals[t.leaf])  # as in a program
     for path in call.moments[t.leaf]:
       new[path] = _replaced(fires, results[path], held[path])
   return targets, new

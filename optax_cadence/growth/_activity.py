@@ -4,6 +4,7 @@ The traced program is run as it is, but for numbers that are taken of what its p
 what has such a product inside, a call or a loop, is opened.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_cadence import _paths
 from optax_cadence.growth import _couple
 from optax_cadence.growth import _graph
 from optax_cadence.growth import _hidden
@@ -34,15 +36,18 @@ class Activity(NamedTuple):
     magnitude: The absolute value of each unit: float32 [units], or [layers, units] of layers that
       are stacked.
     contribution: The absolute value, times the sum of the absolute values of its outgoing weights.
+    means: The value itself, by the path of weights that read it; of those only behind which a bias
+      takes it up when the unit is replaced (`compensate` of `recycle`).
   """
 
   magnitude: jax.Array
   contribution: jax.Array
+  means: Mapping[str, jax.Array] = {}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Forward:
-  """A function that returns, beside what another does, the activity of hidden layers.
+  """A function that returns the result of another and, beside it, the activity of hidden layers.
 
   Attributes:
     fn: The other function: `fn(variables, *args, **kwargs)`.
@@ -63,6 +68,12 @@ class Forward:
       graph.clear()
     run = _Run(self.layers, reads)
     outputs, found = run(traced.program, [*jax.tree.leaves(variables), *traced.arrays])
+    times = collections.Counter(
+      (name, _paths.join(read.weights)) for pairs in reads.values() for name, read in pairs
+    )
+    for name, activity in found.items():
+      means = {weights: x / times[name, weights] for weights, x in activity.means.items()}
+      found[name] = activity._replace(means=means)
     return traced.rebuild(outputs), {name: found[name] for name in self.layers}
 
 
@@ -85,7 +96,7 @@ class _Run:
     def operation(eqns: reading.Eqns, operands: list[Any]) -> list[Any]:
       (eqn,), here = eqns, (*at, next(numbers))
       for name, read in self.reads.get(here, ()):
-        self._add(found, name, _activity(read, operands, self.layers[name].units.size))
+        self._add(found, name, _activity(read, operands, self.layers[name]))
       if here not in self.opened:
         return reading.bind(eqn, operands)
       outputs, inside = self._open(eqn, operands, here)
@@ -97,7 +108,15 @@ class _Run:
 
   @staticmethod
   def _add(found: dict[str, Activity], name: str, activity: Activity) -> None:
-    found[name] = jax.tree.map(jnp.add, found[name], activity) if name in found else activity
+    if name in found:
+      before = found[name]
+      means = dict(before.means)
+      for weights, x in activity.means.items():
+        means[weights] = means[weights] + x if weights in means else x
+      activity = Activity(
+        before.magnitude + activity.magnitude, before.contribution + activity.contribution, means
+      )
+    found[name] = activity
 
   def _open(
     self, eqn: Any, operands: list[Any], at: tuple[int, ...]
@@ -130,27 +149,35 @@ class _Run:
     return [*carry, *stacked], found
 
 
-def _activity(read: Read, operands: Sequence[Any], units: int) -> Activity:
-  """What the units did that a product reads."""
-  means: list[jax.Array] = []
+def _activity(read: Read, operands: Sequence[Any], layer: Layer) -> Activity:
+  """What the units of a layer did that a product reads."""
+  units, arrays, others = layer.units.size, [], []
   for operand, axis in zip(operands, read.axes, strict=False):
-    x = jnp.abs(jax.lax.stop_gradient(operand))
-    x = x.astype(filling.wider(x.dtype, jnp.float32))
-    others = tuple(a for a in range(x.ndim) if a != axis)
-    means.append(x.mean(others) if len(means) == read.value else x.sum(others))
-  value, weight = means[read.value], means[1 - read.value]
-  values, weights = read.labels[read.value], read.labels[1 - read.value]
-  magnitude = _per_unit(value, values, units) / _per_unit(jnp.ones_like(value), values, units)
+    x = jax.lax.stop_gradient(operand)
+    arrays.append(x.astype(filling.wider(x.dtype, jnp.float32)))
+    others.append(tuple(a for a in range(x.ndim) if a != axis))
+  of_value, of_weights = read.value, 1 - read.value
+  value = jnp.abs(arrays[of_value]).mean(others[of_value])
+  weight = jnp.abs(arrays[of_weights]).sum(others[of_weights])
+  values, weights = read.labels[of_value], read.labels[of_weights]
+  positions = _per_unit(jnp.ones_like(value), values, units)
+  magnitude = _per_unit(value, values, units) / positions
   if np.array_equal(values, weights):
-    return Activity(magnitude, _per_unit(value * weight, values, units))
-  return Activity(magnitude, magnitude * _per_unit(weight, weights, units))
+    contribution = _per_unit(value * weight, values, units)
+  else:
+    contribution = magnitude * _per_unit(weight, weights, units)
+  means, name = {}, _paths.join(read.weights)
+  if name in {taker.name for taker in layer.takers}:
+    mean = arrays[of_value].mean(others[of_value])
+    means[name] = _per_unit(mean, values, units) / positions
+  return Activity(magnitude, contribution, means)
 
 
 def _per_unit(x: jax.Array, labels: Labels, units: int) -> jax.Array:
-  """The sum of what stands at the positions of each unit."""
+  """For each unit the sum over its positions."""
   if np.array_equal(labels, np.arange(units)):
     return x
-  # Positions without a unit are counted in one more than there are.
+  # Positions without a unit go into one entry more, which is dropped.
   labels = np.where(labels < 0, units, labels)
   return jnp.zeros(units + 1, x.dtype).at[labels].add(x)[:-1]
 

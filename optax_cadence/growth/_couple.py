@@ -89,11 +89,11 @@ def couple(
 
 
 def of_labels(graph: Graph, units: int, operations: Sequence[Operation]) -> Dimension:
-  """The dimension of so many units that a program has been labelled with.
+  """The dimension that the labels on a program describe.
 
   Args:
     graph: The program.
-    units: Their number.
+    units: The number of units.
     operations: The operations that they go through.
 
   Raises:
@@ -125,7 +125,7 @@ def of_labels(graph: Graph, units: int, operations: Sequence[Operation]) -> Dime
 
 
 def _ends(graph: Graph) -> str:
-  """Where units cannot be followed any further, in words: what is done along their own axis."""
+  """The operations behind which units cannot be followed, in words for an error."""
   ends = [
     f"{operation.name} of shapes {[node.shape for node in operation.operands if node is not None]}"
     for operation in graph.operations
@@ -141,7 +141,7 @@ def _ends(graph: Graph) -> str:
 
 
 def _loses(operation: Operation) -> bool:
-  """Whether an operation has units along an axis that it does not share with any other."""
+  """Whether an operation ends units: it has them along an axis that it ties to no other (sort)."""
   if operation.name in ("concatenate", "reshape", "slice", "split"):
     return False
   tied = {end for tie in primitives.ties(operation.eqn) or [] for end in tie.operands}
@@ -168,7 +168,7 @@ def _check_counts(operation: Operation, units: int) -> None:
 
 
 def _regroups(operation: Operation) -> bool:
-  """Whether an operation merges axes that have labels, or splits one."""
+  """Whether an operation is a reshape that merges axes with labels, or splits one."""
   if operation.name != "reshape" or operation.operands[0] is None:
     return False
   source, target = operation.operands[0], operation.results[0]
@@ -245,7 +245,7 @@ def _contractions(graph: Graph) -> Iterator[Contraction]:
 
 
 def outputs_of(graph: Graph, members: Sequence[Member]) -> Iterator[Output]:
-  """The outputs that have units, but for variables that the program returns anew."""
+  """The outputs that have units, without updated variables (running statistics) among them."""
   variables = {_paths.join(m.path) for m in members}
   for path, node in zip(graph.output_paths, graph.outputs, strict=True):
     if any(_paths.join(path[i:]) in variables for i in range(len(path))):
@@ -342,7 +342,7 @@ def _spread_through(operation: Operation) -> bool:
 
 
 def _spread_among(ends: list[tuple[Node, int]], where: str) -> bool:
-  """Spreads among axes that run over the same units."""
+  """Spreads labels among axes that run over the same units; returns whether any is new."""
   changed = False
   for (source, a), (target, b) in itertools.permutations(ends, 2):
     if a in source.labels and source.shape[a] == target.shape[b]:
@@ -351,7 +351,7 @@ def _spread_among(ends: list[tuple[Node, int]], where: str) -> bool:
 
 
 def _spread_groups(tie: primitives.Tie, ends: list[tuple[Node, int]], where: str) -> bool:
-  """Spreads among axes whose pieces go together."""
+  """Spreads labels among axes that are cut into groups, as those of a grouped convolution are."""
   changed = False
   for (source, a), (target, b) in itertools.permutations(ends, 2):
     if a not in source.labels:
@@ -376,7 +376,7 @@ def _spread_groups(tie: primitives.Tie, ends: list[tuple[Node, int]], where: str
 
 
 def _regroup(source: Node, ins: list[int], target: Node, outs: list[int], where: str) -> bool:
-  """Spreads from axes of the source to those of the target that a reshape makes of them."""
+  """Spreads labels through a reshape that makes the axes `outs` of the axes `ins`."""
   changed = False
   for a in ins:
     if a not in source.labels:
@@ -385,7 +385,7 @@ def _regroup(source: Node, ins: list[int], target: Node, outs: list[int], where:
     after = [target.shape[o] for o in outs]
     along_a = source.labels[a].reshape([-1 if i == a else 1 for i in ins])
     labels = np.broadcast_to(along_a, before).reshape(after)  # of every entry
-    # Of axes of size 1 the last is that of the units, as what is broadcast gets its axes in front.
+    # A single unit has an axis of size 1; further ones are put in front of it to broadcast.
     order = list(enumerate(outs))
     for k, o in order if labels.size > 1 else order[::-1]:
       rows = np.moveaxis(labels, k, 0).reshape(after[k], -1)
@@ -402,7 +402,7 @@ def _regroup(source: Node, ins: list[int], target: Node, outs: list[int], where:
 
 
 def _cuts(operation: Operation) -> Iterator[tuple[Node | None, Node | None, int, np.ndarray]]:
-  """What an operation cuts or joins: whole, part, the axis, and where in the whole it lies."""
+  """Of a slice, split or concatenate: the whole, a part, the axis, and where it lies along it."""
   eqn, operands, results = operation.eqn, operation.operands, operation.results
   p = eqn.params
   if operation.name == "slice":
@@ -422,7 +422,7 @@ def _cuts(operation: Operation) -> Iterator[tuple[Node | None, Node | None, int,
 
 
 def _spread_to_part(whole: Node, part: Node, axis: int, at: np.ndarray, where: str) -> bool:
-  """Spreads between an array and a part of it."""
+  """Spreads labels from an array to a part of it, and back."""
   changed = False
   if axis in part.labels:
     labels = np.full(whole.shape[axis], NO_UNIT)

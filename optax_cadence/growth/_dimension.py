@@ -55,7 +55,7 @@ class Contraction(NamedTuple):
 
   Attributes:
     flops: Multiplications and additions of one call, at the present size.
-    shares: How the dimension enters: for each of its axes the positions in all and per unit.
+    shares: For each of its axes that runs over the dimension, its positions in all and per unit.
   """
 
   flops: int
@@ -214,15 +214,16 @@ def extended_together(
 
 
 def entries(member: Member, units: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Which entries of a member belong to some of the units.
+  """For each entry of a member what is said of its unit; 0, or False, where it has none.
 
   Args:
     member: The member.
-    units: bool [units], or [layers, units] where layers are stacked along the first axis.
+    units: Of every unit whether something is so, or a number: [units], or [layers, units] where
+      layers are stacked along the first axis.
     shape: The shape of its leaf.
   """
   labels = np.where(member.labels < 0, units.shape[-1], member.labels)
-  nowhere = jnp.zeros((*units.shape[:-1], 1), bool)
+  nowhere = jnp.zeros((*units.shape[:-1], 1), units.dtype)
   along = jnp.concatenate([units, nowhere], -1)[..., labels]
   axes = {member.axis, *range(units.ndim - 1)}
   along = along.reshape([n if i in axes else 1 for i, n in enumerate(shape)])

@@ -1,4 +1,4 @@
-"""What `nnx` and `linen` share: from a network and a wish to grown variables and their plan.
+"""What `nnx` and `linen` share: the steps from a network to grown variables and their plan.
 
 An edge says what its network is (`Network`), and puts the result back where it belongs: into the
 live model, or beside a forward pass that goes through the gate. The arguments of both edges that
@@ -333,7 +333,7 @@ _HINT = "A shared dimension may lack a member, or a module keep its size in an a
 
 
 def check_runs(network: Network, name: str, hint: str = "") -> None:
-  """Raises `ValueError` unless a network runs at its new size, if it is known on what.
+  """Raises `ValueError` unless a network runs at its new size, if its inputs are known.
 
   `name` is what it is called in the error, `hint` what may be the reason.
   """

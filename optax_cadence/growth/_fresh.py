@@ -97,7 +97,7 @@ def _sources(
 
 
 def _copied(value: Any, old: Any, change: LeafChange, axis: int, sources: np.ndarray) -> Any:
-  """`value` with the new entries along an axis copied from the old leaf, where that reaches."""
+  """`value` with new entries along an axis copied from the old leaf, as far as it has them."""
   taken = jnp.take(jnp.asarray(old), sources, axis=axis)
   at = [np.arange(n) for n in taken.shape]
   for a, p in change.positions.items():
@@ -239,7 +239,7 @@ def outer_product(
     def constant(numbers: tuple[Any, ...]) -> Any:
       return None, numbers[0]
 
-    # Each value stands with the path of the leaf whose entries it holds.
+    # With each value goes the path of the leaf whose entries it holds.
     ((_, value),) = reading.walk([traced.program], inputs, operation, constant)
     return value
 

@@ -74,7 +74,7 @@ def couple_heads(
 def find(
   graph: Graph, attn: str, of: str, fixed: set[tuple[int, int]] | None = None
 ) -> tuple[Dimension, int]:
-  """As `couple_heads`, in a program.
+  """As `couple_heads`, for a program that has been read.
 
   Args:
     graph: The program.
@@ -153,7 +153,7 @@ class _Attention:
         break
 
   def behind(self, node: Node | None) -> set[_paths.Path]:
-    """The weights of the last products before a node, and all that came to it since."""
+    """The weights of the last products before a node, and leaves that joined after these."""
     return self._ancestors(node)[0]
 
   def _multiplies(self, operation: Operation) -> bool:
@@ -195,7 +195,7 @@ def _axes(operation: Operation) -> primitives.Product:
 
 
 def _batched(operation: Operation) -> Iterator[tuple[list[tuple[Node, int]], int]]:
-  """The pairs of axes over which a product runs apart for every position, and their size."""
+  """The batch axes of a product, one of each operand, and their size."""
   left, right = operation.nodes[:2]
   for a, b in zip(*_axes(operation).batched, strict=True):
     yield [(left, a), (right, b)], left.shape[a]
@@ -207,14 +207,14 @@ def _divisors(n: int) -> list[int]:
 
 
 def _heads(attention: _Attention) -> Iterator[Start]:
-  """Every head is a unit, or so many side by side, which share a key that is repeated."""
+  """Where heads may lie: each is a unit, or neighbours are one, which share a repeated key."""
   for ends, n in _batched(attention.scores):
     for group in [1, *_divisors(n)]:
       yield Start(ends, np.repeat(np.arange(n // group), group))
 
 
 def _queries(attention: _Attention) -> Iterator[Start]:
-  """The queries of a group lie along an axis of their own, or along that of repeated keys."""
+  """Where the queries of a group may lie: along their own axis, or along that of repeated keys."""
   scores = attention.scores
   for node, free in zip(scores.nodes[:2], _axes(scores).free, strict=True):
     for axis in free:
@@ -225,7 +225,7 @@ def _queries(attention: _Attention) -> Iterator[Start]:
 
 
 def _sizes(attention: _Attention) -> Iterator[Start]:
-  """The entries of a head: queries and keys sum over them, and those of values are as many.
+  """Where the entries of a head lie: queries and keys sum over them; values have as many.
 
   Rotary positions turn pairs of them: neighbours, or one of each half.
   """

@@ -23,19 +23,37 @@ from optax_cadence.programs import reading
 
 
 class Read(NamedTuple):
-  """A product that takes units in.
+  """A product of units with weights, at which they are read.
 
   Attributes:
     at: Where it stands in the program, as `Operation.at` says it.
     value: Which of its two operands holds the units; the other holds weights.
+    weights: Path of these.
     axes: The axis of each operand that it sums over.
     labels: Along each of these the units.
   """
 
   at: tuple[int, ...]
   value: int
+  weights: _paths.Path
   axes: tuple[int, int]
   labels: tuple[Labels, Labels]
+
+
+class Taker(NamedTuple):
+  """A bias behind a product that reads units: it can take up what they give to it on average.
+
+  Attributes:
+    name: Path of the product's weights, as `/`-joined names, in all variables.
+    weights: The same in the tree that is trained.
+    axes: The axes of the weights that the bias has too, in this order.
+    bias: Path of the bias.
+  """
+
+  name: str
+  weights: _paths.Path
+  axes: tuple[int, ...]
+  bias: _paths.Path
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,10 +64,12 @@ class Layer:
     units: The units, and the leaves that have them.
     stack: If leaves hold the weights of several such layers along their first axis, which a loop
       runs one after another, how many.
+    takers: The biases behind the units.
   """
 
   units: Dimension
   stack: int | None = None
+  takers: tuple[Taker, ...] = ()
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -64,7 +84,13 @@ class Layer:
       for m in self.units.members
       if m.path[: len(path)] == path
     ]
-    return dataclasses.replace(self, units=Dimension(self.units.size, tuple(members)))
+    takers = [
+      taker._replace(weights=taker.weights[len(path) :], bias=taker.bias[len(path) :])
+      for taker in self.takers
+      if taker.weights[: len(path)] == taker.bias[: len(path)] == path
+    ]
+    units = Dimension(self.units.size, tuple(members))
+    return dataclasses.replace(self, units=units, takers=tuple(takers))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -150,7 +176,7 @@ class _LeftOut(ValueError):
 
 
 def _made(operation: Operation) -> Iterator[tuple[Node, int, int]]:
-  """The weights of a product, each axis of units that it makes, and how many axes these are."""
+  """Of a product: its weights, each of their axes that makes units, and how many such axes."""
   product = primitives.product(operation.eqn)
   if product is None:
     return
@@ -190,7 +216,10 @@ def _layer(graph: Graph, program: Any, operations: Sequence[Operation]) -> Layer
   if any(member.role == "both" for member in members):
     raise _LeftOut("the same weights make its units and read them, as a tied embedding does")
   loops = [_loops(program, read.at) for read in reads]
-  return Layer(Dimension(size, members), _stack(graph, loops))
+  stack = _stack(graph, loops)
+  readers = [operation for operation in operations if operation.at in {read.at for read in reads}]
+  takers = {taker.name: taker for reader in readers if (taker := _taker(graph, reader, stack))}
+  return Layer(Dimension(size, members), stack, tuple(takers.values()))
 
 
 def reads_of(operations: Sequence[Operation]) -> Iterator[Read]:
@@ -211,14 +240,16 @@ def reads_of(operations: Sequence[Operation]) -> Iterator[Read]:
         if len(ends) != 2 or len(values) != 1 or len(weights) != 1:
           raise _LeftOut("two activations are multiplied over its units, as queries with keys")
         (left, a), (right, b) = ends
-        yield Read(operation.at, values[0], (a, b), (left.labels[a], right.labels[b]))
+        path = [left, right][weights[0]].origin or ()
+        labels = left.labels[a], right.labels[b]
+        yield Read(operation.at, values[0], path, (a, b), labels)
 
 
 def _loops(program: Any, at: Sequence[int]) -> int:
-  """How many loops an operation is inside, through which its operands can be told.
+  """How many loops an operation is inside, if numbers can be taken out of all that it is inside.
 
   Raises:
-    ValueError: If it is inside something else from which nothing can be told.
+    ValueError: If they cannot, as out of a branch.
   """
   loops = 0
   for i in at[:-1]:
@@ -244,7 +275,7 @@ def inside(eqn: Any) -> Any:
 
 
 def _is_stream(graph: Graph, operations: Sequence[Operation], reads: Sequence[Read]) -> bool:
-  """Whether several products write the units, are added, and are read at several places."""
+  """Whether units are a residual stream: several products write them, add up, and are read."""
   writes = sum(
     any(axis in node.labels for node, axis, _ in _made(operation)) for operation in operations
   )
@@ -282,3 +313,70 @@ def _stack(graph: Graph, loops: Sequence[int]) -> int | None:
   if len(stacked) < len(leaves) or len(set(stacked)) > 1 or set(loops) != {1}:
     raise _LeftOut("its layers are stacked in some leaves and not in others, or in several loops")
   return stacked[0]
+
+
+def _taker(graph: Graph, reader: Operation, stack: int | None) -> Taker | None:
+  """The bias that is added to a product of units with weights; None if that is not plain.
+
+  It is where the weights are a leaf as it is, the last axes of the product are theirs, and a leaf
+  with just these axes is added.
+  """
+  product, weights = primitives.product(reader.eqn), reader.operands[1]
+  if product is None or weights is None or weights.origin is None or product.batched[1]:
+    return None
+  if reader.name == "conv_general_dilated":
+    params = reader.eqn.params
+    features = params["dimension_numbers"].out_spec[1]
+    if params["feature_group_count"] > 1 or features != len(reader.results[0].shape) - 1:
+      return None
+  elif reader.name != "dot_general":
+    return None
+  axes = product.free[1]
+  of_weights = _as_it_is(graph, weights, stack, weights.shape)
+  sizes = tuple(weights.shape[axis] for axis in axes)
+  biases = [_as_it_is(graph, node, stack, sizes) for node in _added(graph, reader.results[0])]
+  if of_weights is None or len(biases) != 1 or biases[0] is None:
+    return None
+  shift = 0 if stack is None else 1
+  axes = (*range(shift), *(axis + shift for axis in axes))
+  return Taker(_paths.join(of_weights), of_weights, axes, biases[0])
+
+
+def _as_it_is(
+  graph: Graph, node: Node, stack: int | None, shape: tuple[int, ...]
+) -> _paths.Path | None:
+  """The path of the leaf of this shape that a node is, but for its dtype and further first axes.
+
+  With `stack` it is a leaf of so many, one of which a loop reads at each turn.
+  """
+  while id(node) in graph.maker_of:
+    maker = graph.maker_of[id(node)]
+    source = maker.operands[0]
+    if source is None or maker.name not in primitives.REARRANGEMENTS - {"transpose"}:
+      return None
+    first = next((i for i, n in enumerate(source.shape) if n > 1), len(source.shape))
+    kept = len(source.shape) - first
+    last = tuple(range(len(node.shape)))[len(node.shape) - kept :]
+    dims = maker.eqn.params.get("broadcast_dimensions", last)
+    if (
+      tuple(node.shape[i] for i in last) != source.shape[first:] or dims[len(dims) - kept :] != last
+    ):
+      return None
+    node = source
+  path = node.origin
+  if path is None or node.shape != shape:
+    return None
+  leaf = graph.leaves[path]
+  return path if leaf.shape == (shape if stack is None else (stack, *shape)) else None
+
+
+def _added(graph: Graph, node: Node) -> Iterator[Node]:
+  """The leaves that are added to a value."""
+  for i in graph.links_of[id(node)]:
+    link = graph.links[i]
+    if isinstance(link, Operation) and any(operand is node for operand in link.operands):
+      if link.name == "convert_element_type":
+        yield from _added(graph, link.results[0])
+      elif link.name in ("add", "add_any"):
+        others = (other for other in link.operands if other is not None and other is not node)
+        yield from (other for other in others if other.origin is not None)

@@ -17,13 +17,13 @@ _NODES = (_OBJECTS, nnx.Variable, list, dict)
 
 
 class _At(NamedTuple):
-  """What stands at a path of the model as it is later."""
+  """Stands for the object at a path of the changed model."""
 
   path: _paths.Path
 
 
 class _Made(NamedTuple):
-  """A list or dict that is no more in the model later, to be made anew."""
+  """Stands for a tuple, list or dict that the changed model no longer holds: it is made anew."""
 
   kind: Any
   items: tuple[Any, ...]
@@ -42,7 +42,7 @@ def snapshot(model: Any) -> list[tuple[Any, dict[Any, Any]]]:
 
 
 def changes(before: list[tuple[Any, dict[Any, Any]]], model: Any) -> Contents:
-  """What those that now hold something else held at a snapshot, by where they are now."""
+  """What those nodes held at a snapshot that hold something else now, by their present path."""
   different = [(node, items) for node, items in before if not _same(items, _items(node))]
   if not different:
     return {}
@@ -96,7 +96,7 @@ def restore(model: Any, contents: Contents) -> None:
 
 
 def replace(model: Any, path: _paths.Path, new: Callable[[Any], Any]) -> None:
-  """Puts something else, made of it, in the place of a module inside a model."""
+  """Puts `new(module)` in the place of the module at a path."""
   *outer, name = path
   parent = model
   for step in outer:
@@ -106,7 +106,7 @@ def replace(model: Any, path: _paths.Path, new: Callable[[Any], Any]) -> None:
 
 
 def unwrap(model: Any, plan: Plan) -> None:
-  """Puts modules that a growth has put inside others, as experts, back in the places of these."""
+  """Puts each module that a growth has wrapped (in a mixture of experts) back in its old place."""
   inside = {}
   for change in plan.changes:
     if change.adds_axis:

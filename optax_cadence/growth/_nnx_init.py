@@ -22,7 +22,7 @@ _NAMES = {
   ("LoRA", "lora_b"): "b_initializer",
   ("WeightNorm", "scales"): "scale_init",
 }
-# What layers of Flax make without asking.
+# Variables that layers of Flax make without an argument for their initializer.
 _STATISTICS: dict[tuple[str, str], Callable[..., Any]] = {
   ("BatchNorm", "mean"): nnx.initializers.zeros_init(),
   ("BatchNorm", "var"): nnx.initializers.ones_init(),
@@ -33,13 +33,13 @@ _OF_STATE = ("dense_h", "hi", "hf", "hg", "ho")  # the layers of a cell that rea
 
 
 class _Leaf(NamedTuple):
-  """A variable, as its module knows it.
+  """A variable, and the modules that hold it.
 
   Attributes:
     module: The module.
     name: The attribute that holds it, itself or in a dict or list.
     place: The attribute in which the module stands, "" for the model.
-    above: The module in which it does; None for the model.
+    above: The module that has this attribute; None for the model.
   """
 
   module: Any

@@ -37,8 +37,8 @@ class LeafChange:
       stacked layers, the entries of those that are new.
     spatial: The spatial axes of a kernel that gets new taps.
     outgoing: The axes along which its new entries are weights out of new units.
-    layers: Whether it grows along one axis over which a program runs layer by layer, or which it
-      has not had before (experts): then there is no program of the old size to keep old entries in.
+    layers: Whether it grows by layers of a stack, or by a new axis of experts. No program of the
+      old size is then run beside the new one: α multiplies entries, as `scaled` says.
     sources: Of such a leaf, for every position along that axis the old one that it is a copy of.
       None: new entries are fresh.
     copies_state: Whether what an optimizer keeps of new entries is a copy too.
@@ -336,7 +336,7 @@ def _grown(change: LeafChange, old: Any, fresh: Callable[..., Any]) -> Any:
   if old is None:
     return jnp.asarray(new)
   old = jnp.asarray(old)
-  # What is fresh may lie where it likes; it is cast on the host.
+  # Fresh values may be on other devices than the old ones: they are cast on the host.
   new = np.asarray(new).astype(old.dtype)
   return _trees.placed(new, change.index, old, repr(_paths.join(change.path)))
 

@@ -141,7 +141,7 @@ def shrinking(
 
 
 def _chosen(units: Any, size: int) -> np.ndarray:
-  """Indices of units, of indices or a mask."""
+  """Indices of units, from indices or a bool mask."""
   units = np.asarray(units)
   if units.dtype == bool:
     if units.shape != (size,):
@@ -324,7 +324,7 @@ def deepening(
 
 
 def _moves(old: Iterable[_paths.Path], moved: Mapping[str, str]) -> dict[_paths.Path, _paths.Path]:
-  """Old and new path of every leaf that moves, of those of leaves or modules.
+  """Old and new path of every leaf that moves; `moved` names leaves or modules.
 
   Raises:
     ValueError: If nothing is where something is said to move from.

@@ -52,7 +52,7 @@ def pruned_units(variables: Any, units: Dimension) -> jax.Array:
       found = True
       leaf = leaves[member.path]
       others = tuple(i for i in range(leaf.ndim) if i != member.axis)
-      # Positions without a unit are counted in one more than there are.
+      # Positions without a unit go into one entry more, which is dropped.
       labels = np.where(member.labels < 0, units.size, member.labels)
       used = jnp.zeros(units.size + 1, bool).at[labels].max((leaf != 0).any(others))
       alive |= used[:-1]
@@ -168,7 +168,7 @@ def fold_pruned(fn: Callable[..., Any], variables: Any, units: Dimension, *args:
 def _constants(
   fn: Callable[..., Any], variables: Any, args: Any, alone: dict[_paths.Path, jax.Array]
 ) -> dict[_paths.Path, tuple[_paths.Path, jax.Array]]:
-  """By weight the bias that is added to its product, and the product of a part of the weight.
+  """For each weight the bias that is added to its product, and the product of a part of the weight.
 
   Args:
     fn: The forward pass.
@@ -179,8 +179,8 @@ def _constants(
   traced = _graph.trace(fn, variables, *args)
   found: dict[_paths.Path, tuple[_paths.Path, jax.Array]] = {}
 
-  # Each value stands with what it is, the leaf ("leaf", path) or a leaf's product ("product",
-  # path), and with what it would be if the leaf were the part of it.
+  # With each value goes its kind, ("leaf", path) or ("product", path of the leaf), None for any
+  # other; and the value that it would have if there were but the part of that leaf.
   def operation(eqns: reading.Eqns, operands: list[Any]) -> list[Any]:
     (eqn,) = eqns
     inner = reading.called(eqn)

@@ -24,6 +24,7 @@ from optax_cadence.growth import _trees
 from optax_cadence.growth._activity import Activity
 from optax_cadence.growth._dimension import entries
 from optax_cadence.growth._hidden import Layer
+from optax_cadence.growth._hidden import Taker
 from optax_cadence.pruning import filling
 from optax_cadence.pruning import masking
 
@@ -48,12 +49,15 @@ class UnitsState(NamedTuple):
     age: Micro-steps since it was born, int32.
     credit: How many units may be replaced, a part of one included: float32, one for each layer.
     replaced: How often each was replaced, int32.
+    means: With `compensate`, decaying sums of its value, float32: one for each of its readers that
+      has a bias.
   """
 
   utility: jax.Array
   age: jax.Array
   credit: jax.Array
   replaced: jax.Array
+  means: tuple[jax.Array, ...] = ()
 
 
 class RecycleState(NamedTuple):
@@ -101,6 +105,7 @@ def recycle(
   age: int | None = None,
   every: int | None = None,
   decay: float | None = None,
+  compensate: bool = False,
   init: Callable[[jax.Array], Any] | None = None,
   key: Any = 0,
   where: Callable[[str], bool] = lambda name: True,
@@ -134,6 +139,11 @@ def recycle(
     age: Only units that have lived for more micro-steps than this.
     every: At how many micro-steps units are looked for.
     decay: Of the decaying mean that utility is; 0 is the present micro-batch.
+    compensate: Whether the biases of the layers that read a unit take up what it gave them on
+      average, a mean that decays alike, when it is replaced. So outputs jump less. A reader without
+      a bias takes up nothing; behind a flattened or padded convolution the mean over all positions
+      is used for each. (The published algorithm has only the outgoing weights of zero. The authors'
+      code has such a line for the next bias, but sets the mean to zero before.)
     init: `init(key)`, fresh parameters, of which some entries are taken. By default each leaf is
       drawn from a normal distribution with the mean and the standard deviation that it has when the
       state is made.
@@ -184,6 +194,13 @@ def recycle(
   settings = {"threshold": threshold, "rate": rate, "age": age, "every": every, "decay": decay}
   rule = _checked(utility, {name: x for name, x in settings.items() if x is not None})
   inside = optax.with_extra_args_support(optax.identity() if inner is None else inner)
+  if not compensate:
+    layers = {name: dataclasses.replace(layer, takers=()) for name, layer in layers.items()}
+  elif not any(layer.takers for layer in layers.values()):
+    raise ValueError(
+      f"compensate: expected that a layer which reads one of {_listed(layers)} adds a bias, found"
+      " none that does"
+    )
   trained = {name: layer.within(within) for name, layer in layers.items()}
   recycling = _Recycling(trained, rule, inside, init, filling.Fill(0.0, 1.0, key=key))
   return Recycle(
@@ -263,25 +280,30 @@ class _Recycling:
       )
     updates, inner_state = self.inner.update(updates, state.inner_state, params, **extra_args)
     step = optax.safe_increment(state.micro_step)
-    states, gone = {}, {}
+    states, gone, means = {}, {}, {}
     for name, units in _by_name(state.layers).items():
-      states[name], gone[name] = self._judged(units, activity[name], step)
+      states[name], gone[name], means[name] = self._judged(name, units, activity[name], step)
     leaves = self._leaves(params)
 
-    def replaced(carry: Any, gone: Mapping[str, jax.Array]) -> Any:
-      moves, inner_state = carry
+    def replaced(carry: Any, told: Any) -> Any:
+      (moves, inner_state), (gone, means) = carry, told
       after, new = self._with_fresh(state.fresh, step, leaves, gone)
-      for path, update in moves.items():
-        move = after[path].astype(update.dtype) - leaves[path].astype(update.dtype)
+      for path, gave in self._gave(leaves, gone, means).items():
+        moves[path] = moves[path] + gave.astype(moves[path].dtype)
+      for path, leaf in leaves.items():
+        update = moves[path]
+        move = after[path].astype(update.dtype) - leaf.astype(update.dtype)
         moves[path] = jnp.where(new[path], move, update)
       nothing = {path: jnp.zeros(x.shape, bool) for path, x in _trees.leaves(params).items()}
       trees = _trees.with_leaves(params, after), _trees.with_leaves(params, nothing | new)
       return moves, _restart.restarted(self.inner, inner_state, *trees)
 
     by_path = _trees.leaves(updates)
-    wide = {path: filling.as_wide(by_path[path], leaf) for path, leaf in leaves.items()}
+    biases = {taker.bias for layer in self.layers.values() for taker in layer.takers}
+    changing = leaves | {path: x for path, x in _trees.leaves(params).items() if path in biases}
+    wide = {path: filling.as_wide(by_path[path], leaf) for path, leaf in changing.items()}
     any_gone = jnp.stack([units.any() for units in gone.values()]).any()
-    wide, inner_state = _control.maybe(any_gone, replaced, (wide, inner_state), gone)
+    wide, inner_state = _control.maybe(any_gone, replaced, (wide, inner_state), (gone, means))
     state = RecycleState(step, _nested(states), state.fresh, inner_state)
     return _trees.with_leaves(updates, wide), state
 
@@ -291,34 +313,70 @@ class _Recycling:
     return state._replace(inner_state=inner_state)
 
   def _judged(
-    self, units: UnitsState, activity: Activity, step: jax.Array
-  ) -> tuple[UnitsState, jax.Array]:
-    """What is known of units after a micro-step, and which of them are replaced."""
+    self, name: str, units: UnitsState, activity: Activity, step: jax.Array
+  ) -> tuple[UnitsState, jax.Array, tuple[jax.Array, ...]]:
+    """What is known of a layer's units after a micro-step, who is replaced, and the mean values."""
     rule, now = self.rule, getattr(activity, self.rule.utility).astype(jnp.float32)
     # A micro-batch with a NaN or an infinity says nothing of a unit.
     told = jnp.isfinite(now)
     age = jnp.where(told, optax.safe_increment(units.age), units.age)
-    sums = rule.decay * units.utility + (1 - rule.decay) * now
-    sums = jnp.where(told, sums, units.utility)
-    utility = sums / (1 - rule.decay ** jnp.maximum(age, 1).astype(jnp.float32))
+
+    def summed(before: jax.Array, now: jax.Array) -> jax.Array:
+      return jnp.where(told, rule.decay * before + (1 - rule.decay) * now, before)
+
+    sums = summed(units.utility, now)
+    total = 1 - rule.decay ** jnp.maximum(age, 1).astype(jnp.float32)
+    utility = sums / total
+    values = [self._mean(name, activity, taker) for taker in self.layers[name].takers]
+    means = tuple(map(summed, units.means, values))
     may = told & (age > rule.age) & (step % rule.every == 0)
     if rule.threshold is not None:
       may &= _activity.relative(utility) <= rule.threshold
     gone, credit = may, units.credit
     if rule.rate is not None:
       credit += rule.rate * rule.every * may.sum(-1).astype(jnp.float32)
-      # How many of those that may go are less useful, or as useful and stand before.
+      # The rank of each by utility among those that may go; equal ones in their order.
       order = jnp.argsort(jnp.where(may, utility, jnp.inf), axis=-1)
       rank = jnp.argsort(order, axis=-1).astype(jnp.float32)
       gone = may & (rank < jnp.floor(credit)[..., None])
       credit -= gone.sum(-1).astype(jnp.float32)
-    state = UnitsState(
-      jnp.where(gone, jnp.zeros_like(sums), sums),
-      jnp.where(gone, jnp.zeros_like(age), age),
-      credit,
-      units.replaced + gone.astype(jnp.int32),
-    )
-    return state, gone
+
+    def anew(x: jax.Array) -> jax.Array:
+      return jnp.where(gone, jnp.zeros_like(x), x)
+
+    replaced = units.replaced + gone.astype(jnp.int32)
+    state = UnitsState(anew(sums), anew(age), credit, replaced, tuple(map(anew, means)))
+    return state, gone, tuple(x / total for x in means)
+
+  @staticmethod
+  def _mean(name: str, activity: Activity, taker: Taker) -> jax.Array:
+    """The mean value of a layer's units where a reader with a bias reads them."""
+    if taker.name not in activity.means:
+      raise ValueError(
+        f"activity of {name!r}: expected the means that forward returns with compensate=True, of"
+        f" {taker.name!r} among them, found {_listed(activity.means) if activity.means else 'none'}"
+      )
+    return activity.means[taker.name].astype(jnp.float32)
+
+  def _gave(
+    self,
+    leaves: Mapping[_paths.Path, jax.Array],
+    gone: Mapping[str, jax.Array],
+    means: Mapping[str, tuple[jax.Array, ...]],
+  ) -> dict[_paths.Path, jax.Array]:
+    """By bias what the units that are replaced gave on average to what it is added to."""
+    found: dict[_paths.Path, jax.Array] = {}
+    for name, layer in self.layers.items():
+      for taker, mean in zip(layer.takers, means[name], strict=True):
+        weights = leaves[taker.weights]
+        weights = weights.astype(filling.wider(weights.dtype, mean.dtype))
+        mean = jnp.where(gone[name], mean, jnp.zeros_like(mean)).astype(weights.dtype)
+        member = next(m for m in layer.units.members if m.path == taker.weights)
+        value = entries(member, mean, weights.shape)
+        others = tuple(axis for axis in range(weights.ndim) if axis not in taker.axes)
+        gave = (weights * value).sum(others)
+        found[taker.bias] = found[taker.bias] + gave if taker.bias in found else gave
+    return found
 
   def _leaves(self, params: optax.Params) -> dict[_paths.Path, jax.Array]:
     """The parameters that have units.
@@ -358,7 +416,7 @@ class _Recycling:
     fresh = self._fresh(state, step, leaves)
     after = {}
     for path, leaf in leaves.items():
-      # Between two units that are both new there is nothing.
+      # A weight between two replaced units is incoming and outgoing: it becomes zero.
       started = jnp.where(made[path], fresh[path].astype(leaf.dtype), leaf)
       after[path] = jnp.where(read[path], jnp.zeros_like(leaf), started)
     return after, {path: made[path] | read[path] for path in leaves}
@@ -383,9 +441,9 @@ class _Recycling:
 def _newborn(layer: Layer) -> UnitsState:
   """The state of a layer all of whose units are new."""
   whole = jnp.zeros(layer.shape, jnp.int32)
-  return UnitsState(
-    whole.astype(jnp.float32), whole, jnp.zeros(layer.shape[:-1], jnp.float32), whole
-  )
+  sums = whole.astype(jnp.float32)
+  credit = jnp.zeros(layer.shape[:-1], jnp.float32)
+  return UnitsState(sums, whole, credit, whole, (sums,) * len(layer.takers))
 
 
 def _nested(states: Mapping[str, UnitsState]) -> Any:

@@ -134,7 +134,7 @@ def _number(old: int, times: int | None, by: int | None) -> int:
 
 
 def _order(old: int, new: int, where: str | int) -> tuple[np.ndarray, np.ndarray]:
-  """Where old layers stand among all, and which old layer each of all is, or is a copy of."""
+  """The positions of old layers among all, and for each position the old layer that it copies."""
   if where == "between":
     if new % old:
       raise ValueError(

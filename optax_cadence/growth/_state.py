@@ -19,6 +19,13 @@ from optax_cadence.pruning import packing
 
 Keys = tuple[Any, ...]  # where a leaf stands, as `jax.tree_util` has it
 
+_LAYERS_OF_PERIODS = (
+  "if layers have a period each (oc.stacked), nobody has said those of the new ones. Flush the"
+  " windows and give the layers one period while they grow: state = oc.convert(state, tx, params,"
+  ' to=one, counters="most"); state = growth.grow_state(one, state, params, new_params, plan); then'
+  " state = oc.convert(state, one, new_params, to=...), the cadence with a period for each layer"
+)
+
 
 def grow_state(
   tx: optax.GradientTransformation,
@@ -61,7 +68,8 @@ def grow_state(
     ValueError: If a leaf has another shape than before and the plan does not explain it, or
       follows a parameter that was there before and is not in the old state; it is named. So it
       is where a cadence cuts an axis that grows into regions, as bands of equal width would be
-      others afterwards.
+      others afterwards; or layers of a stack that have a period each, for which the error says
+      what to write.
 
   >>> import jax.numpy as jnp, optax
   >>> from optax_cadence import growth
@@ -74,7 +82,7 @@ def grow_state(
   [[1. 1. 0.]]
   """
   _trees.check_concrete("grow_state", [state, params, new_params])
-  fresh = (tx if new_tx is None else new_tx).init(new_params)
+  fresh = _fresh_state(tx if new_tx is None else new_tx, new_params, plan)
   old = dict(jax.tree_util.tree_flatten_with_path(state)[0])
   by_name = {_named(keys): value for keys, value in old.items()}
   before, after = _trees.shapes(params), _trees.shapes(new_params)
@@ -105,12 +113,13 @@ def grow_state(
         )
       return old_value
     assert source is not None
-    # The change of a parameter that shrinks is told by its path before, as that is the larger one.
+    # Paths of a plan are those of the larger tree, which is the old one of a plan that shrinks.
     change = changes.get(path if plan.grows else source)
     if change is not None and plan.grows and change.adds_axis and not change.copies_state:
       return new
     packed = _is_packed(keys, new, path, after[path])
-    some_layers = change is not None and change.layers and _is_cut(old_value, before[source])
+    more_layers = change is not None and change.layers and not change.adds_axis
+    some_layers = more_layers and _is_cut(old_value, before[source])
     if old_value is not None and not (in_regions and change) and (packed or not some_layers):
       value = packing.unpack(old_value, before[source]) if packed else old_value
       new = packing.unpack(new, after[path]) if packed else new
@@ -127,6 +136,11 @@ def grow_state(
           value = _trees.taken(value, index, where, axis=next(iter(axes), 0))
       if np.shape(value) == np.shape(new):
         return packing.pack(jnp.asarray(value)) if packed else value
+    if some_layers:
+      raise ValueError(
+        f"{where} of {_paths.join(path)!r} is that of {np.shape(old_value)[0]} of"
+        f" {before[source][0]} layers: {_LAYERS_OF_PERIODS}"
+      )
     shapes = ["nothing there" if x is None else f"shape {np.shape(x)}" for x in (old_value, new)]
     raise ValueError(
       f"{where} of {_paths.join(path)!r} has {shapes[0]} before and {shapes[1]} after, which the"
@@ -137,6 +151,16 @@ def grow_state(
     )
 
   return jax.tree_util.tree_map_with_path(carried, fresh)
+
+
+def _fresh_state(tx: optax.GradientTransformation, params: Any, plan: Plan) -> Any:
+  """The state as `init` makes it; where it cannot for want of a layer's period, it says so."""
+  try:
+    return tx.init(params)
+  except ValueError as error:
+    if any(change.layers for change in plan.changes):
+      raise ValueError(f"{error}: {_LAYERS_OF_PERIODS}") from error
+    raise
 
 
 def _sources(
@@ -209,7 +233,7 @@ def _index(
 ) -> Any:
   """Where the smaller of two arrays lies in the larger; None if the plan does not say.
 
-  An array of the parameter's shape, or one that has only some of its axes (factored moments).
+  The arrays have the shapes of the parameter, or only some of its axes (factored moments).
   """
   if change is None or old == new:
     return None
@@ -236,7 +260,7 @@ def _index(
 
 
 def _is_cut(leaf: Any, shape: tuple[int, ...]) -> bool:
-  """Whether what is kept of a stack is that of some of its layers, which have a period."""
+  """Whether an array of the state is that of some layers of a stack, which share a period."""
   found = np.shape(leaf)
   same = len(found) == len(shape) > 1 and found[1:] == shape[1:]
   return same and found[0] != shape[0]

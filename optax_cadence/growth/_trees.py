@@ -165,9 +165,9 @@ def placed(large: Any, index: Any, small: Any, what: str) -> Any:
 
 
 def taken(large: Any, index: Any, what: str, *, axis: int = 0) -> Any:
-  """What lies at an index of `large`, by way of the host too, laid out over devices as it is.
+  """The entries of `large` at an index, laid out over devices as `large` is.
 
-  `axis` is the one that it has not, if it has one less.
+  If the index takes an axis away, `axis` says which. Done on the host, as in `placed`.
   """
   if jax.dtypes.issubdtype(jnp.asarray(large).dtype, jax.dtypes.prng_key):
     return large[index]
@@ -175,15 +175,15 @@ def taken(large: Any, index: Any, what: str, *, axis: int = 0) -> Any:
 
 
 def like(value: Any, other: Any, what: str, *, axis: int = 0) -> Any:
-  """The value as an array that lies on devices as another does, whose shape may differ.
+  """The value as an array that is laid out over devices as another is, which has another size.
 
-  It may also have one axis more, or less, than the other, which is not divided.
+  The value may have one axis more, or less, than the other; one more is not divided.
 
   Args:
     value: The value.
     other: The other array.
     what: What the value is called in errors.
-    axis: The axis that it has more, or less.
+    axis: Which axis that is.
 
   Raises:
     ValueError: If its size cannot be divided among the devices as that of the other is.
@@ -207,7 +207,7 @@ def like(value: Any, other: Any, what: str, *, axis: int = 0) -> Any:
 
 
 def smaller(leaf: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-  """What stands for a leaf at another shape where a program is traced.
+  """Shape and dtype of a leaf at another shape, to trace a program with.
 
   On a mesh with explicit axes the layout of an array is a part of its type.
   """

@@ -142,11 +142,11 @@ def mixture_of_experts(
   weights = jax.nn.softmax(liked).T.reshape(-1)
   chosen = chosen.T.reshape(-1)  # all first choices, then all second ones
   places = n if capacity is None else min(n, math.ceil(capacity * top_k * n / number))
-  # A choice's place is the number of choices of the same expert before it.
+  # The place of a choice is the number of earlier choices of the same expert.
   before = jnp.cumsum(jax.nn.one_hot(chosen, number, dtype=jnp.int32), axis=0)
   place = jnp.take_along_axis(before, chosen[:, None], 1)[:, 0] - 1
   token = jnp.tile(jnp.arange(n), top_k)
-  # Places that stay empty, and choices that find none, go by a token of zeros behind the last.
+  # A token of zeros, appended as number n, fills the places that stay empty.
   table = jnp.full((number, places), n).at[chosen, place].set(token, mode="drop")
   padded = jnp.concatenate([tokens, jnp.zeros((1, tokens.shape[1]), tokens.dtype)])
   outputs = experts(padded[table])
@@ -173,5 +173,5 @@ def load_balance(router: Any, x: Any) -> jax.Array:
 
 
 def _scores(router: Any, tokens: Any) -> jax.Array:
-  """What a router thinks of experts, in single precision: [tokens, experts]."""
+  """The logits of a router, in single precision: [tokens, experts]."""
   return tokens.astype(jnp.float32) @ router.astype(jnp.float32)

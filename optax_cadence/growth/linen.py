@@ -5,28 +5,44 @@ call in place of `new.apply` until `growth.merge(variables, plan)`; and the plan
 `growth.grow_state` takes the optimizer's state along.
 """
 
+import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.core import meta
 
 from optax_cadence import _paths
 from optax_cadence.growth import _driver
-from optax_cadence.growth import _gate
+from optax_cadence.growth import _linen_network
 from optax_cadence.growth import _planners
 from optax_cadence.growth import _recycle
 from optax_cadence.growth import _stacking
 from optax_cadence.growth import _trees
+from optax_cadence.growth import _upcycling
 from optax_cadence.growth import _vocabulary
 from optax_cadence.growth._dimension import Dimension
-from optax_cadence.growth._driver import Network
+from optax_cadence.growth._linen_experts import MixtureOfExperts
+from optax_cadence.growth._linen_network import Grown
+from optax_cadence.growth._plan import described
 from optax_cadence.growth._plan import Plan
 from optax_cadence.growth._recycle import Recycle
 
-Grown = tuple[Any, Callable[..., Any], Plan]
+__all__ = [
+  "MixtureOfExperts",
+  "couple",
+  "deepen",
+  "enlarge",
+  "heads",
+  "recycle",
+  "shrink",
+  "stack",
+  "upcycle",
+  "vocabulary",
+  "widen",
+]
 
 
 def couple(
@@ -45,7 +61,9 @@ def couple(
   Returns:
     The `Dimension`, for the tree `variables`.
   """
-  return _driver.couple(_network(module, variables, inputs, {}), producer, **kwargs)
+  return _driver.couple(
+    _linen_network.network_of(module, variables, inputs, {}), producer, **kwargs
+  )
 
 
 def widen(
@@ -87,11 +105,12 @@ def widen(
     The grown variables, the forward pass with its gate, and the plan.
 
   Raises:
-    ValueError: As `growth.couple`, `growth.widening` and `Plan.apply` do.
+    ValueError: As `growth.couple`, `growth.widening` and `Plan.apply` do, or if `new` does not run
+      with its gate.
   """
   if (producer is None) != (by is None):
     raise ValueError(f"expected both producer= and by=, or neither, found {producer!r} and {by!r}")
-  network = _network(old, variables, inputs, kwargs, new, rngs)
+  network = _linen_network.network_of(old, variables, inputs, kwargs, new, rngs)
   grown = _driver.widen(
     network,
     producer,
@@ -102,10 +121,7 @@ def widen(
     fresh=fresh,
     alpha=alpha,
   )
-  merged = _trees.remove(grown.variables, grown.plan.alpha)
-  resized = network._replace(forward=_apply(new, rngs), variables=merged)
-  _driver.check_layout(resized, grown.plan, type(new).__name__)
-  return _with_forward(old, new, grown)
+  return _linen_network.with_forward(old, new, grown, network, rngs)
 
 
 def enlarge(
@@ -130,7 +146,7 @@ def enlarge(
   Raises:
     ValueError: As `growth.enlarging` and `Plan.apply` do.
   """
-  network = _network(old, variables, inputs, kwargs, new, rngs)
+  network = _linen_network.network_of(old, variables, inputs, kwargs, new, rngs)
   grown = _driver.enlarge(
     network,
     network.kernel(tuple(conv.split("/"))),
@@ -139,7 +155,7 @@ def enlarge(
     fresh=fresh,
     alpha=alpha,
   )
-  return _with_forward(old, new, grown)
+  return _linen_network.with_forward(old, new, grown, network, rngs)
 
 
 def deepen(
@@ -165,11 +181,12 @@ def deepen(
   Raises:
     ValueError: If what is new counts although the gate is closed, or as `growth.deepening` does.
   """
-  network = _network(old, variables, inputs, kwargs, new, rngs)
-  deeper = _network(new, network.init() if fresh is None else fresh, inputs, kwargs)
+  network = _linen_network.network_of(old, variables, inputs, kwargs, new, rngs)
+  deeper = _linen_network.network_of(
+    new, network.init() if fresh is None else fresh, inputs, kwargs
+  )
   grown = _driver.deepen(network, deeper, outgoing=outgoing, moved=moved, alpha=alpha)
-  _check_closed(new, grown, inputs, kwargs, rngs)
-  return _with_forward(old, new, grown)
+  return _linen_network.with_forward(old, new, grown, network, rngs)
 
 
 def stack(
@@ -200,9 +217,9 @@ def stack(
     ValueError: If `new` has not as many layers, if new ones count although the gate is closed, or
       as `growth.stacking` does.
   """
-  network = _network(old, variables, inputs, kwargs, new, rngs)
+  network = _linen_network.network_of(old, variables, inputs, kwargs, new, rngs)
   copies = rngs is None and fresh is None
-  # What a stack has in other collections, such as running statistics, is at the same path there.
+  # Other collections, such as running statistics, have the stack at the same path.
   inside = tuple(layers.split("/"))[1:]
   others = {
     _paths.join((path[0], *inside))
@@ -221,8 +238,7 @@ def stack(
     alpha=network.alpha,
   )
   grown = _driver.grow(network, plan, {} if copies else fresh, alpha)
-  _check_closed(new, grown, inputs, kwargs, rngs)
-  return _with_forward(old, new, grown)
+  return _linen_network.with_forward(old, new, grown, network, rngs)
 
 
 def heads(
@@ -248,10 +264,10 @@ def heads(
   Raises:
     ValueError: As `growth.couple_heads`, `growth.widening` and `Plan.apply` do.
   """
-  network = _network(old, variables, inputs, kwargs, new, rngs)
+  network = _linen_network.network_of(old, variables, inputs, kwargs, new, rngs)
   names = [attn] if isinstance(attn, str) else attn
   grown = _driver.heads(network, names, by, of, fresh=fresh, alpha=alpha)
-  return _with_forward(old, new, grown)
+  return _linen_network.with_forward(old, new, grown, network, rngs)
 
 
 def vocabulary(
@@ -283,22 +299,72 @@ def vocabulary(
   Raises:
     ValueError: If `new` is of another size, or as `growth.adding_tokens` does.
   """
-  network = _network(new, variables, inputs, kwargs, new)
+  network = _linen_network.network_of(new, variables, inputs, kwargs, new)
   plan = _vocabulary.adding_tokens(variables, by, embed=embed, head=head, alpha=network.alpha)
   grown = _driver.grow(network, plan, _vocabulary.mean_tokens(variables, plan, given))
-  return grown.variables, new.apply, plan
+  return _linen_network.with_forward(new, new, grown, network, None)
 
 
-def _check_closed(
-  new: Any, grown: _driver.Grown, inputs: Sequence[Any], settings: Mapping[str, Any], rngs: Any
-) -> None:
-  """Raises `ValueError` if what is new counts although the gate is closed."""
-  plan, variables = grown.plan, grown.variables
-  if plan.gate:
-    network = _network(new, _trees.remove(variables, plan.alpha), inputs, settings, rngs=rngs)
-    # With `mutable` the output stands before what has changed.
-    output = ("0",) if settings.get("mutable") else ()
-    _driver.check_closed(network._replace(output=output), plan)
+def upcycle(
+  old: Any,
+  new: Any,
+  variables: Any,
+  *inputs: Any,
+  mlp: str | Sequence[str],
+  inside: str = "experts",
+  router: str = "router/kernel",
+  copy_state: bool = True,
+  rngs: Any = None,
+  fresh: Any = None,
+  **kwargs: Any,
+) -> Grown:
+  """Makes mixtures of experts of MLPs (arXiv:2212.05055); the outputs stay, and there is no gate.
+
+  `new` has a `MixtureOfExperts` of the same name where the MLP was, or a module of your own that
+  calls `growth.mixture_of_experts`. `mlp` is the path of the MLP, "params/mlp", a glob, or a list;
+  it may be one of layers that are stacked along axis 0. `inside` and `router` say where a mixture
+  has its experts and the router's weights, [features, experts]; `rngs` or `fresh` gives these.
+  `copy_state` says whether the optimizer's state is copied to all experts, or begins anew in them.
+  All other arguments are as for `widen`.
+
+  Returns:
+    The grown variables, `new.apply`, and the plan, whose `growth.undo` leaves the first expert.
+
+  Raises:
+    ValueError: If there is no router in `new`, if its experts are not as the MLP is, or as
+      `growth.upcycling` does.
+  """
+  network = _linen_network.network_of(old, variables, inputs, kwargs, new, rngs)
+  if network.defined is None:
+    raise ValueError("expected inputs of the module, on which new is defined, found none")
+  names = [mlp] if isinstance(mlp, str) else mlp
+  paths = [path for name in names for path in _trees.layers(variables, name)]
+  if not paths:
+    raise ValueError(f"mlp: expected the path of one or more MLPs, found {mlp!r}")
+  shapes, plans = _trees.shapes(network.defined()), []
+  for path in paths:
+    place = (*path, *router.split("/"))
+    if len(shapes.get(place, ())) < 2:
+      raise ValueError(
+        f"mlp {_paths.join(path)!r}: expected {_paths.join(place)!r} in the new module, the weights"
+        f" of a router [features, experts], found {described(shapes.get(place))}"
+      )
+    *stack, features, experts = shapes[place]
+    plans.append(
+      _upcycling.upcycling(
+        variables,
+        _paths.join(path),
+        experts=experts,
+        features=features,
+        axis=len(stack),
+        inside=inside,
+        router=router,
+        copy_state=copy_state,
+        alpha=network.alpha,
+      )
+    )
+  grown = _driver.grow(network, functools.reduce(operator.add, plans), fresh)
+  return _linen_network.with_forward(old, new, grown, network, rngs)
 
 
 def shrink(
@@ -325,11 +391,11 @@ def shrink(
   Raises:
     ValueError: If `new` does not run with what is left, or as `growth.shrinking` does.
   """
-  network = _network(old, variables, inputs, kwargs)
+  network = _linen_network.network_of(old, variables, inputs, kwargs)
   units = _driver.couple(network, producer, axis=axis, unit=unit, blocks=blocks)
   plan = _planners.shrinking(variables, units, keep=keep, remove=remove)
   smaller = plan.apply(variables)
-  resized = network._replace(forward=_apply(new), variables=smaller)
+  resized = network._replace(forward=_linen_network.forward_of(new), variables=smaller)
   _driver.check_runs(resized, type(new).__name__)
   _driver.check_layout(resized, plan, type(new).__name__)
   return smaller, plan
@@ -368,69 +434,3 @@ def recycle(
 
   settings["init"] = fresh if init is None else init
   return _recycle.recycle(module.apply, variables, *inputs, within="params", **settings)
-
-
-def _network(
-  module: Any,
-  variables: Any,
-  inputs: Sequence[Any],
-  settings: Mapping[str, Any],
-  new: Any = None,
-  rngs: Any = None,
-) -> Network:
-  """A module as the driver sees it; `new` and `rngs` give its new entries."""
-  if "params" not in variables:
-    raise ValueError(
-      'expected variables as `init` returns them, {"params": …}, found the keys'
-      f" {sorted(variables)}"
-    )
-
-  def init() -> Any:
-    if rngs is None:
-      raise ValueError("new entries need a source: expected rngs=, for new.init, or fresh=")
-    return jax.jit(of_new)(rngs)
-
-  def defined() -> Any:
-    return jax.eval_shape(of_new, jax.random.key(0))
-
-  def of_new(rngs: Any) -> Any:
-    fresh = new.init(rngs, *inputs, **_of_init(settings))
-    # The axes' names, with which modules may wrap their variables, are often taken off again.
-    return fresh if any(map(_is_boxed, _nodes(variables))) else meta.unbox(fresh)
-
-  shapes = defined if inputs and new is not None else None
-  return Network(
-    _apply(module, rngs), variables, inputs, settings, "params/alpha", init, defined=shapes
-  )
-
-
-def _apply(module: Any, rngs: Any = None) -> Callable[..., Any]:
-  """The forward pass as it is traced; dropout gets random numbers, be it those of `init`."""
-  rngs = jax.random.key(0) if rngs is None else rngs
-
-  def forward(variables: Any, *inputs: Any, **settings: Any) -> Any:
-    return module.apply(variables, *inputs, **{"rngs": rngs, **settings})
-
-  return forward
-
-
-def _is_boxed(node: Any) -> bool:
-  return isinstance(node, meta.AxisMetadata)
-
-
-def _nodes(variables: Any) -> list[Any]:
-  """The variables, each in the box in which it may be."""
-  return jax.tree.leaves(variables, is_leaf=_is_boxed)
-
-
-def _of_init(settings: Mapping[str, Any]) -> dict[str, Any]:
-  """The further arguments of a forward pass that `init` takes too."""
-  of_apply = ("capture_intermediates", "mutable", "rngs")
-  return {name: value for name, value in settings.items() if name not in of_apply}
-
-
-def _with_forward(old: Any, new: Any, grown: _driver.Grown) -> Grown:
-  """The result of a growth: the variables, the forward pass with its gate, and the plan."""
-  if not grown.plan.gate:
-    return grown.variables, new.apply, grown.plan
-  return grown.variables, _gate.gated(new.apply, grown.plan, old=old.apply), grown.plan

@@ -10,10 +10,10 @@ from flax import nnx
 from optax_cadence import _paths
 from optax_cadence.growth import _driver
 from optax_cadence.growth import _nnx_contents
+from optax_cadence.growth import _nnx_live
 from optax_cadence.growth import _nnx_model
 from optax_cadence.growth import _trees
 from optax_cadence.growth import _upcycling
-from optax_cadence.growth import nnx as live
 from optax_cadence.growth._plan import Plan
 
 
@@ -100,8 +100,8 @@ def upcycle(
     ValueError: If an MLP is not inside the model, or the model does not run with it.
   """
   modules = [mlp] if isinstance(mlp, nnx.Module) else list(mlp)
-  network = live._network(model, inputs, kwargs)
-  paths = [live._path(model, module) for module in modules]
+  network = _nnx_live.network_of(model, inputs, kwargs)
+  paths = [_nnx_live.path_of(model, module) for module in modules]
   if () in paths:
     raise ValueError("mlp: expected a module inside the model, found the model itself")
   stack = _stack(modules[0])
@@ -138,7 +138,7 @@ def upcycle(
     for path in paths:
       _nnx_contents.replace(model, path, mixture)
 
-  return live._put(model, grown, network, optimizer, add=add)
+  return _nnx_live.put(model, grown, network, optimizer, add=add)
 
 
 def _stack(mlp: Any) -> tuple[int, ...]:
@@ -156,7 +156,7 @@ def _stack(mlp: Any) -> tuple[int, ...]:
 
 
 def _features(mlp: Any, stacked: int) -> int:
-  """The number of entries that an MLP reads: of the inputs of its layers the one that it runs on.
+  """The number of entries that an MLP reads: of its layers' input sizes the one on which it runs.
 
   Args:
     mlp: The MLP.

@@ -20,9 +20,9 @@ class Tie(NamedTuple):
     operands: Pairs (operand, axis).
     results: Pairs (result, axis).
     summed: Whether the operation adds up over the axis, which then is in no result.
-    groups: Above 1, of a convolution in so many groups. Each of the axes then falls into as many
-      pieces, and it is the pieces that go together. Of a sum, only the first axis does, and each
-      piece of it goes together with the second.
+    groups: The number of groups of a grouped convolution, else 1. Each of the axes falls into that
+      many pieces, and pieces with the same number run over the same units. Of a sum, only the first
+      axis falls into pieces, and each of them runs over the same units as the second axis.
   """
 
   operands: tuple[tuple[int, int], ...]
@@ -60,7 +60,7 @@ ELEMENTWISE = frozenset(
 )
 # Sums over an axis that two operands share.
 PRODUCTS = frozenset(["conv_general_dilated", "dot_general"])
-# What takes data through a table of weights, whole: products, their like, and look-ups.
+# What makes a layer of a table of weights: products, their like, and look-ups.
 CONTRACTIONS = PRODUCTS | frozenset(
   ["gather", "ragged_dot", "ragged_dot_general", "scaled_dot", "scaled_matmul"]
 )
@@ -75,7 +75,7 @@ PARTS = frozenset(
 _REDUCTIONS = frozenset(
   ["reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum", "reduce_xor"]
 )
-# What runs at the speed of memory.
+# What costs one pass over memory.
 ONE_PASS = ELEMENTWISE | REARRANGEMENTS | PARTS | _REDUCTIONS
 _ALONG = {
   "cumlogsumexp": "axis",
@@ -140,6 +140,7 @@ def _pair(axes: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _same_shape(eqn: Any) -> list[Tie]:
+  """All operands and results have the same axes, but for scalars."""
   tied = []
   for axis in range(len(shape(eqn.outvars[0]))):
     operands = tuple((i, axis) for i, v in enumerate(eqn.invars) if len(shape(v)) > axis)
@@ -212,6 +213,7 @@ def _squeeze(eqn: Any) -> list[Tie]:
 
 
 def _whole_axes(eqn: Any) -> list[Tie]:
+  """Axes that keep their size."""
   source, target = shape(eqn.invars[0]), shape(eqn.outvars[0])
   return [Tie(((0, a),), ((0, a),)) for a in range(len(source)) if source[a] == target[a]]
 
@@ -260,7 +262,7 @@ def _batching(numbers: Any, of_indices: str) -> list[tuple[int, int]]:
 
 
 def _scatter(eqn: Any) -> list[Tie]:
-  """Along axes that lie whole in the updates they go where they came from."""
+  """Axes that lie whole in the updates run along the same axis of operand, updates and result."""
   numbers = eqn.params["dimension_numbers"]
   operand, indices, updates = (shape(v) for v in eqn.invars)
   paired = dict(_batching(numbers, "scatter_indices_batching_dims"))

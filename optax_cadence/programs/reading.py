@@ -1,7 +1,7 @@
 """Reads a traced program (a jaxpr): its constants, literals, calls and loops, and runs its parts.
 
-Everything that JAX might write differently in another version is told here and nowhere else.
-What a thing is, is told by its attributes: to import their classes takes longer than all the rest.
+All that differs between versions of JAX is handled here. Literals, programs and the like are known
+by their attributes, since importing their classes would take longer than all the rest.
 What an operation does to the axes of its operands is in `primitives`.
 """
 
@@ -85,9 +85,9 @@ def primitive_names(program: Any) -> set[str]:
 
 
 def called(eqn: Any) -> Any | None:
-  """The program that an operation runs once, on its own operands and for its own results.
+  """The program inside an operation that only calls it, as `jit`, `remat` and `custom_jvp_call` do.
 
-  So do `jit`, `remat`, `custom_jvp_call` and their like; None for every other operation.
+  It has the operands of the operation as arguments, and its results. None for other operations.
   """
   if eqn.primitive.name in ("cond", "custom_linear_solve", "scan", "while"):
     return None
@@ -95,15 +95,15 @@ def called(eqn: Any) -> Any | None:
   if not programs:
     return None
   body, _ = opened(programs[0])
-  # Not what combines two entries of an operand, as in a `reduce`: it takes numbers.
+  # The program inside a `reduce` is none: it combines two entries, so its arguments are scalars.
   axes, outside = ([len(shape(v)) for v in variables] for variables in (body.invars, eqn.invars))
   return programs[0] if axes == outside and len(body.outvars) == len(eqn.outvars) else None
 
 
 def has_true_derivative(eqn: Any) -> bool:
-  """Whether the derivative that a function defines for itself is the one that its program has.
+  """Whether the custom derivative of a function is the same as that of the program inside.
 
-  So it is for a softmax of JAX, which defines one to save memory; others may say anything.
+  It is for JAX's softmax, which defines one only to save memory; of others it is not known.
   """
   inner = called(eqn)
   info = None if inner is None else getattr(opened(inner)[0], "debug_info", None)
@@ -125,7 +125,7 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
 
 
 def while_counts(eqn: Any) -> tuple[int, int]:
-  """How many operands of a while loop only its condition reads, and how many only its body."""
+  """How many operands of a while loop are constants of its condition, and how many of its body."""
   return eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
 
 
@@ -140,14 +140,17 @@ def solver(eqn: Any) -> tuple[Any, list[int]]:
 def branch_results(
   eqn: Any, inputs: Sequence[Any], run: Callable[[Any, list[Any]], Sequence[Any]]
 ) -> list[tuple[Any, ...]]:
-  """For each result of a `cond` what every branch gives for it; `run(program, inputs)` runs one."""
+  """For each result of a `cond`, its value in every branch; `run(program, inputs)` runs one."""
   return list(zip(*(run(b, list(inputs[1:])) for b in eqn.params["branches"]), strict=True))
 
 
 def while_step(
   eqn: Any, inputs: Sequence[Any], run: Callable[[Any, list[Any]], list[Any]]
 ) -> tuple[Callable[[list[Any]], list[Any]], list[Any]]:
-  """One turn of a while loop, condition and body, as a function of what it carries; and that."""
+  """One iteration of a while loop, condition and body, as a function of its carry; and the carry.
+
+  The function returns the next carry; `run(program, inputs)` runs a program.
+  """
   of_condition, of_body = while_counts(eqn)
   end, values = of_condition + of_body, list(inputs)
 
@@ -161,7 +164,7 @@ def while_step(
 def bind(eqn: Any, operands: Sequence[Any], **changed: Any) -> list[Any]:
   """Runs an operation on other operands, some of its parameters changed.
 
-  In `jax.shard_map` they vary over other axes, perhaps, than those the program was traced with.
+  In `jax.shard_map` the operands may vary over other axes than those it was traced with.
   """
   operands = _sharding.varying(list(operands), _sharding.axes_of(operands))
   params = eqn.primitive.get_bind_params({**eqn.params, **changed})
@@ -180,7 +183,9 @@ def walk(
   unknown: Any = None,
   dead: bool = True,
 ) -> list[Any]:
-  """Walks programs with the same operations side by side, on values of any kind.
+  """Interprets a program, or several with the same operations side by side, on values of any kind.
+
+  The reader decides what a value is: a depth in the network, which leaves it is made of, an array.
 
   Args:
     programs: The programs; most readers have one.
@@ -190,8 +195,8 @@ def walk(
     constant: `constant(numbers) -> value`: from a constant or literal, which each program has one
       of, its value.
     unknown: The value of arguments that a part of a program leaves out; None if there are none.
-    dead: Whether operations count that no result needs. A result without entries needs nothing: if
-      they do not, it is a constant.
+    dead: Whether operations are read that no result needs. If not, a result of size 0 counts as a
+      constant.
 
   Returns:
     The values of the results.
@@ -246,7 +251,7 @@ def check_same_operations(jaxprs: Sequence[Any]) -> None:
 
 
 def _needed(jaxpr: Any) -> set[int]:
-  """Positions of the operations that results need, or effects."""
+  """Positions of the operations that results need, or that have effects."""
   used = {v for v in jaxpr.outvars if not is_literal(v)}
   needed = set()
   for i, eqn in reversed(list(enumerate(jaxpr.eqns))):
@@ -268,12 +273,12 @@ def _empty(var: Any) -> Any:
 
 
 def _columns(items: Sequence[Any], field: str) -> list[tuple[Any, ...]]:
-  """What stands at the same place of a field in every item."""
+  """A list that all items have as a field, transposed: for each place, what each item has there."""
   return list(zip(*(getattr(item, field) for item in items), strict=True))
 
 
 def hoisted(program: Any) -> tuple[Any, list[Any]]:
-  """The program as one of its constants and its arguments, and the constants."""
+  """The program with its constants as its first arguments; and the constants."""
   jaxpr, consts = opened(program)
 
   def run(consts: list[Any], inputs: Sequence[Any]) -> list[Any]:
@@ -283,7 +288,7 @@ def hoisted(program: Any) -> tuple[Any, list[Any]]:
 
 
 def evaluate(program: Any, inputs: Sequence[Any], all_branches: bool = False) -> list[Any]:
-  """Runs a program, in which calls are opened, but for those with a derivative of their own.
+  """Runs a program; calls inside are inlined, but for those with a custom derivative.
 
   Args:
     program: The program.
@@ -303,7 +308,7 @@ def evaluate(program: Any, inputs: Sequence[Any], all_branches: bool = False) ->
 
 
 def traced(fn: Callable[..., Any], *args: Any) -> Any:
-  """The program of a function of trees of arrays, without calls and branches."""
+  """The program of a function of trees of arrays: calls inlined, branches replaced by selects."""
   program = jax.make_jaxpr(fn)(*args)
   return jax.make_jaxpr(lambda *flat: evaluate(program, flat, True))(*program.in_avals)
 

@@ -1,6 +1,7 @@
-"""Scans over arguments of a program: which there are, and what a backward pass needs them to be.
+"""Scans over stacked layers, for a backward pass that adds gradients to references.
 
-A backward pass can add the cotangent of an argument to a reference: see `_backward`.
+Which arguments of a program scans read, and how to rewrite the scans for that pass, which is in
+`_backward`.
 """
 
 import collections
@@ -14,19 +15,19 @@ import jax.numpy as jnp
 
 from optax_cadence.programs import reading
 
-# Calls that are the same as what they call.
+# Calls that do nothing but call: the program inside could stand in their place.
 _CALLS = ("jit", "pjit", "closed_call", "core_call")
 
-# See `Cut`.
+# First row, the first row after it, and the place: see `Cut`.
 Run = tuple[int, int, jax.Array]
 
 
 def read_by_scans(program: Any) -> tuple[frozenset[int], frozenset[int]]:
-  """The arguments of a program that a scan reads as they are; and those that nothing else reads.
+  """Which arguments of a program a scan reads as they are, with nothing computed of them before.
 
   Returns:
-    Positions of the former; and of those of them that one scan alone reads, by rows, where it
-    stands in no call but such as are the same as what they call.
+    Their positions; and those of the arguments that are read by rows in one scan and nowhere else,
+    which `Cut` can therefore cut: a scan in no loop, branch or function with a custom derivative.
   """
   nothing: frozenset[int] = frozenset()
   found: set[int] = set()
@@ -67,15 +68,16 @@ def read_by_scans(program: Any) -> tuple[frozenset[int], frozenset[int]]:
 
 
 class Cut:
-  """Runs a program in which the rows of some arguments belong to several sums.
+  """Runs a program whose scan over stacked layers is cut into several, one after the other.
 
-  The scan that reads them is run as several, one after the other, each over layers that lie in one
-  run of every such argument. It reads the rows out of the argument itself, of which nothing is
-  copied; their cotangents go to the run's *place*, which nobody reads.
+  Layers that have a period each add their gradients to different windows, and a reference is to one
+  array. So an argument falls into *runs* of layers with one window, and no scan goes across the
+  end of a run. Rows are read out of the argument itself, of which nothing is copied. Their
+  cotangents go to the *place* of their run, an array as large as the run that nobody reads.
 
   Attributes:
-    runs: Of each of these arguments the runs that it falls into: the first row, the first after it,
-      and an array of as many rows, to differentiate with respect to.
+    runs: For each of these arguments its runs: the first row, the first row after it, and the
+      place, with respect to which is differentiated.
     referred: The arguments whose cotangents go to references; rows of others are copied.
   """
 
@@ -105,7 +107,7 @@ class Cut:
   def _scan(
     self, eqn: Any, consts: list[jax.Array], carry: list[jax.Array], xs: list[Any]
   ) -> list[jax.Array]:
-    """The results of a scan over arrays, each with the position of the argument that it is."""
+    """The results of a scan; `xs` has each array with the position of the argument that it is."""
     body, numbers = reading.opened(eqn.params["jaxpr"])
     reverse, unroll = eqn.params["reverse"], eqn.params["unroll"]
     in_place = {i: x for x, i in xs if i in self.runs or i in self.referred}
@@ -142,9 +144,9 @@ def _row(x: jax.Array, i: jax.Array) -> jax.Array:
 
 
 def _is_kept(reads: Collection[Any], primitive: Any, *operands: Any, **_: Any) -> bool:
-  """Whether the backward pass is given a result of the forward pass, and does not compute it again.
+  """A policy of `jax.checkpoint`: keeps every result but rows of arrays of the shapes in `reads`.
 
-  All but the rows of these arrays: there they can be read again, and would be copies.
+  These the backward pass can read again, and to keep them would be to copy them.
   """
   if primitive.name == "dynamic_slice":
     return operands[0].shape not in reads
@@ -153,7 +155,7 @@ def _is_kept(reads: Collection[Any], primitive: Any, *operands: Any, **_: Any) -
 
 @jax.custom_vjp
 def _instead_of(row: jax.Array, place: jax.Array) -> jax.Array:
-  """The row; its cotangent is that of the place."""
+  """Returns the row; its cotangent goes to the place instead."""
   del place
   return row
 
@@ -162,10 +164,10 @@ _instead_of.defvjp(lambda row, _: (row, None), lambda _, cotangent: (None, cotan
 
 
 def for_references(program: Any, referred: Sequence[bool]) -> Any:
-  """The program, such that the cotangents of some of its arguments can be added to references.
+  """Works around JAX before 0.12, so that cotangents of arguments can be added to references.
 
-  JAX before 0.12 mixes up the operands of a scan unless those with references stand before others,
-  and cannot transpose a slice of one without strides. Otherwise nothing is changed.
+  It mixes up the operands of a scan unless those with references stand before the others, and
+  cannot transpose a slice without strides. For later versions the program stays as it is.
 
   Args:
     program: The program.
@@ -183,7 +185,7 @@ def for_references(program: Any, referred: Sequence[bool]) -> Any:
 
 
 def _for_references(eqn: Any, referred: list[bool]) -> Any:
-  """The same of an operation."""
+  """`for_references` of one operation."""
   if eqn.primitive.name == "slice" and eqn.params["strides"] is None:
     strides = (1,) * len(eqn.params["start_indices"])
     return eqn.replace(params=eqn.params | {"strides": strides})
@@ -210,7 +212,7 @@ def _for_references(eqn: Any, referred: list[bool]) -> Any:
 
 
 def _with(program: Any, jaxpr: Any) -> Any:
-  """A program with the constants of another."""
+  """The program with another jaxpr, and the same constants."""
   # What the names of arguments were is no longer true of them.
   jaxpr = jaxpr.replace(debug_info=jaxpr.debug_info.with_unknown_names())
   return program.replace(jaxpr=jaxpr) if hasattr(program, "consts") else jaxpr

@@ -1,8 +1,8 @@
 """What makes a weight worth keeping: a score for every weight. The lowest are pruned.
 
 To add a criterion, write a `Criterion`, here or in your own code; nothing else has to know it.
-Under a name in `NAMED`, it can be given as a string. A function of a parameter and its gradient
-is enough for most:
+With a name in `NAMED`, it can be given as a string. A function of a parameter and its gradient,
+which is None where `prune` has no `inner`, is enough for most:
 
 >>> import jax.numpy as jnp, optax_cadence as oc
 >>> from optax_cadence import pruning
@@ -21,14 +21,29 @@ A `Criterion` says more: here, that scores are cheap to compute.
 >>> print(after_one_step(small) == 0)
 [[False  True]
  [ True False]]
+
+What it remembers of every micro-step (`remembers`), or is given with `update` (`reads`), takes the
+place of the gradient. The criterion of Wanda (arXiv:2306.11695), with norms of activations by hand:
+
+>>> wanda = pruning.Criterion(
+...   "wanda", lambda param, norms, key: jnp.abs(param) * norms[:, None], reads="norms"
+... )
+>>> tx = oc.prune(0.5, every=1, criterion=wanda)
+>>> norms = {"kernel": jnp.array([1.0, 9.0])}
+>>> updates, _ = tx.update(params, tx.init(params), params, norms=norms)
+>>> print(params["kernel"] + updates["kernel"] == 0)
+[[ True  True]
+ [False False]]
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from optax_cadence import _paths
 
 Score = Callable[[jax.Array, Any, Any], jax.Array]
 
@@ -39,22 +54,58 @@ class Criterion:
 
   Attributes:
     name: What errors call it.
-    score: `score(param, grad, key) -> scores`, of the parameter's shape. The second argument is
-      None where `prune` has no inner optimizer, and the sum described under `remembers` if that
-      is set. The last is None unless the criterion has a key.
+    score: `score(param, grad, key) -> scores`, of the parameter's shape: real numbers, of which
+      the lowest are pruned. The second argument is the gradient, None where `prune` has no inner
+      optimizer; or what `remembers` or `reads` puts in its place. The last is None unless the
+      criterion has a key. A leaf that holds a stack of layers is scored a layer at a time.
     reads_grads: Whether it needs gradients, and so `prune` an inner optimizer to see them before.
-    remembers: Whether it sums `-grad * param` over the micro-steps and scores that sum.
+    remembers: A function `(memory, param, grad) -> memory`, called at every micro-step, whose
+      result is scored; all are arrays of the parameter's shape, in float32 or wider. The memory
+      is zero to begin with. An entry that would not be finite stays as it was. True is for the sum
+      of `-grad * param`. It needs gradients.
     cheap: Whether the scores are computed entry by entry and cost so little that every pass over
       them computes them again instead of storing them.
     key: PRNG key. Every micro-step and leaf gets a key of its own, derived from it.
+    reads: Name of an extra argument of `update`, a tree that has something for each pruned leaf at
+      the path of the leaf; that is scored.
+
+  Raises:
+    ValueError: If it both remembers and reads.
   """
 
   name: str
   score: Score
   reads_grads: bool = False
-  remembers: bool = False
+  remembers: Any = False
   cheap: bool = False
   key: Any = None
+  reads: str | None = None
+
+  def __post_init__(self) -> None:
+    if self.remembers and self.reads is not None:
+      raise ValueError(
+        f"criterion {self.name}: expected remembers or reads, found both, which take the place of"
+        " the gradient"
+      )
+
+  @property
+  def needs_grads(self) -> bool:
+    """Whether it cannot do without gradients."""
+    return self.reads_grads or bool(self.remembers)
+
+  def remember(self, memory: jax.Array, param: jax.Array, grad: jax.Array) -> jax.Array:
+    """The memory after one more micro-step; an entry that would not be finite stays as it was."""
+    param, grad = param.astype(memory.dtype), grad.astype(memory.dtype)
+    if callable(self.remembers):
+      new = jnp.asarray(self.remembers(memory, param, grad), memory.dtype)
+    else:
+      new = memory - grad * param
+    if new.shape != memory.shape:
+      raise ValueError(
+        f"criterion {self.name}: remembers must return an array of shape {memory.shape}, found"
+        f" {new.shape}"
+      )
+    return jnp.where(jnp.isfinite(new), new, memory)
 
 
 MAGNITUDE = Criterion("magnitude", lambda param, grad, key: jnp.abs(param), cheap=True)
@@ -100,13 +151,43 @@ def movement() -> Criterion:
   )
 
 
-def check_needs_no_gradient(criterion: Criterion, param: Any) -> None:
-  """Raises `ValueError` if a criterion reads gradients although it does not say so.
+def given(
+  criterion: Criterion, params: Mapping[_paths.Path, Any], extra_args: Mapping[str, Any]
+) -> dict[_paths.Path, jax.Array]:
+  """What the extra argument that a criterion reads has for each pruned leaf, by path.
+
+  Raises:
+    ValueError: If it is missing, or has nothing for a leaf.
+  """
+  name = criterion.reads
+  if name is None:
+    return {}
+  if name not in extra_args:
+    raise ValueError(
+      f"criterion {criterion.name}: reads the extra argument {name!r}: expected"
+      f" update(grads, state, params, {name}=...), found"
+      f" {', '.join(map(repr, extra_args)) or 'no extra argument'}"
+    )
+  found = dict(_paths.flatten_with_paths(extra_args[name]))
+  missing = [path for path in params if path not in found]
+  if missing:
+    raise ValueError(
+      f"{name}: expected something for {_paths.listed(missing)}, which criterion {criterion.name}"
+      f" scores, found {_paths.listed(found)}"
+    )
+  return {path: jnp.asarray(found[path]) for path in params}
+
+
+def check_needs_no_gradient(criterion: Criterion, param: Any, inner: Any) -> None:
+  """Raises `ValueError` if a criterion reads gradients, although it does not say so.
 
   Args:
-    criterion: Of a `prune` to which no gradients come.
-    param: A leaf that it has to score.
+    criterion: One that has to score leaves without their gradients.
+    param: A leaf.
+    inner: The inner optimizer of `prune`; None if there is none.
   """
+  if criterion.reads is not None:
+    return
 
   def traced(grad: Any) -> None:
     jax.eval_shape(lambda x: criterion.score(x, x if grad else None, criterion.key), param)
@@ -118,6 +199,11 @@ def check_needs_no_gradient(criterion: Criterion, param: Any) -> None:
       traced(grad=True)
     except Exception:
       return  # With a gradient it fails too, and for a reason of its own.
+    if inner is not None:
+      raise ValueError(
+        f"criterion {criterion.name}: reads the gradient, which is not there yet when the state is"
+        " made with masks: expected a Criterion with reads_grads=True, found reads_grads=False"
+      ) from error
     raise ValueError(
       f"criterion {criterion.name}: reads the gradient, which does not reach the end of a chain:"
       " expected prune(..., inner=optimizer), found inner=None"
@@ -132,7 +218,7 @@ def as_criterion(criterion: Any) -> Criterion:
     return NAMED[criterion]
   if callable(criterion):
     name = getattr(criterion, "__name__", "criterion")
-    return Criterion(name, lambda param, grad, key: jnp.asarray(criterion(param, grad)))
+    return Criterion(name, lambda param, grad, key: criterion(param, grad))
   raise ValueError(
     f"criterion: expected {', '.join(map(repr, NAMED))}, a pruning criterion or a function"
     f" (param, grad) -> scores, found {criterion!r}"

@@ -90,7 +90,7 @@ def init(fill: Fill, leaves: masking.Leaves) -> Any:
 
 
 def stand_in(fill: Fill) -> Any:
-  """The state of a fill as `tree_map_params` probes it: no field follows the parameters."""
+  """The state of a fill for `tree_map_params`, none of whose fields is a tree of parameters."""
   if fill.fresh == 0:
     return ()
   statistics = jnp.int32(0) if fill.initializer is None else {}
@@ -137,18 +137,18 @@ def key_at(fill: Fill, state: FillState, step: jax.Array) -> jax.Array:
 
 
 def as_wide(update: jax.Array, param: jax.Array) -> jax.Array:
-  """The update, as wide as the parameter, or `param - param` would not be zero."""
+  """The update in a dtype that holds `-param` exactly, so that the parameter can become zero."""
   return update.astype(wider(update.dtype, param.dtype))
 
 
 def wider(one: Any, other: Any) -> Any:
-  """The dtype that holds what both hold."""
+  """The dtype that holds the numbers of both."""
   with jax.numpy_dtype_promotion("standard"):
     return jnp.promote_types(one, other)
 
 
 def initializers_of(fill: Fill, leaves: masking.Arrays) -> dict[_paths.Path, Any]:
-  """The initializer of each leaf, by path; nothing where the statistics stand in for them."""
+  """The initializer of each leaf, by path; empty where weights are drawn from a normal."""
   if fill.initializer is None:
     return {}
   prefixes = dict(_paths.flatten_with_paths(fill.initializer))

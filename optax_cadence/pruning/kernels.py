@@ -1,7 +1,7 @@
 """Which leaves are kernels, and what each of their axes is for, read from the traced program.
 
-An abstract interpretation of the forward pass: every value either depends on the data, or it is
-made of weights alone, and then it is known which axes of which leaves run along its axes.
+The program of the forward pass is walked, and of every value is known whether it depends on the
+data; if not, of which leaves it is made, and which of their axes run along each of its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,7 +15,7 @@ from optax_cadence.programs import reading
 
 
 class Kernel(NamedTuple):
-  """What the axes of a leaf are for that enters a product or a convolution.
+  """The axes of a leaf that is multiplied with data, by what the product does with them.
 
   Attributes:
     contraction: The axes that the product sums over: inputs.
@@ -150,9 +150,11 @@ Axes = tuple[frozenset[int], ...]
 
 
 class _Value(NamedTuple):
-  """What is known of a variable: whether it depends on data, and else of which leaves it is made.
+  """What is known of a variable.
 
-  Neither: a constant.
+  Attributes:
+    data: Whether it depends on data.
+    leaves: If not, the leaves of which it is made, each with its axes; a constant has none.
   """
 
   data: bool
@@ -169,7 +171,7 @@ class _Walk:
   Attributes:
     shapes: The shape of each leaf.
     with_data: Those that are multiplied with data.
-    among_weights: Those that are multiplied with other weights, as of a low rank.
+    among_weights: Those that are multiplied with other weights, as the factors of a low rank are.
   """
 
   def __init__(self, shapes: list[tuple[int, ...]]) -> None:
@@ -249,7 +251,7 @@ class _Walk:
 
 
 def _passed_on(eqn: Any, inputs: list[_Value], result: int) -> _Value:
-  """A result of an operation on weights and constants."""
+  """What is known of a result of an operation on weights and constants."""
   shape = reading.shape(eqn.outvars[result])
   leaves: dict[int, Axes] = {}
   for operand, value in enumerate(inputs):
@@ -263,7 +265,8 @@ def _passed_on(eqn: Any, inputs: list[_Value], result: int) -> _Value:
     not value.leaves and reading.shape(v) for value, v in zip(inputs, eqn.invars, strict=True)
   )
   if constants and any(n > 1 and not c for n, c in zip(shape, covered, strict=True)):
-    return _DATA if leaves else _CONSTANT  # an array that a parameter is only a factor of
+    # A constant array that weights only scale: what it is multiplied with is a layer on it.
+    return _DATA if leaves else _CONSTANT
   return _Value(False, leaves)
 
 
@@ -301,6 +304,7 @@ def _joined(values: Iterable[_Value]) -> _Value:
 
 
 def _merged(axes: Axes, others: Axes) -> Axes:
+  """For each axis of a value, all axes of a leaf that run along it in one way or the other."""
   return tuple(a | b for a, b in zip(axes, others, strict=True))
 
 

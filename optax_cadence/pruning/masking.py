@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_cadence import _checks
 from optax_cadence import _control
 from optax_cadence import _paths
 from optax_cadence.pruning import allocation as allocations
@@ -81,7 +82,7 @@ class MicroStep(NamedTuple):
     step: Number of the micro-step: int32 scalar.
     params: Pruned leaves, as they are before the update.
     grads: Their gradients; None if there is no inner optimizer.
-    memory: What a criterion that remembers has summed up.
+    memory: What a criterion scores in place of the gradient: what it remembers or is given.
   """
 
   step: jax.Array
@@ -253,7 +254,11 @@ class Masker:
       for i, (path, mask) in enumerate(old.items()):
         scores = self._scores(criterion, i, path, micro_step)
         allowed = mask if self.permanent else jnp.ones_like(mask)
-        masks[path] = self.structures[path].mask(scores, sparsities[path], allowed) & allowed
+        try:
+          mask = self.structures[path].mask(scores, sparsities[path], allowed)
+        except ValueError as error:
+          raise ValueError(f"structure of {_paths.join(path)!r}: {error}") from error
+        masks[path] = mask & allowed
       return masks
     keys = self._keys(criterion, micro_step)
     if self.permanent:
@@ -303,13 +308,15 @@ class Masker:
     param, key = micro_step.params[path], None
     if criterion.key is not None:
       key = jax.random.fold_in(jax.random.fold_in(criterion.key, micro_step.step), i)
-    read = micro_step.memory if criterion.remembers else micro_step.grads or {}
+    own = criterion.remembers or criterion.reads is not None
+    read = micro_step.memory if own else micro_step.grads or {}
     scores = criterion.score(param, read.get(path), key)
-    if scores.shape != param.shape:
+    if getattr(scores, "shape", None) != param.shape or jnp.iscomplexobj(scores):
       raise ValueError(
-        f"scores of {_paths.join(path)!r}: expected shape {param.shape}, found {scores.shape}"
+        f"scores of {_paths.join(path)!r} by criterion {criterion.name}: expected real numbers of"
+        f" shape {param.shape}, found {_checks.shown(scores)}"
       )
-    return scores
+    return jnp.asarray(scores)
 
   def _keys(self, criterion: Criterion, micro_step: MicroStep) -> dict[_paths.Path, selection.Keys]:
     """For each leaf a function that makes the keys of its units."""

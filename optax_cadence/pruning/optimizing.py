@@ -59,7 +59,7 @@ class Optimizer:
       return update(grads, state)
     updates, _ = jax.eval_shape(update, grads, state)
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), updates)
-    # What it needs of the gradients is read inside, where it does not rest.
+    # Gradients are handed in, so that they are read only where it does not rest.
     return _control.maybe(
       jnp.logical_not(rests), lambda carry, grads: update(grads, carry[1]), (nothing, state), grads
     )
@@ -67,7 +67,7 @@ class Optimizer:
   def restarted(
     self, state: optax.OptState, params: optax.Params, entries: dict[_paths.Path, jax.Array]
   ) -> optax.OptState:
-    """The state, in which these entries have no history if the optimizer is to forget it."""
+    """The state; if `restarts`, without what it knew of these entries."""
     if not self.restarts:
       return state
     new = [

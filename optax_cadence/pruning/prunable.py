@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-# What a parameter is, when its own name or that of its module has such a word; of norms and
-# embeddings also a word that ends so, as in layernorm and tok_posemb.
+# A leaf is not pruned if its own name or that of its module has such a word, or one that ends so,
+# as layernorm and tok_posemb do.
 _MODULES = frozenset("bias biases bn gn ln rms wpe wte".split())  # noqa: SIM905
 _ENDINGS = (
   "norm",
@@ -23,7 +23,7 @@ _ENDINGS = (
   "embedding",
   "embeddings",
 )
-# The same of its own name alone: a module may well be called cls_head.
+# Nor if its own name has one of these; a module may well be called cls_head.
 _LEAVES = frozenset(
   """
   beta class cls gain gamma offset pos position positional positions register registers scale
@@ -67,6 +67,7 @@ def prunable(path: str, param: Any) -> bool:
 
 
 def _is_other_module(word: str) -> bool:
+  """Whether a word names a norm, a bias or an embedding."""
   return word in _MODULES or word.endswith(_ENDINGS)
 
 

@@ -10,7 +10,7 @@ from optax_cadence.pruning import criterion as criteria
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Regrowth:
-  """Growth of as many weights as are dropped.
+  """How pruned weights come back: as many as the criterion of `prune` drops.
 
   Attributes:
     grow: The criterion by which pruned weights are chosen to come back.
@@ -44,7 +44,7 @@ def by_gradient(
 ) -> Regrowth:
   """RigL: weights come back where the gradient is largest.
 
-  Candidates are all weights but those that survive, so that one that was dropped just now may stay.
+  A weight that was dropped at the same micro-step may come back, and is then as it was.
 
   Args:
     stop: Micro-step at which the share of exchanged weights has fallen to 0, along a cosine; None

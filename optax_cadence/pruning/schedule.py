@@ -48,7 +48,7 @@ class Times:
     return None if self.end is None else self.end - self.end % self.period
 
   def from_the_start(self) -> Any:
-    """Whether masks that need no update are there before the first: where nothing delays them."""
+    """Whether masks that need no update are made with the state: unless `begin` is later."""
     return self.begin <= 1
 
 
@@ -97,13 +97,13 @@ class _ByFunction(Times):
     return self.function(t)
 
   def last(self) -> int | None:
-    """See `Times`; what is due after micro-step 2**15 is taken to go on."""
+    """See `Times`; a function that is due after micro-step 2**15 is taken to go on for ever."""
     t = np.arange(1, 2**16 + 1, dtype=np.int32)
     try:
       with jax.ensure_compile_time_eval():
         due = jax.vmap(self.function)(t)
     except jax.errors.JAXTypeError:
-      return None  # It takes numbers alone.
+      return None  # The function cannot be traced.
     if isinstance(due, jax.core.Tracer):
       return None
     steps = np.flatnonzero(np.asarray(due)) + 1

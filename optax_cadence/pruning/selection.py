@@ -72,9 +72,6 @@ def order(scores: jax.Array, wide: bool = False) -> jax.Array:
 
   Returns:
     int32 or int64 of the same shape. -0.0 equals 0.0; NaNs equal one another and rank below -inf.
-
-  Raises:
-    ValueError: If the scores are not real numbers.
   """
   dtype = scores.dtype
   wide = wide or dtype.itemsize > 4
@@ -87,8 +84,6 @@ def order(scores: jax.Array, wide: bool = False) -> jax.Array:
     return jax.lax.bitcast_convert_type(scores ^ unsigned(2 ** (bits - 1)), signed)
   if jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_:
     return jnp.clip(scores.astype(signed), signed(lowest + 2), signed(highest - 1))
-  if not jnp.issubdtype(dtype, jnp.floating):
-    raise ValueError(f"scores: expected real numbers, found dtype {dtype}")
   scores = scores.astype(jnp.float64 if wide else jnp.float32)
   infinity = 0x7FF0000000000000 if wide else 0x7F800000
   pattern = jax.lax.bitcast_convert_type(scores, signed)
@@ -140,7 +135,7 @@ def _itself(keys: jax.Array) -> jax.Array:
 def _find(
   pools: Sequence[Sequence[Keys]], wanted: jax.Array
 ) -> tuple[jax.Array, list[list[jax.Array]]]:
-  """`_cut` by the method of the device."""
+  """`_cut`, counting in the way that is fast on the device."""
   n_entries = sum(math.prod(shape) for pool in pools for shape in _shapes(pool))
 
   def by(method: Method) -> Callable[..., Any]:
@@ -201,7 +196,7 @@ def _cut(
   top = jnp.where(any_stay, beyond, 1)
   within = dataclasses.replace(method, ways=method.few_ways)
   least, more, _ = _search(ranks, jnp.zeros_like(top), top, stay, within)
-  # A threshold that splits off as many as stay is one above the least of them.
+  # Where exactly as many as stay are above what was found, the least of them is the next number.
   least = jnp.where(more < stay, least, least + 1)
   ends = jnp.where(any_stay, jnp.stack(starts) + beyond - least, 0)
   flat = iter(ends)
@@ -236,9 +231,9 @@ def _search(
     method: How passes count.
 
   Returns:
-    That key, [G]; how many keys are larger, int32 [G]; and for each array how many are
-    equal, int32 [rows]. Where a threshold splits off exactly `kept` keys, the largest integer
-    below it stands for the kept-th largest key.
+    That key, [G]; how many keys are larger, int32 [G]; and for each array how many are equal,
+    int32 [rows]. Where a pass meets a threshold that exactly `kept` keys reach, the search ends
+    with the integer below it, which need not be a key.
   """
 
   def width(low: jax.Array, high: jax.Array) -> jax.Array:
@@ -276,7 +271,7 @@ def _search(
 
 
 def _hoisted(pools: Sequence[Sequence[Keys]]) -> tuple[Callable[[Any], Any], Any, Any]:
-  """Makes the arrays that the makers of keys close over an argument.
+  """Turns the arrays that functions of keys close over into an argument of one function.
 
   Returns:
     A function from these arrays to the keys of all pools, the shapes of the keys, and the arrays.
@@ -292,7 +287,7 @@ def _hoisted(pools: Sequence[Sequence[Keys]]) -> tuple[Callable[[Any], Any], Any
 
 
 def _viewed(keys: jax.Array, method: Method) -> tuple[jax.Array, int]:
-  """The keys by rows, and how many axes count the rows."""
+  """The keys in the shape in which they are counted, and how many axes of it count the rows."""
   view, axes = method.rows(keys.shape)
   return keys.reshape(view), axes
 

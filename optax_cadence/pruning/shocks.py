@@ -13,7 +13,7 @@ from optax_cadence.pruning.transformation import prune
 
 
 class _Everything(Structure):
-  """Every weight of a leaf is hit, and none has to be selected."""
+  """Whole leaves: prunes every weight, with no scores to compare."""
 
   makes_mask: ClassVar[bool] = True
 

@@ -108,6 +108,7 @@ def _check_end(name: str, schedule: Any, times: Times, implied: float | None) ->
     )
 
 
+# A micro-step by which every schedule has reached its end.
 _LATE = 2**30
 
 

@@ -296,8 +296,8 @@ class ByFunction(Structure):
     mask = jnp.asarray(self.fn(scores, sparsity))
     if mask.shape != scores.shape or mask.dtype != jnp.bool_:
       raise ValueError(
-        f"structure: expected a mask of bools and of shape {scores.shape}, found shape"
-        f" {mask.shape} and dtype {mask.dtype}"
+        f"expected a mask of bools and of shape {scores.shape}, found shape {mask.shape} and dtype"
+        f" {mask.dtype}"
       )
     return mask
 

@@ -29,8 +29,8 @@ class PruneState(NamedTuple):
     step: Number of micro-steps done: int32 scalar.
     masks: The mask of each pruned leaf, in dicts of dicts by the names in its path: packed, uint8,
       or bool of the leaf's shape. Empty with `hold=False`.
-    memory: What a criterion that remembers has summed up of each pruned leaf, in float32 or wider,
-      in a tree like the parameters, in which the other leaves are `MaskedNode`; else empty.
+    memory: What a criterion that remembers has kept of each pruned leaf, in float32 or wider, in a
+      tree like the parameters, in which the other leaves are `MaskedNode`; else empty.
     inner_state: State of the inner optimizer.
     fill: What is needed to draw fresh weights for `fill`; empty where none are drawn.
 
@@ -81,8 +81,9 @@ def prune(
       `oc.by_path`) of these. A traced one is a float32. None with `NM`, which implies it.
     every: When new masks are due: an integer, `pruning.Times`, `once`, `every_epoch`, or a
       function `micro_step -> bool`. Micro-steps are counted 1, 2, …
-    criterion: `"magnitude"`, `"saliency"`, `pruning.random(key)`, `pruning.movement()` or
-      a function `(param, grad) -> scores`, where `grad` is None without `inner`.
+    criterion: `"magnitude"`, `"saliency"`, `pruning.random(key)`, `pruning.movement()`, a
+      function `(param, grad) -> scores`, where `grad` is None without `inner`, or a
+      `pruning.Criterion`, which can remember, or read extra arguments of `update`.
     structure: `pruning.Unstructured()`, `NM`, `Block`, `Channel`, or a function
       `(scores, sparsity) -> mask`.
     allocation: `"uniform"`, `"erdos_renyi"`, `"erk"`, or `"global"` over all leaves.
@@ -127,10 +128,11 @@ def prune(
       raise ValueError(
         f"{name}: expected a function (path, param) -> bool, found {_checks.shown(function)}"
       )
-  # A function may read the gradient where there is one.
-  may_read_grads = callable(criterion) and inner is not None
+  # Whether scores may need what only comes with an update: a gradient or an extra argument. A
+  # function may read the gradient where there is one.
+  needs_an_update = callable(criterion) and inner is not None
   criterion = criteria.as_criterion(criterion)
-  may_read_grads |= criterion.reads_grads
+  needs_an_update |= criterion.needs_grads or criterion.reads is not None
   structure = structures.as_structure(structure)
   times = schedules.as_times(every)
   filler = filling.as_fill(fill)
@@ -168,7 +170,7 @@ def prune(
       sparsities.check(_paths.join(path), asked[path], times, not permanent, implied)
     if inner is None:
       for reader in [criterion, *([regrow.first, regrow.grow] if regrow else [])]:
-        criteria.check_needs_no_gradient(reader, next(iter(leaves.values())))
+        criteria.check_needs_no_gradient(reader, next(iter(leaves.values())), inner)
     memory = {}
     if criterion.remembers:
       slots = [
@@ -185,11 +187,14 @@ def prune(
   ) -> masking.Leaves:
     """The masks before any update; dense where they need one."""
     dense = masker.dense(leaves)
-    if may_read_grads and regrow is None:
+    if needs_an_update and regrow is None:
       return dense
     step, due = 1, regrow is not None or (times.begin, times.end) == (1, 1)
     if straight_through:
       step, due = 0, times.from_the_start()  # those of the weights after no micro-step
+    if due is not False:
+      scored = regrow.first if regrow is not None else criterion
+      criteria.check_needs_no_gradient(scored, next(iter(leaves.values())), inner)
     return masker.first(dense, due, asked, masking.MicroStep(jnp.int32(step), leaves, None, {}))
 
   def update_fn(
@@ -207,10 +212,11 @@ def prune(
     if optimizer is not None:
       grads = {path: g for path, g in _by_path(updates).items() if path in leaves}
       memory = {
-        path: _remembered(total, grads[path], leaves[path]) for path, total in memory.items()
+        path: criterion.remember(old, leaves[path], grads[path]) for path, old in memory.items()
       }
     asked, due = sparsities.by_leaf(sparsity, structure, params, leaves), times.due(step)
-    micro_step = masking.MicroStep(step, leaves, grads, memory)
+    given = criteria.given(criterion, leaves, extra_args)
+    micro_step = masking.MicroStep(step, leaves, grads, given or memory)
     remembered = jax.tree.unflatten(jax.tree.structure(state.memory), memory.values())
 
     state = PruneState(step, state.masks, remembered, state.inner_state, state.fill)
@@ -336,7 +342,7 @@ def _check_choices(
   if allocation != "uniform" and sparsities.is_tree(sparsity):
     raise ValueError(f"allocation {allocation!r}: expected one sparsity, found a tree")
   for reader in [criterion, *([regrow.grow] if regrow else [])]:
-    if reader.reads_grads and inner is None:
+    if reader.needs_grads and inner is None:
       raise ValueError(
         f"{reader.name} reads gradients, which do not reach the end of a chain: expected"
         " prune(..., inner=optimizer), found inner=None"
@@ -396,23 +402,14 @@ def _memory_dtype(param: jax.Array) -> Any:
   return jnp.float64 if param.dtype == jnp.float64 else jnp.float32
 
 
-def _remembered(total: jax.Array, grad: jax.Array, param: jax.Array) -> jax.Array:
-  """The sum of `-grad * param` with another term, but for what of that is not finite.
-
-  A sum would never be rid of it, and a cadence inside leaves such a micro-batch out as well.
-  """
-  term = grad.astype(total.dtype) * param.astype(total.dtype)
-  return total - jnp.where(jnp.isfinite(term), term, jnp.zeros_like(term))
-
-
 def _zeroed(update: jax.Array, param: jax.Array, kept: jax.Array) -> jax.Array:
-  """The update, and `-param` where the weight is not kept."""
+  """The update; for a weight that is not kept, the one that makes it zero."""
   update = filling.as_wide(update, param)
   return jnp.where(kept, update, -param.astype(update.dtype))
 
 
 def _moved(update: jax.Array, param: jax.Array, to: jax.Array, kept: jax.Array) -> jax.Array:
-  """The update, and what leads to another weight where the weight is not kept."""
+  """The update; for a weight that is not kept, the one that turns it into `to`."""
   update = filling.as_wide(update, param)
   return jnp.where(kept, update, to.astype(update.dtype) - param.astype(update.dtype))
 

@@ -1,4 +1,4 @@
-"""What a person or a loss reads of the masks in an optimizer state."""
+"""Reads the masks in an optimizer state, replaces them, and lays them over parameters."""
 
 from typing import Any
 

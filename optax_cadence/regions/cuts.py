@@ -33,7 +33,7 @@ class Cut(Protocol):
 
   @property
   def start(self) -> tuple[int, ...]:
-    """Where the tensor begins; sorts the cuts of a leaf."""
+    """Where the tensor begins in the leaf; `plot_score` draws the cuts of a leaf in this order."""
     ...
 
   def across(self, shards: Sequence[int]) -> set[int]:
@@ -48,7 +48,7 @@ class Cut(Protocol):
     ...
 
   def view(self, leaf: jax.Array) -> jax.Array:
-    """The leaf in the shape in which `put` can write the tensor in place.
+    """The leaf in the shape in which `put` can write the tensor in place; mostly as it is.
 
     It has to be the same shape for all cuts of a leaf that are in one group.
     """
@@ -248,7 +248,11 @@ def can_fold(cut: Cut, shape: Shape) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Entries:
-  """Scattered entries, as a vector in row-major order."""
+  """Scattered entries, as a vector in row-major order.
+
+  Attributes:
+    indices: Their positions in the flattened leaf, ascending: int32.
+  """
 
   indices: np.ndarray
   contiguous = False

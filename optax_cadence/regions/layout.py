@@ -8,6 +8,7 @@ a tree into one tree per group, in which the leaves of other groups are `MaskedN
 import collections
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -90,7 +91,7 @@ class Layout:
     paths: Path of each leaf.
     shapes: Shape of each leaf.
     groups: The groups, in order of first appearance.
-    has_masks: Whether a cadence is a mask.
+    has_masks: Whether a cadence is a mask, or another partition that `has_entries`.
     scattered: Whether tensors lie so that an elementwise optimizer could have them in a faster way;
       see `entrywise.choice`.
     masked: The leaves under masks that their groups train together.
@@ -194,7 +195,7 @@ class Cadences(NamedTuple):
       function of the parameters.
     everys: Every cadence in them, by its key.
     names: The name of its group, by its key.
-    has_masks: Whether there is a mask.
+    has_masks: Whether there is a mask, or another partition that `has_entries`.
   """
 
   by_path: dict[_paths.Path, Any] | None
@@ -237,11 +238,23 @@ def cadences_of(every: Any) -> Cadences | None:
       raise named(error, place) from None
     if by_path is not None:
       by_path[path] = resolved
-    has_masks |= partitions.is_mask(cadence)
-    for cell in [resolved] if isinstance(resolved, Every) else resolved.cells:
+    has_masks |= partition is not None and partition.has_entries
+    for cell in [resolved] if isinstance(resolved, Every) else _mapped(resolved, place):
       everys.setdefault(cell.key, cell)
       places.setdefault(cell.key, place)
   return Cadences(by_path, everys, _group_names(everys, places), has_masks)
+
+
+def _mapped(partition: partitions.Partition, place: str) -> list[Every]:
+  """The cadences of a partition, after `map` has put an `Every` in place of each."""
+  cells = partition.cells
+  if not (cells and all(isinstance(cell, Every) for cell in cells)):
+    error = ValueError(
+      f"{type(partition).__name__}.map(fn) must return the partition with fn(cadence) for every"
+      f" cadence, found cells {_checks.shown(cells)}"
+    )
+    raise named(error, place)
+  return cells
 
 
 def _group_names(
@@ -303,9 +316,40 @@ def layout(every: Any, tree: Any, known: Cadences | None = None) -> Layout:
       scattered |= isinstance(cut, cuts.Entries) or cuts.can_fold(cut, shapes[i])
   groups = []
   for key in dict.fromkeys([*tensors, *known.everys]):
+    if key not in known.names:
+      place = _paths.names(paths)[tensors[key][0].leaf]
+      raise named(
+        ValueError(
+          "expected one that was listed beforehand, in the cells of a partition or the attribute"
+          " cadences of a function, found another"
+        ),
+        place,
+      )
     cadence = known.everys.get(key) or resolved.everys[key]
     groups.append(Group(known.names[key], cadence, tuple(tensors.get(key, ()))))
   return Layout(treedef, tuple(paths), tuple(shapes), tuple(groups), known.has_masks, scattered)
+
+
+def check_cuts(layout: Layout) -> None:
+  """Raises `ValueError` if a partition does not keep to what `Partition.cut` has to return."""
+  sizes = [0] * len(layout.shapes)
+  for group in layout.groups:
+    kinds: dict[int, type] = {}
+    for t in group.tensors:
+      sizes[t.leaf] += t.cut.size(layout.shapes[t.leaf])
+      if kinds.setdefault(t.leaf, type(t.cut)) is not type(t.cut):
+        found = f"{kinds[t.leaf].__name__} and {type(t.cut).__name__}"
+        error = ValueError(
+          f"expected cuts of one class for the cadence {group.name}, found {found}"
+        )
+        raise named(error, layout.name(t.leaf), f" of shape {layout.shapes[t.leaf]}")
+  for i, (size, shape) in enumerate(zip(sizes, layout.shapes, strict=True)):
+    if size != math.prod(shape):
+      error = ValueError(
+        f"expected tensors that hold each of its {math.prod(shape)} entries once, found tensors of"
+        f" {size} entries"
+      )
+      raise named(error, layout.name(i), f" of shape {shape}")
 
 
 def _called(every: Callable[[Any], Any], tree: Any) -> Any:

@@ -21,6 +21,8 @@ class Mask(Partition):
     ValueError: If it is traced, or does not hold integers.
   """
 
+  has_entries = True
+
   def __init__(self, periods: Any, cadences: Mapping[int, Any] | None = None) -> None:
     if isinstance(periods, jax.core.Tracer):
       raise ValueError("a mask must be a concrete array, found a traced one; pass it as NumPy")

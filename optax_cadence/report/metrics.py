@@ -40,7 +40,7 @@ def metrics(state: Any, by: Literal["region", "group"] = "region") -> dict[str, 
     - `NAME/updates`: updates applied.
     - `NAME/skipped`: micro-batches left out, in the region with the most.
     - `NAME/learning_rate`: where it is a hyperparameter of `optax.inject_hyperparams`. Then there
-      is also `learning_rate`, that of the group with the most updates, which is the latest.
+      is also `learning_rate`, that of the group with the most updates.
     - `NAME/gradient_norm`: of the last mean gradient, with `oc.gradient_norm` in the cadence.
 
     By region: `micro_step`, and these five for every region. A region is named by the path of its
@@ -80,11 +80,9 @@ def metrics(state: Any, by: Literal["region", "group"] = "region") -> dict[str, 
   nodes = [x for x in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(x)]
   if not nodes:
     raise ValueError(f"metrics: expected a cadence in the state, found {type(state).__name__}")
-  small = _paths.without_variables(
+  small, xp = _fetched(
     [(node.micro_step, {name: _small(g) for name, g in node.groups.items()}) for node in nodes]
   )
-  traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(small))
-  small = small if traced else _on_host(small)
   cadences: dict[str, dict[str, Any]] = {}
   measured: dict[str, dict[str, Any]] = {}
   for node, (_, groups) in zip(nodes, small, strict=True):
@@ -92,7 +90,7 @@ def metrics(state: Any, by: Literal["region", "group"] = "region") -> dict[str, 
     for group, names in node.regions.names.items():
       for i, name in enumerate(names):
         # Of two cadences on one parameter the second gets a number.
-        rows[_paths.unused(name, rows)] = _row(groups[group], i, jnp if traced else np)
+        rows[_paths.unused(name, rows)] = _row(groups[group], i, xp)
   values = {"micro_step": small[0][0]}
   for name in dict.fromkeys([*cadences, *measured]):
     row = cadences.get(name, {}) | measured.get(name, {})
@@ -110,13 +108,10 @@ def _by_group(nodes: list[CadenceState], state: Any) -> dict[str, Any]:
   for node in nodes:
     for name, group in node.groups.items():
       rows[_paths.unused(name, rows)] = _row_of_group(_paths.without_variables(group))
-  micro_step = _paths.without_variables(nodes[0].micro_step)
-  traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((micro_step, rows)))
-  micro_step, rows = (micro_step, rows) if traced else _on_host((micro_step, rows))
+  (micro_step, rows), xp = _fetched((nodes[0].micro_step, rows))
   values = {"micro_step": micro_step}
   rates = [row for row in rows.values() if "learning_rate" in row]
   if rates:
-    xp = jnp if traced else np
     most = xp.stack([row["updates"] for row in rates]).argmax(0)
     found = xp.stack([row["learning_rate"] for row in rates])
     values["learning_rate"] = xp.take_along_axis(found, most[None], 0)[0]
@@ -221,6 +216,18 @@ def _noise_scale(estimate: Estimate, i: int, xp: Any) -> Any:
   noise = xp.maximum(noise, xp.finfo(xp.float32).tiny)
   ratio = xp.where(signal > 0, noise / xp.where(signal > 0, signal, 1), xp.inf)
   return xp.where(weight > 0, ratio, xp.nan).astype(xp.float32)[()]
+
+
+def _fetched(tree: Any) -> tuple[Any, Any]:
+  """A tree of int32 and float32 arrays of a state, as NumPy arrays unless they are traced.
+
+  Returns:
+    The tree, without the variables of NNX; and what computes with it: `numpy` or `jax.numpy`.
+  """
+  tree = _paths.without_variables(tree)
+  if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
+    return tree, jnp
+  return _on_host(tree), np
 
 
 def _on_host(tree: Any) -> Any:

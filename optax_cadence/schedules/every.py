@@ -1,8 +1,8 @@
 """When a region is due: periods, offsets and schedules.
 
-A cadence without its geometry is an `Every`. Static ones (integers) are known while
-tracing; dynamic ones (schedules, traced integers) are read at the start of a window; a
-policy decides while the window is open.
+An `Every` says when; which part of a leaf it is for is said by a `Partition`. Static ones
+(integers) are known while tracing; dynamic ones (schedules, traced integers) are read at the start
+of a window; a policy decides while the window is open.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Every:
     static: Whether the period is known while tracing.
     always: Whether every micro-step is due, as is known while tracing.
     policy: The policy that decides, if one does.
-    key: What two regions have in common when they share a group.
+    key: Regions whose cadences have equal keys share a group.
 
   Raises:
     ValueError: If the period is below 1 or the offset outside `[0, period)`.

@@ -84,7 +84,10 @@ def _check_all_placed(params: Any, levels: Mapping[int, int]) -> None:
 
 
 class _Value(NamedTuple):
-  """What is known of a variable. Neither level nor pending parameters: neutral."""
+  """What is known of a variable: its level if it is data, and the parameters pending in it.
+
+  With neither it is neutral. These are the words of `forward_order`.
+  """
 
   level: int | None
   pending: frozenset[int]
@@ -95,7 +98,11 @@ _LOOP_PASSES = 3
 
 
 class _Walk:
-  """Walks a program; `levels[i]` is that of parameter i, 0 until an operation places it."""
+  """Walks a program by the rules of `forward_order`.
+
+  Attributes:
+    levels: The level of each parameter that has met data; 0 until an operation places it.
+  """
 
   def __init__(self) -> None:
     self.levels: dict[int, int] = {}
@@ -114,6 +121,7 @@ class _Walk:
     return [self._combine(inputs, _contracts(eqn))] * len(eqn.outvars)
 
   def _combine(self, inputs: list[_Value], contraction: bool) -> _Value:
+    """The result of an operation; places what is pending in its operands (rule 3)."""
     operands = [value for value in inputs if value != _NEUTRAL]
     level, pending = joined = _join(operands)
     if level is None or not pending or len(operands) == 1:
@@ -149,10 +157,12 @@ class _Walk:
 
 
 def _constant(numbers: tuple[Any, ...]) -> _Value:
+  """An array that the program holds is data; a scalar is neutral."""
   return _Value(0, frozenset()) if np.ndim(numbers[0]) else _NEUTRAL
 
 
 def _join(values: Iterable[_Value]) -> _Value:
+  """What is known of something that depends on all of these values."""
   levels = [value.level for value in values if value.level is not None]
   pending = frozenset().union(*(value.pending for value in values))
   return _Value(max(levels, default=None), pending)

@@ -83,7 +83,7 @@ class Scheduled:
 
   Attributes:
     every: The periods in the end, as `late` takes them.
-    begins: From a period to the schedule that ends in it.
+    begins: `begins(period) -> schedule`: the schedule of a region whose period is that in the end.
     made: The cadences so far; equal periods share one.
   """
 

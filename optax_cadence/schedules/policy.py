@@ -4,6 +4,7 @@ The policies of this package are in `confidence.policies`; when they are asked, 
 told, is in `confidence.deciding`. To add one, write a subclass: see the example of `Policy`.
 """
 
+import abc
 from typing import Any, TYPE_CHECKING
 
 import jax
@@ -15,11 +16,13 @@ if TYPE_CHECKING:
   from optax_cadence.confidence.statistics import Statistics
 
 
-class Policy:
+class Policy(abc.ABC):
   """A cadence that decides, once a gradient is added to the window, whether it is enough.
 
-  Subclasses have `due`, and, where they remember something, `init` and `fired`. An object
-  decides for all its regions together; regions that decide on their own have one each.
+  Subclasses have `due`, and, where they remember something, `init` and `fired`. They are traced:
+  what depends on gradients is computed with `jax.numpy`. They are told norms of gradients for each
+  region, never the gradients. An object decides for all its regions together; regions that decide
+  on their own have one each.
 
   Attributes:
     min_period: Micro-steps that a window has at least.
@@ -58,7 +61,10 @@ class Policy:
     self.min_period, self.max_period = min_period, max_period
 
   def init(self) -> Any:
-    """What the policy remembers from window to window: a tree of arrays."""
+    """What the policy remembers before its first window: a tree of arrays or numbers.
+
+    It is what the other methods get as `state`, and changes only when a window has fired.
+    """
     return ()
 
   def earliest(self, state: Any) -> Any:
@@ -66,12 +72,21 @@ class Policy:
     del state
     return self.min_period
 
+  @abc.abstractmethod
   def due(self, window: "Statistics", state: Any) -> bool | jax.Array:
-    """Whether the window is enough: boolean scalar."""
-    raise NotImplementedError
+    """Whether the window is enough: boolean scalar.
+
+    Args:
+      window: The window with the gradient of this micro-step in it: arrays of shape [R], a number
+        for each of the regions that the policy decides for.
+      state: What the policy remembers.
+    """
 
   def fired(self, window: "Statistics", state: Any) -> Any:
-    """What the policy remembers after this window, in the structure and dtypes of `state`."""
+    """What the policy remembers after a window that has fired, of the structure of `state`.
+
+    It is cast to the dtypes of `state`.
+    """
     del window
     return state
 

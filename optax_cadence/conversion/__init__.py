@@ -1,0 +1,1 @@
+"""From one way of accumulating to another in mid-window: `convert`."""
