@@ -49,7 +49,7 @@ def _is_of_optax(node: Any) -> bool:
 
 
 def _parts(node: Any) -> Iterable[Any]:
-  """What an object holds in which an optimizer may be."""
+  """What is held by an object that may be an optimizer, or hold one."""
   if isinstance(node, types.FunctionType):
     return [
       *_held(node).values(),
@@ -70,7 +70,7 @@ def _parts(node: Any) -> Iterable[Any]:
 
 
 def _parts_without_schedules(fn: types.FunctionType) -> list[Any]:
-  """What a function of Optax holds besides schedules, all of which can be set."""
+  """What is held by a function of Optax, without its schedules; raises where one cannot be set."""
   held, maker = _held(fn), fn.__qualname__.split(".")[0]
   if maker == "inject_hyperparams":
     return _injected_into(**held)

@@ -123,7 +123,7 @@ def restored(inner: optax.GradientTransformation, state: Any, tensors: Any) -> o
 
 
 def like(state: optax.OptState, containers: Any) -> Any:
-  """The state in the containers of another."""
+  """The arrays of a state in the containers of another."""
   return jax.tree.unflatten(jax.tree.structure(containers), jax.tree.leaves(state))
 
 

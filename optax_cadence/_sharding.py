@@ -30,7 +30,7 @@ def shards_of(x: jax.Array) -> tuple[int, ...]:
 
 
 def gathered(x: jax.Array, axes: Iterable[int]) -> jax.Array:
-  """The array, of which these axes lie whole on every device."""
+  """The array, lying so that every device has the whole of these axes."""
   spec, axes = spec_of(x), set(axes)
   if spec is None or not axes:
     return x
@@ -57,7 +57,7 @@ def axes_of(tree: Any) -> frozenset[Any]:
 
 
 def varying(tree: Any, axes: frozenset[Any]) -> Any:
-  """The tree, of which every array varies over these axes."""
+  """The tree, with arrays that all vary over these axes; they keep their values."""
 
   def cast(x: Any) -> Any:
     missing = tuple(axes - axes_of(x))

@@ -395,7 +395,7 @@ def _match(cadences: Cadences, paths: Sequence[_paths.Path], tree: Any) -> list[
 
 
 def _on_lists(path: _paths.Path, given: Iterable[_paths.Path]) -> str:
-  """What is meant where a list of cadences stands at or above a parameter without one."""
+  """A hint for the error, where a list of cadences stands at or above a parameter without one."""
   for other in given:
     n = len(other) - 1
     if other and other[-1] == "0" and path[:n] == other[:n]:
