@@ -185,7 +185,7 @@ def convert(
   """The optimizer of another cadence, which goes on where this one is, in mid-window too.
 
   Args:
-    optimizer: An `nnx.Optimizer` with `optax.MultiSteps` or a cadence as its `tx`, or an `Optimizer`.
+    optimizer: An `nnx.Optimizer` with `optax.MultiSteps` or a cadence as its `tx`, or one of ours.
       It is not changed.
     model: Its model.
     to: The cadence.
