@@ -16,7 +16,7 @@ EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
 def run(name, *arguments, cwd, optimized=False):
-  """What an example prints. To optimize its program takes longer than so few steps, but for some."""
+  """What an example prints. Most take so few steps that to optimize them takes longer."""
   command = [sys.executable, EXAMPLES / name, "--quick", *arguments]
   env = {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not optimized))} | os.environ
   done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
