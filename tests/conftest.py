@@ -6,6 +6,7 @@ JAX_DISABLE_MOST_OPTIMIZATIONS=0. Tests that count what is in a program ask for
 `optimized_programs`.
 """
 
+import collections
 import gc
 import os
 import subprocess
@@ -100,7 +101,7 @@ LONG_CASES = """
   test_masks.py::test_groups_share_what_is_updated_entry_by_entry[compiled by itself]
   test_masks.py::test_groups_share_what_is_updated_entry_by_entry[lion]
   test_masks.py::test_groups_share_what_is_updated_entry_by_entry[rmsprop]
-  test_optimizers.py::test_every_way_of_any_inner_optimizer_follows_the_oracle[contrib.
+  test_optimizers.py::test_every_way_of_any_family_follows_the_oracle[contrib.
   test_sharding.py::test_on_several_devices[scans
   test_sparse_training.py::test_a_row_of_the_table_does_what_the_rule_of_jaxpruner_does
   test_training_step.py::test_no_gradient_of_layers_with_their_own_periods_is_held[0]
@@ -110,8 +111,23 @@ LONG_CASES = """
 """.strip().splitlines()
 
 
+def pytest_addoption(parser):
+  parser.addoption(
+    "--few", action="store_true", help="of each test with many cases the first and the last alone"
+  )
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
   for item in items:
     if any(name.strip() in item.nodeid for name in LONG_CASES):
       item.add_marker(pytest.mark.ci)
+  if config.getoption("--few"):
+    cases = collections.defaultdict(list)
+    for item in items:
+      # What is left to CI is chosen, or not, by its marker.
+      kind = bool(item.get_closest_marker("ci")), item.nodeid.split("[")[0]
+      cases[kind].append(item)
+    between = {id(item) for found in cases.values() for item in found[1:-1]}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) in between])
+    items[:] = [item for item in items if id(item) not in between]

@@ -96,8 +96,12 @@ def test_mean_bytes_over_a_cycle():
 # ---------------------------------------------------------------------------------- cases
 
 
-@pytest.mark.parametrize("accelerator", [False, True])
-@pytest.mark.parametrize("name", command.all_cases(TINY, False))
+# An accelerator makes a difference to the cases of one module alone.
+@pytest.mark.parametrize(
+  ("name", "accelerator"),
+  [(name, False) for name in command.all_cases(TINY, False)]
+  + [(name, True) for name in cases.all_cases(TINY, True)],
+)
 def test_every_case_names_variants_that_it_has(name, accelerator):
   case = tiny(name, accelerator)
   names = [variant.name for variant in case.variants]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import os
 import pathlib
 import re
 import subprocess
@@ -14,9 +15,11 @@ from flax import nnx
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
-def run(name, *arguments, cwd):
+def run(name, *arguments, cwd, optimized=False):
+  """What an example prints. Most take so few steps that to optimize them takes longer."""
   command = [sys.executable, EXAMPLES / name, "--quick", *arguments]
-  done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+  env = {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not optimized))} | os.environ
+  done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   return done.stdout
 
@@ -158,7 +161,9 @@ def test_prune_and_shock(tmp_path):
 @pytest.mark.ci
 @pytest.mark.parametrize("policy", ["certain", "late", "patient"])
 def test_confidence(policy, tmp_path):
-  printed = run("confidence.py", "--policy", policy, "--out", "made.png", cwd=tmp_path)
+  printed = run(
+    "confidence.py", "--policy", policy, "--out", "made.png", cwd=tmp_path, optimized=True
+  )
   assert float(re.search(r"test accuracy ([\d.]+)", printed)[1]) > 0.9
   rows = re.findall(r"^ *\d+ +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)$", printed, re.MULTILINE)
   assert len(rows) == 10
@@ -174,7 +179,7 @@ def test_confidence(policy, tmp_path):
 def test_from_multisteps(tmp_path):
   if "model" not in inspect.signature(nnx.Optimizer.update).parameters:
     pytest.skip("this example needs Flax 0.11: the optimizer's update takes the model since then")
-  printed = run("multisteps_to_cadence.py", cwd=tmp_path)
+  printed = run("multisteps_to_cadence.py", cwd=tmp_path, optimized=True)
   diff, before, after = re.split(r"\n(?:before|after):\n", printed)
   assert 0 < len(re.findall(r"^- ", diff, re.MULTILINE)) <= 5
   assert 0 < len(re.findall(r"^\+ ", diff, re.MULTILINE)) <= 5

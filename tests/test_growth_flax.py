@@ -27,12 +27,20 @@ def out(model, x):
   return model(x)
 
 
-@nnx.jit
-def both_modes(model, x):
+@functools.partial(jax.jit, static_argnums=0, compiler_options=nets.AS_WRITTEN)
+def both_modes_of(graphdef, state, x):
+  model = nnx.merge(graphdef, state)
   model.eval()
   evaluated = model(x)
   model.train()
-  return evaluated, model(x)
+  return (evaluated, model(x)), nnx.state(model)
+
+
+def both_modes(model, x):
+  """Outputs in evaluation and in training, which leaves its statistics and keys in the model."""
+  found, state = both_modes_of(*nnx.split(model), x)
+  nnx.update(model, state)
+  return found
 
 
 def widen_mlp(m, x, **kwargs):

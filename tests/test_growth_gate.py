@@ -37,7 +37,10 @@ def plain(variables):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_module_goes_on_as_it_was_and_becomes_the_new_one(kind):
   old, new, variables, bigger, forward, plan = grown(kind)
-  before, gated, after = (jax.jit(nets.both_modes(f)) for f in (old.apply, forward, new.apply))
+  before, gated, after = (
+    jax.jit(nets.both_modes(f), compiler_options=nets.AS_WRITTEN)
+    for f in (old.apply, forward, new.apply)
+  )
 
   expected, (trained, state) = before(variables, old.inputs)
   found, (new_trained, new_state) = gated(bigger, old.inputs)

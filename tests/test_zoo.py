@@ -155,16 +155,23 @@ def test_dimensions_are_found_and_nothing_changes_at_first(name):
 
 @pytest.mark.ci
 @EVERY
-def test_the_gate_opens_and_the_growth_goes_back(name):
+def test_the_gate_opens_the_growth_goes_back_and_it_trains(name):
   net = NETS[name]
   grown = grow(net)
+  gate_opens_and_growth_goes_back(net, grown)
+  trains_while_the_gate_opens_and_the_state_follows(net, grown)
+
+
+def gate_opens_and_growth_goes_back(net, grown):
   plan, (gated, tree) = grown.plan, grown.gated
-  found = jax.jit(gated)(open_gate(tree, plan), *net.inputs)
+  run = functools.partial(jax.jit, compiler_options=nets.AS_WRITTEN)
+  gated = run(gated)
+  found = gated(open_gate(tree, plan), *net.inputs)
   bigger = growth.merge(open_gate(tree, plan), plan)
-  expected = jax.jit(grown.merged)(bigger, *net.inputs)
+  expected = run(grown.merged)(bigger, *net.inputs)
   if net.merges:
     nets.close(found, expected)
-  shut = jax.jit(gated)(tree, *net.inputs)
+  shut = gated(tree, *net.inputs)
   changes = [
     float(abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (found, shut)), strict=True)
   ]
@@ -172,11 +179,7 @@ def test_the_gate_opens_and_the_growth_goes_back(name):
   nets.equal(plan.inverse().apply(bigger), grown.before[1])
 
 
-@pytest.mark.ci
-@EVERY
-def test_it_trains_while_the_gate_opens_and_the_state_follows(name):
-  net = NETS[name]
-  grown = grow(net)
+def trains_while_the_gate_opens_and_the_state_follows(net, grown):
   plan, (before, old), (gated, new) = grown.plan, grown.before, grown.gated
   gate = growth.phase_in(optax.linear_schedule(0.0, 1.0, 2), alpha=_paths.join(plan.alpha))
   tx = optax.chain(optax.adam(1e-2), gate)
@@ -228,7 +231,7 @@ def test_it_trains_while_the_gate_opens_and_the_state_follows(name):
 @pytest.mark.ci
 @EVERY
 def test_each_dimension_grows_alone_from_its_own_initializers(name):
-  net = NETS[name]
+  net, unchanged = NETS[name], None
   for units in net.units:
     told = {"producer": units.producer, "by": units.by, **units.how}
     if net.is_linen:
@@ -249,8 +252,10 @@ def test_each_dimension_grows_alone_from_its_own_initializers(name):
       growth.merge(model, optimizer=optimizer)
       merged, _ = as_function(model)
     run = functools.partial(jax.jit, compiler_options=nets.AS_WRITTEN)
-    expected = run(before)(variables, *net.inputs)
-    nets.close(old_part(run(gated)(tree, *net.inputs), expected), expected)
+    # Every dimension starts from the same network.
+    if unchanged is None:
+      unchanged = run(before)(variables, *net.inputs)
+    nets.close(old_part(run(gated)(tree, *net.inputs), unchanged), unchanged)
     at_one = open_gate(tree, plan)
     if net.merges:
       expected = run(merged)(growth.merge(at_one, plan), *net.inputs)
