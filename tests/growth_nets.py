@@ -267,6 +267,31 @@ def close(found, expected):
     np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * float(jnp.abs(b).max()))
 
 
+def alike(found, expected):
+  """The same tree but for rounding: floats within 1e-5, relative to the largest of all leaves.
+
+  A leaf may hold nothing but what rounding leaves, as the gradient of a key's bias does.
+  """
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
+  exact = [not jnp.issubdtype(b.dtype, jnp.floating) for _, b in pairs]
+  scale = max(
+    [
+      0.0,
+      *(
+        float(jnp.abs(b).max())
+        for (_, b), is_exact in zip(pairs, exact, strict=True)
+        if not is_exact
+      ),
+    ]
+  )
+  for (a, b), is_exact in zip(pairs, exact, strict=True):
+    if is_exact:
+      equal(a, b)
+    else:
+      np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale)
+
+
 def fresh(path, shape, dtype):
   """New entries by NumPy, as `init` makes variables."""
   rng = np.random.default_rng(len("/".join(path)))
