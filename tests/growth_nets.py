@@ -279,6 +279,30 @@ def close(found, expected):
     np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * float(jnp.abs(b).max()))
 
 
+def alike(found, expected, within=1e-12):
+  """The same tree but for rounding, relative to the largest entry of all floats.
+
+  This is how close float64 is, in which rounding is told from every mistake; float32 is to be
+  within 1e-5. A leaf may hold nothing but what rounding leaves: the gradient of a key's bias does.
+  """
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+  leaves = jax.tree.leaves(expected)
+  scale = max(float(jnp.abs(x).max()) for x in leaves if is_float(x))
+  for a, b in zip(jax.tree.leaves(found), leaves, strict=True):
+    if not is_float(b):
+      equal(a, b)
+      continue
+    tolerance = within if b.dtype == jnp.float64 else 1e-5
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
+
+
+def in_float64(tree):
+  """The tree with its floats in float64, where `oracle.enable_x64` has switched that on."""
+  is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+  return jax.tree.map(lambda x: x.astype(jnp.float64) if is_float(x) else x, tree)
+
+
 def fresh(path, shape, dtype):
   """New entries by NumPy, as `init` makes variables."""
   rng = np.random.default_rng(len("/".join(path)))

@@ -85,13 +85,40 @@ def test_several_readers_of_new_units_share_the_gate_and_gradients_are_not_padde
     x = x @ params["in"]
     return sum((x @ params[name]).sum() for name in "abc")
 
-  params = {"in": jnp.ones((4, 8))} | {name: jnp.ones((8, 2)) for name in "abc"}
+  params = {"in": jnp.ones((4, 8))} | {name: jnp.ones((8, 6)) for name in "abc"}
   plan = growth.widening(params, growth.couple(net, params, X, producer="in"), by=2)
   grown = plan.apply(params, nets.fresh)
   counts = operations(growth.gated(net, plan), grown, X)
-  assert counts["dot_general"] == 8 and counts["mul"] == 1
+  assert counts["dot_general"] == 4 and counts["mul"] == 1
   counts = operations(jax.grad(growth.gated(net, plan)), grown, X)
   assert counts["pad"] == 0
+
+
+def test_a_gate_adds_no_products_and_few_other_operations_to_a_layer():
+  def net(params, x):
+    x = x @ params["embed"]
+    for block in params["blocks"]:
+      y = x - x.mean(-1, keepdims=True)
+      y = y * jax.lax.rsqrt((y**2).mean(-1, keepdims=True) + 1e-5)
+      x = x + jnp.tanh(y @ block["up"]) @ block["down"]
+    return (x @ params["head"]).sum()
+
+  def of(layers):
+    """Operations of the gradient behind the gate, without the gate's own, and without a gate."""
+    params = STREAM | {"blocks": STREAM["blocks"][:layers]}
+    plan = growth.widening(params, growth.couple(net, params, X, producer="embed"), by=2)
+    grown = plan.apply(params, nets.fresh)
+    gated, plain = growth.gated(net, plan), {name: grown[name] for name in params}
+    scheduled = lambda params, x: gated({**params, "alpha": jax.lax.stop_gradient(alpha)}, x)
+    alpha = grown["alpha"]
+    pairs = (gated, grown), (scheduled, plain), (net, plain)
+    return [operations(jax.grad(fn), params, X) for fn, params in pairs]
+
+  found = [more - few for few, more in zip(of(1), of(3), strict=True)]
+  assert len({counts["dot_general"] for counts in found}) == 1 and found[-1]["dot_general"] == 12
+  assert not any(counts[name] for counts in found for name in ("split", "concatenate", "pad"))
+  learned, scheduled, plain = (counts.total() for counts in found)
+  assert plain < scheduled < 1.3 * plain < learned < 1.7 * plain
 
 
 def test_what_no_unit_is_read_in_is_run_as_it_is():

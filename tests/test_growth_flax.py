@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracle
 import pytest
 from flax import nnx
 from flax.training import train_state
+from growth_nets import alike
 from growth_nets import close
 from growth_nets import equal
 
@@ -129,7 +131,7 @@ def test_a_live_model_goes_on_as_it_was_and_merges(kind):
   close(found[:1] if drops else found, expected[:1] if drops else expected)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=nets.AS_WRITTEN)
+@functools.partial(jax.jit, static_argnums=0)
 def step(graphdef, state, x):
   model, optimizer = nnx.merge(graphdef, state)
   grads = nnx.grad(lambda model: (model(x) ** 2).mean())(model)
@@ -139,7 +141,7 @@ def step(graphdef, state, x):
 
 def train(model, optimizer, x, steps):
   graphdef, state = nnx.split((model, optimizer))
-  with nets.sums_in_order(), nets.relaxed():
+  with nets.relaxed():
     for _ in range(steps):
       state = step(graphdef, state, x)
   nnx.update((model, optimizer), state)
@@ -154,20 +156,28 @@ def optimizer_of(model, gate=ZERO):
 def test_trained_with_the_gate_shut_it_is_the_run_without_growth(kind):
   make, x, grow = GROWTHS[kind]
   model, twin = nets.make(make), nets.make(make)
-  optimizer, twin_optimizer = optimizer_of(model), optimizer_of(twin)
-  train(model, optimizer, x, 2)
-  train(twin, twin_optimizer, x, 5)
+  both = [(model, optimizer_of(model)), (twin, optimizer_of(twin))]
+  for net, optimizer in both:
+    train(net, optimizer, x, 2)
+  (_, optimizer), (_, twin_optimizer) = both
   with nets.relaxed():
     plan = grow(model, x, optimizer=optimizer)
-    train(model, optimizer, x, 3)
+  with nets.relaxed(), oracle.enable_x64():
+    x = nets.in_float64(x)
+    for pair in both:
+      nnx.update(pair, nets.in_float64(nnx.state(pair)))
+      train(*pair, x, 3)
     assert float(model.alpha[...]) == 0
     growth.nnx.set_alpha(model, 1.0)  # so that the merge changes no weight
     growth.merge(model, optimizer=optimizer)
     pop = (lambda m: m.blocks.pop()) if kind == "block" else (lambda m: None)
     growth.shrink(model, plan.inverse(), x, take_out=pop, optimizer=optimizer)
-  equal(nnx.state(model), nnx.state(twin))  # random keys and running statistics included
-  equal(optimizer.opt_state[0], twin_optimizer.opt_state[0])  # Adam's moments and its counter
-  assert int(optimizer.step[...]) == int(twin_optimizer.step[...]) == 5
+    # Adam divides by its eps of 1e-8 what rounding leaves of a gradient that is zero; and Flax
+    # computes what it reads of an embedding in float32.
+    within = 1e-6 if kind == "embedding" else 1e-8
+    alike(nnx.state(model), nnx.state(twin), within)  # with random keys and running statistics
+    alike(optimizer.opt_state[0], twin_optimizer.opt_state[0], within)  # moments and the counter
+    assert int(optimizer.step[...]) == int(twin_optimizer.step[...]) == 5
 
 
 def test_what_was_added_has_to_be_taken_out():

@@ -186,3 +186,23 @@ def test_blocks_of_one_layer_are_no_groups_of_the_next():
   growth.widen(model, x, producer="mix", by=2, fresh=nets.fresh)
   assert model.mix.bias_shape == (7,)
   close(model(x), twin(x))
+
+
+def test_one_group_becomes_several():
+  # As described by hand: a search takes a convolution of one channel for one without groups.
+  numbers = ("NWC", "WIO", "NWC")
+
+  def fn(p, x):
+    x = jax.lax.conv_general_dilated(x, p["in"], (1,), "SAME", dimension_numbers=numbers)
+    groups = {"dimension_numbers": numbers, "feature_group_count": x.shape[-1]}
+    return jax.lax.conv_general_dilated(x, p["each"], (1,), "SAME", **groups) @ p["out"]
+
+  shapes = {"in": (1, 4, 3), "each": (3, 1, 3), "out": (3, 2)}
+  larger = {name: nets.fresh((name,), shape, jnp.float32) for name, shape in shapes.items()}
+  params = {"in": larger["in"][..., :1], "each": larger["each"][..., :1], "out": larger["out"][:1]}
+  units = growth.dimension(params, {"in": -1, "each": -1, "out": 0})
+  plan = growth.widening(params, units, by=2)
+  forward, rows = growth.gated(fn, plan), ROWS[None]
+  for alpha, expected in ((0.0, fn(params, rows)), (1.0, fn(larger, rows))):
+    found = forward({**plan.apply(params, larger), "alpha": jnp.float32(alpha)}, rows)
+    close(found, expected)

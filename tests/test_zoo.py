@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracle
 import pytest
 import zoo
 from flax import nnx
@@ -148,9 +149,12 @@ def test_dimensions_are_found_and_nothing_changes_at_first(name):
   def both(old, new, *inputs):
     return before(old, *inputs), gated(new, *inputs)
 
-  compiled = both if net.apart else jax.jit(both, compiler_options=nets.AS_WRITTEN)
-  expected, found = compiled(old, new, *net.inputs)
-  nets.equal(old_part(found, expected), expected)
+  with oracle.enable_x64():
+    given = old, new, *net.inputs
+    # Flax starts the carry of a recurrent cell in float32.
+    given = given if name in ("LSTM", "GRU") else nets.in_float64(given)
+    expected, found = jax.jit(both)(*given)
+    nets.alike(old_part(found, expected), expected)
 
 
 @pytest.mark.ci
@@ -251,15 +255,14 @@ def test_each_dimension_grows_alone_from_its_own_initializers(name):
       growth.nnx.set_alpha(model, 1.0)
       growth.merge(model, optimizer=optimizer)
       merged, _ = as_function(model)
-    run = functools.partial(jax.jit, compiler_options=nets.AS_WRITTEN)
     # Every dimension starts from the same network.
     if unchanged is None:
-      unchanged = run(before)(variables, *net.inputs)
-    nets.close(old_part(run(gated)(tree, *net.inputs), unchanged), unchanged)
+      unchanged = jax.jit(before)(variables, *net.inputs)
+    nets.alike(old_part(jax.jit(gated)(tree, *net.inputs), unchanged), unchanged)
     at_one = open_gate(tree, plan)
     if net.merges:
-      expected = run(merged)(growth.merge(at_one, plan), *net.inputs)
-      nets.close(run(gated)(at_one, *net.inputs), expected)
+      expected = jax.jit(merged)(growth.merge(at_one, plan), *net.inputs)
+      nets.alike(jax.jit(gated)(at_one, *net.inputs), expected)
 
 
 def test_the_table_in_the_docs_is_what_is_tested():

@@ -58,8 +58,6 @@ class Net:
     inputs: What it is called with.
     units: Its dimensions.
     all_new: Of Linen, sizes of the module when all of these have grown that are not those of each.
-    apart: Whether the operations have to be compiled one by one for outputs to be equal to the bit:
-      XLA before JAX 0.10 adds up products of a vector in an order that depends on what is around.
     merges: Whether the merged network computes what the gated one does at 1: not where it draws
       random numbers, of which it then draws others.
   """
@@ -69,7 +67,6 @@ class Net:
   inputs: tuple[Any, ...]
   units: tuple[Units, ...]
   all_new: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  apart: bool = False
   merges: bool = True
 
   @property
@@ -950,7 +947,6 @@ shows(
     "fc1/kernel": 1, "fc1/bias": 0, "weights?/kernel": 0, "biases/kernel": 0}),
   Units("hidden", "biases", 3, {  # the units of the network whose weights are made
     "biases/kernel": 1, "biases/bias": 0, "weights?/kernel": 1, "weights?/bias": 0}),
-  apart=jax.__version_info__ < (0, 10),
 )  # fmt: skip
 
 

@@ -104,9 +104,9 @@ def undo(variables: Any, plan: Plan | None = None, **kwargs: Any) -> Any:
 
   What comes back is the tree as it was before: its structure, paths and shapes, with the entries
   that were there, as they stand now. What these have learned since they keep; what new entries
-  have learned is gone. So where nothing was trained since, or α was held at 0, it is the old tree
-  bit for bit, or what training without the growth would have made of it (see docs/growth.md for
-  what that is bit for bit). At another α the outputs jump, as what new entries gave is missing.
+  have learned is gone. So where nothing was trained since it is the old tree bit for bit, and
+  where α was held at 0 it is, but for rounding, what training without the growth would have made
+  of it. At another α the outputs jump, as what new entries gave is missing.
 
   The optimizer's state goes back by `growth.grow_state` with `plan.inverse()`: for a live model,
   give its optimizer.

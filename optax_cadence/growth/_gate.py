@@ -10,8 +10,8 @@ import numpy as np
 from optax_cadence import _paths
 from optax_cadence.growth import _couple
 from optax_cadence.growth import _graph
-from optax_cadence.growth import _parts
 from optax_cadence.growth import _trees
+from optax_cadence.growth import _values
 from optax_cadence.growth._dimension import extended_together
 from optax_cadence.growth._evaluate import Evaluator
 from optax_cadence.growth._plan import LeafChange
@@ -28,8 +28,8 @@ def gated(
   units; in a larger kernel the new taps; in a norm over a widened axis (LayerNorm) the new
   units' part in the statistics, so that the mean is
   :math:`(\sum_{old} x + \alpha \sum_{new} x) / (n_{old} + \alpha n_{new})`. At
-  :math:`\alpha = 0` the operations on old entries are those of the network as it was; at
-  :math:`\alpha = 1` the result is that of `fn`.
+  :math:`\alpha = 0` old entries are those of the network as it was, but for the order in which a
+  larger sum is added up; at :math:`\alpha = 1` the result is that of `fn`.
 
   Args:
     fn: `fn(variables, *args, **kwargs)`, the forward pass at the new size.
@@ -103,7 +103,7 @@ def _without_gate(variables: Any, plan: Plan) -> tuple[Any, Any]:
 
 
 def _run(fn: Any, old: Any, plan: Plan, alpha: Any, variables: Any, args: Any, kwargs: Any) -> Any:
-  """Runs the forward passes at the old and the new size side by side."""
+  """Runs the forward pass at the new size, beside the program of that at the old one."""
   leaves, changes = _trees.leaves(variables), plan.by_path
   small = {
     path: _trees.smaller(leaves[path], change.before or ()) for path, change in changes.items()
@@ -114,22 +114,24 @@ def _run(fn: Any, old: Any, plan: Plan, alpha: Any, variables: Any, args: Any, k
   except ValueError as error:
     raise _does_not_run(plan, variables, error) from error
   inputs = [
-    _parts.cut(leaves[path], changes[path]) if path in changes else _parts.whole(leaves[path])
+    _values.ordered(leaves[path], changes[path]) if path in changes else _values.whole(leaves[path])
     for path in after.paths
   ]
-  inputs += map(_parts.whole, after.arrays)
+  inputs += map(_values.whole, after.arrays)
   counts = all(dimension.contractions is not None for dimension, _ in plan.dimensions)
   outputs = Evaluator(alpha, counts).run(before.program, after.program, inputs)
   for x in outputs:
     if x.new is not None:
       raise ValueError(
-        f"an output is the integer {x.blocks[()]} at the old size and {x.new} at the new one:"
+        f"an output is the integer {x.array} at the old size and {x.new} at the new one:"
         " expected one for both, as there is none between them"
       )
-  if any(x.axes for x in outputs):
+  if any(x.old for x in outputs):
     positions = _output_positions(before, plan)
-    return after.rebuild([_parts.joined(x, at) for x, at in zip(outputs, positions, strict=True)])
-  return after.rebuild([x.blocks[()] for x in outputs])
+    return after.rebuild(
+      [_values.in_place(x, at) for x, at in zip(outputs, positions, strict=True)]
+    )
+  return after.rebuild([x.array for x in outputs])
 
 
 def _does_not_run(plan: Plan, variables: Any, error: Exception) -> ValueError:
