@@ -10,7 +10,7 @@ programs (the number of entries that a mean divides by) go linearly from one to 
 One product stays one product, of the size that it has in the merged network, and α multiplies one
 of its operands. To run old and new entries in products of their own would keep old outputs to the
 bit, as the order in which XLA adds up depends on shapes; but then a step has twice the products,
-and takes 1.6 to 2.6 times as long to compile.
+and takes about twice as long to compile.
 
 Nothing here knows about parameters; see `_gate` for how they are put in order.
 """
