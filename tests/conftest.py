@@ -8,6 +8,7 @@ JAX_DISABLE_MOST_OPTIMIZATIONS=0. Tests that count what is in a program ask for
 
 import collections
 import gc
+import math
 import os
 import subprocess
 import sys
@@ -113,7 +114,7 @@ LONG_CASES = """
 
 def pytest_addoption(parser):
   parser.addoption(
-    "--few", action="store_true", help="of each test with many cases the first and the last alone"
+    "--few", type=int, metavar="N", help="N cases at most of each test, which lie far apart"
   )
 
 
@@ -122,12 +123,13 @@ def pytest_collection_modifyitems(config, items):
   for item in items:
     if any(name.strip() in item.nodeid for name in LONG_CASES):
       item.add_marker(pytest.mark.ci)
-  if config.getoption("--few"):
+  few = config.getoption("--few")
+  if few:
     cases = collections.defaultdict(list)
     for item in items:
       # What is left to CI is chosen, or not, by its marker.
       kind = bool(item.get_closest_marker("ci")), item.nodeid.split("[")[0]
       cases[kind].append(item)
-    between = {id(item) for found in cases.values() for item in found[1:-1]}
-    config.hook.pytest_deselected(items=[item for item in items if id(item) in between])
-    items[:] = [item for item in items if id(item) not in between]
+    kept = {id(x) for found in cases.values() for x in found[:: math.ceil(len(found) / few)]}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]

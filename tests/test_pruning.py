@@ -198,7 +198,8 @@ def test_movement_sums_up_minus_gradient_times_weight():
     scores = scores - np.asarray(grads["a"]["kernel"]) * np.asarray(params["a"]["kernel"])
     updates, state = update(grads, state, params)
     params = optax.apply_updates(params, updates)
-  np.testing.assert_allclose(state.memory["a"]["kernel"], scores, rtol=1e-5)
+  # Terms cancel, so it is their rounding that a sum may be off by.
+  np.testing.assert_allclose(state.memory["a"]["kernel"], scores, rtol=1e-5, atol=1e-6)
   masks = pruning.masks(params, state)
   np.testing.assert_array_equal(masks["a"]["kernel"], best(state.memory["a"]["kernel"], 64))
 
