@@ -86,8 +86,13 @@ LONG_CASES = """
   test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[latest]
   test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[mask and skip]
   test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[mask as vectors]
+  test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[noise, masked away]
+  test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[pieces]
   test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[policies]
+  test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[policies and skip]
   test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[pruned in pieces]
+  test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[pruned, bools]
+  test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[pruned, memory]
   test_describe.py::test_metrics_of_many_states_are_those_of_each[grid]
   test_describe.py::test_metrics_of_many_states_are_those_of_each[policy]
   test_docs.py::test_the_code_runs[docs/
@@ -102,6 +107,7 @@ LONG_CASES = """
   test_masks.py::test_groups_share_what_is_updated_entry_by_entry[compiled by itself]
   test_masks.py::test_groups_share_what_is_updated_entry_by_entry[lion]
   test_masks.py::test_groups_share_what_is_updated_entry_by_entry[rmsprop]
+  test_optimizers.py::test_any_inner_optimizer_follows_the_oracle[contrib.
   test_optimizers.py::test_every_way_of_any_family_follows_the_oracle[contrib.
   test_sharding.py::test_on_several_devices[scans
   test_sparse_training.py::test_a_row_of_the_table_does_what_the_rule_of_jaxpruner_does
