@@ -97,6 +97,10 @@ LONG_CASES = """
   test_describe.py::test_metrics_of_many_states_are_those_of_each[policy]
   test_docs.py::test_the_code_runs[docs/
   test_dtypes.py::test_no_leaf_of_a_state_changes_its_dtype[contrib.
+  test_extending.py::test_a_kind_of_region_of_ones_own[Rows-periods4]
+  test_extending.py::test_a_kind_of_region_of_ones_own[Near-periods5]
+  test_extending.py::test_a_kind_of_region_of_ones_own[NearInOnePass-periods6]
+  test_flax.py::test_an_nnx_optimizer_is_saved_in_mid_window[pruning]
   test_flax.py::test_the_state_of_an_nnx_optimizer_is_taken_as_it_is[chain]
   test_flax.py::test_the_state_of_an_nnx_optimizer_is_taken_as_it_is[pruning]
   test_flax.py::test_the_state_of_an_nnx_optimizer_is_taken_as_it_is[quadrants]
