@@ -330,8 +330,7 @@ class Cadence:
 
   def mean_dtype(self, dtype: Any) -> Any:
     """Dtype in which the inner optimizer gets the mean of a parameter."""
-    asked = jnp.float32 if self.accumulator_dtype is None else self.accumulator_dtype
-    return _window.wider(asked, dtype)
+    return _window.wider(self.sum_dtype(dtype), dtype)
 
   def init(self, params: optax.Params) -> CadenceState:
     if isinstance(params, optax.LookaheadParams):
