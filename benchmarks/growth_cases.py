@@ -24,7 +24,9 @@ from optax_cadence import growth
 
 HEADS, VOCABULARY, LENGTH = 4, 64, 16
 STREAM, HIDDEN = "gated, residual stream", "gated, one hidden layer"
+LEARNED = "gated, residual stream, gate learned"
 PLAIN = "plain, at the new size"
+SCHEDULE = optax.linear_schedule(0.0, 1.0, 100)
 
 
 def all_cases(sizes: Sizes) -> dict[str, Callable[[], Any]]:
@@ -124,15 +126,44 @@ def tokens_of(batch: int) -> Any:
   return jax.ShapeDtypeStruct((batch, LENGTH), jnp.int32)
 
 
-def stepper(fn: Callable[..., Any]) -> Callable[..., Any]:
-  """A step of AdamW on tokens, which stand where other cases have gradients."""
-  tx = peers.adamw()
+def stepper(fn: Callable[..., Any], tx: optax.GradientTransformation) -> Callable[..., Any]:
+  """A step on tokens, which stand where other cases have gradients."""
 
   def one_step(params: Any, state: Any, tokens: jax.Array) -> Any:
     grads = jax.grad(lambda params: (fn(params, tokens) ** 2).mean())(params)
     return peers.stepper(tx)(params, state, grads)
 
   return one_step
+
+
+class Network(NamedTuple):
+  """One of the networks that a step is made of.
+
+  Attributes:
+    name: What it is called.
+    role: "ours" or "peer".
+    fn: Its forward pass.
+    params: The shapes of its parameters.
+    tx: The optimizer.
+  """
+
+  name: str
+  role: str
+  fn: Callable[..., Any]
+  params: Any
+  tx: optax.GradientTransformation
+
+
+def networks(layers: int, width: int) -> list[Network]:
+  """The grown networks with their gates, set by a schedule or learned, and without."""
+  stream, hidden = (grown(layers, width, which) for which in (False, True))
+  scheduled, learned = growth.phase_in(SCHEDULE, peers.adamw()), peers.adamw()
+  return [
+    Network(STREAM, "ours", stream.gated, stream.gated_params, scheduled),
+    Network(HIDDEN, "ours", hidden.gated, hidden.gated_params, scheduled),
+    Network(LEARNED, "ours", stream.gated, stream.gated_params, learned),
+    Network(PLAIN, "peer", stream.plain, stream.plain_params, peers.adamw()),
+  ]
 
 
 def search(layers: int, width: int) -> builds.BuildCase:
@@ -144,7 +175,7 @@ def search(layers: int, width: int) -> builds.BuildCase:
 
   def widen() -> Any:
     model = model_of(layers, width)
-    tx = optax.chain(optax.adamw(1e-3), growth.phase_in(optax.linear_schedule(0.0, 1.0, 100)))
+    tx = growth.phase_in(SCHEDULE, optax.adamw(1e-3))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     def whole() -> Any:
@@ -179,19 +210,17 @@ def search(layers: int, width: int) -> builds.BuildCase:
 def building(stage: str, layers: int, width: int) -> builds.BuildCase:
   """Tracing or compiling a step behind a gate, beside that of the grown network without one."""
 
-  def program(fn: Callable[..., Any], params: Any) -> Callable[[], Any]:
-    arguments = params, jax.eval_shape(peers.adamw().init, params), tokens_of(2)
-    return lambda: (stepper(fn), arguments)
+  def program(network: Network) -> Any:
+    arguments = network.params, jax.eval_shape(network.tx.init, network.params), tokens_of(2)
+    return stepper(network.fn, network.tx), arguments
 
-  stream, hidden = (grown(layers, width, which) for which in (False, True))
   return builds.BuildCase(
     f"growth-{stage}",
     f"{'tracing' if stage == 'trace' else 'compilation of'} a step, {layers} layers",
     stage,
     [
-      builds.BuildVariant(STREAM, "ours", program(stream.gated, stream.gated_params)),
-      builds.BuildVariant(HIDDEN, "ours", program(hidden.gated, hidden.gated_params)),
-      builds.BuildVariant(PLAIN, "peer", program(stream.plain, stream.plain_params)),
+      builds.BuildVariant(network.name, network.role, functools.partial(program, network))
+      for network in networks(layers, width)
     ],
     [Target(STREAM, PLAIN, 1.5), Target(HIDDEN, PLAIN, 1.5)] if stage == "compile" else [],
     STREAM,
@@ -202,26 +231,23 @@ def building(stage: str, layers: int, width: int) -> builds.BuildCase:
 def step(layers: int, width: int, tokens: int) -> cases.Case:
   """A step behind a gate, beside that of the grown network without one."""
 
-  def variant(name: str, role: str, fn: Callable[..., Any], params: Any) -> variants.Variant:
-    shapes, tx = jax.tree.map(lambda x: x.shape, params), peers.adamw()
+  def variant(network: Network) -> variants.Variant:
+    shapes = jax.tree.map(lambda x: x.shape, network.params)
     inputs = variants.Inputs(
       lambda: variants.waves(shapes, 0.0),
       lambda: jnp.arange(tokens, dtype=jnp.int32).reshape(-1, LENGTH) % VOCABULARY,
     )
-    floor = sum(x.size for x in jax.tree.leaves(params)) * floors.every_micro_step()
-    init = lambda params, _: tx.init(params)  # noqa: E731
-    return variants.Variant(name, role, inputs, init, (stepper(fn),), floor)
+    floor = sum(x.size for x in jax.tree.leaves(network.params)) * floors.every_micro_step()
+    init = lambda params, _: network.tx.init(params)  # noqa: E731
+    program = stepper(network.fn, network.tx)
+    return variants.Variant(network.name, network.role, inputs, init, (program,), floor)
 
-  stream, hidden = (grown(layers, width, which) for which in (False, True))
-  sizes = [x.size for x in jax.tree.leaves(stream.plain_params)]
+  compared = networks(layers, width)
+  sizes = [x.size for x in jax.tree.leaves(compared[-1].params)]
   return cases.Case(
     "growth-step",
     f"a step of {tokens} tokens, {layers} layers, {cases.human(sum(sizes)).upper()} parameters",
-    [
-      variant(STREAM, "ours", stream.gated, stream.gated_params),
-      variant(HIDDEN, "ours", hidden.gated, hidden.gated_params),
-      variant(PLAIN, "peer", stream.plain, stream.plain_params),
-    ],
+    [variant(network) for network in compared],
     [Target(STREAM, PLAIN, 1.25), Target(HIDDEN, PLAIN, 1.25)],
     STREAM,
     PLAIN,

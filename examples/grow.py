@@ -140,7 +140,7 @@ class Run:
 
   def __init__(self, config, seed, schedule, data, progress):
     self.model = Net(**config, rngs=nnx.Rngs(seed))
-    tx = optax.chain(optax.adamw(LEARNING_RATE), growth.phase_in(schedule))
+    tx = growth.phase_in(schedule, optax.adamw(LEARNING_RATE))
     self.optimizer = nnx.Optimizer(self.model, tx, wrt=nnx.Param)
     self.step, self.test = make_steps()
     self.data, self.progress = data, progress
