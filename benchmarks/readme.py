@@ -17,6 +17,7 @@ from benchmarks.targets import TIMES
 STEPS, CASES = "whole-steps", "benchmarks"
 WAYS = {
   "training_step": "`training_step`",
+  "training_step in lax.scan": "`training_step` in `lax.scan`",
   "gradients and apply": "gradients and `apply`",
   "MultiSteps": "`MultiSteps`",
   "lax.scan over micro-batches": "`lax.scan` over micro-batches",

@@ -26,6 +26,7 @@ PERIOD = 8
 OURS, STATIC = "training_step", "training_step, static phase"
 STORED, STORED_STATIC = "gradients and apply", "gradients and apply, static phase"
 MULTI_STEPS = "MultiSteps"
+SCANNED = "training_step in lax.scan"
 SCAN, MICROBATCH = "lax.scan over micro-batches", "optax.microbatch"
 
 
@@ -205,10 +206,20 @@ def at_once(model: models.Model) -> list[Variant]:
   def joined() -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), model.batches(PERIOD))
 
+  cadence = oc.cadence(tx, PERIOD)
+
+  def scanned(params: Any, state: Any, batches: Any) -> Any:
+    def turn(carry: Any, batch: Any) -> Any:
+      return trained(cadence, model.loss, None, *carry, batch), None
+
+    return jax.lax.scan(turn, (params, state), batches)[0]
+
   stacked = variants.Inputs(model.params, lambda: model.batches(PERIOD))
   long = variants.Inputs(model.params, joined)
+  of_cadence = functools.partial(initialized, cadence)
   init = functools.partial(initialized, tx)
-  found = [Variant(SCAN, "peer", stacked, init, (scan,), None, spans=PERIOD)]
+  found = [Variant(SCANNED, "ours", stacked, of_cadence, (scanned,), None, spans=PERIOD)]
+  found.append(Variant(SCAN, "peer", stacked, init, (scan,), None, spans=PERIOD))
   if hasattr(optax, "microbatch"):
     found.append(Variant(MICROBATCH, "peer", long, init, (microbatch,), None, spans=PERIOD))
   return found
