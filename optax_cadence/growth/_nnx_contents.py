@@ -4,7 +4,6 @@ A growth may put modules into lists and attributes. What stood there before is k
 not as objects, so that a clone of the model puts back its own.
 """
 
-import functools
 from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from typing import Any, NamedTuple
 
@@ -94,16 +93,12 @@ def replace(model: Any, path: _paths.Path, new: Callable[[Any], Any]) -> None:
 
 
 def unwrap(model: Any, plan: Plan) -> None:
-  """Puts each module that a growth has wrapped (in a mixture of experts) back in its old place."""
-  inside = {}
-  for change in plan.changes:
-    if change.adds_axis:
-      ((old, new),) = [pair for pair in plan.moved.items() if pair[1] == change.path]
-      same = [a == b for a, b in zip(old[::-1], new[::-1], strict=False)]
-      kept = same.index(False) if False in same else len(same)
-      inside[old[: len(old) - kept]] = new[len(old) - kept : len(new) - kept]
-  for path, rest in inside.items():
-    replace(model, path, functools.partial(_at, path=rest))
+  """Puts each module of which a growth has made experts back in its old place."""
+  if any(change.adds_axis for change in plan.changes):
+    for change in plan.changes:
+      if change.before is None:  # the weights of a router
+        *place, _, _ = change.path
+        replace(model, tuple(place), lambda mixture: mixture.experts)
 
 
 def _nodes(model: Any) -> dict[_paths.Path, Any]:
