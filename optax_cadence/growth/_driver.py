@@ -335,7 +335,7 @@ def heads(
   graph = _graph.read(network.forward, network.variables, *network.inputs, **network.settings)
   for path in (path for name in attn for path in _trees.layers(network.variables, name)):
     units, entries = _heads.find(graph, _paths.join(path), of, fixed)
-    if not isinstance(by, int) or isinstance(by, bool) or by < 1 or by % entries:
+    if not isinstance(by, int | np.integer) or isinstance(by, bool) or by < 1 or by % entries:
       raise ValueError(
         f"by: expected a positive integer{f' that {entries} divides' if entries > 1 else ''}, found"
         f" {by!r}"
@@ -358,8 +358,8 @@ def check_closed(larger: Network, plan: Plan) -> None:
     larger: The network at its new size, without its gate.
     plan: The plan by which it has grown.
   """
-  inputs = larger.inputs
-  known = inputs and not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(inputs))
+  inputs, arguments = larger.inputs, jax.tree.leaves((larger.inputs, larger.settings))
+  known = inputs and not any(isinstance(x, jax.ShapeDtypeStruct) for x in arguments)
   if not known or not plan.grows or not any(change.scaled for change in plan.changes):
     return
   gated = _gate.gated(larger.forward, plan)
