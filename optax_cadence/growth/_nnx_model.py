@@ -297,13 +297,15 @@ def _pad_for_taps(model: nnx.Module, plan: Plan) -> None:
   modules = parts(model).modules
   for change in (change for change in plan.changes if change.taps):
     conv: Any = modules.get(change.path[:-1])
-    padding = getattr(conv, "padding", None)
+    if not hasattr(conv, "padding"):  # a class of the user's, which pads in code of its own
+      continue
+    padding = conv.padding
     if isinstance(padding, str) and (padding != "VALID" or isinstance(conv, nnx.ConvTranspose)):
       continue
     spatial = len(change.spatial)
     each = 0 if padding == "VALID" else padding
-    pairs: list[Any] = [each] * spatial if isinstance(each, int) else list(each or ())
-    dilation = conv.kernel_dilation or 1
+    pairs: list[Any] = [each] * spatial if isinstance(each, int) else list(each)
+    dilation = getattr(conv, "kernel_dilation", None) or 1
     dilations = [dilation] * spatial if isinstance(dilation, int) else list(dilation)
     sign = 1 if plan.grows else -1
     for i, axis in enumerate(change.spatial):
