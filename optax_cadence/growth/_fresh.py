@@ -111,6 +111,10 @@ def given(plan: Plan, fresh: Any, values: Mapping[str, Any]) -> Fresh:
 
   Returns:
     Fresh values for `plan.apply`.
+
+  Raises:
+    ValueError: If a path is not in the plan, or grows along several axes, or the new entries have
+      another shape.
   """
   changes = {_trees.find(plan.by_path, name): value for name, value in values.items()}
 
@@ -118,7 +122,13 @@ def given(plan: Plan, fresh: Any, values: Mapping[str, Any]) -> Fresh:
     value = _value(fresh, path, shape, dtype)
     if path not in changes:
       return value
-    (axis,) = plan.by_path[path].positions
+    axes = sorted(plan.by_path[path].positions)
+    if len(axes) != 1:
+      raise ValueError(
+        f"new entries of {_paths.join(path)!r}: expected a leaf that grows along one axis, found"
+        f" axes {axes}"
+      )
+    (axis,) = axes
     rest = [np.arange(n) for n in shape]
     rest[axis] = plan.by_path[path].new(axis)
     new = jnp.asarray(changes[path], value.dtype)
