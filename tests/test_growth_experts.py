@@ -357,6 +357,10 @@ def test_errors():
     growth.upcycle(model, X, mlp=model.tail, experts=1)
   with pytest.raises(ValueError, match="found the model itself"):
     growth.upcycle(model, X, mlp=model)
+  with pytest.raises(ValueError, match="mlp 'mlp': expected each once, and none in another"):
+    growth.upcycling(PARAMS, ["mlp", "mlp"], experts=2, features=6)
+  with pytest.raises(ValueError, match="capacity: expected a number above 0, or None, found 0"):
+    mixture(random_experts(), X, capacity=0)
   with pytest.raises(ValueError, match="mlp 'head': expected what holds leaves of 'mlp/"):
     growth.upcycling(PARAMS, "head", experts=2, features=6)
   model.tail = Indifferent(nnx.Rngs(0))
