@@ -384,20 +384,20 @@ class _Recycling:
     Raises:
       ValueError: If weights that make units, or read them, are not among them.
     """
-    leaves = _trees.leaves(params)
+    leaves, found = _trees.leaves(params), {}
     for layer in self.layers.values():
       for member in layer.units.members:
-        found = np.shape(leaves[member.path]) if member.path in leaves else None
-        if member.role == "follows" and found is None:  # running statistics
+        shape = np.shape(leaves[member.path]) if member.path in leaves else None
+        if member.role == "follows" and shape is None:  # running statistics
           continue
-        if found is None or found[member.axis] != len(member.labels):
+        if shape is None or shape[member.axis] != len(member.labels):
           raise ValueError(
             f"{_paths.join(member.path)!r}: expected {len(member.labels)} entries along axis"
             f" {member.axis} in the parameters, found"
-            f" {'no such leaf' if found is None else f'shape {found}'}"
+            f" {'no such leaf' if shape is None else f'shape {shape}'}"
           )
-    paths = {m.path: None for layer in self.layers.values() for m in layer.units.members}
-    return {path: leaves[path] for path in paths if path in leaves}
+        found[member.path] = leaves[member.path]
+    return found
 
   def _with_fresh(
     self,
