@@ -100,6 +100,11 @@ def flatten_with_paths(tree: Any, is_leaf: Any = None) -> list[tuple[Path, Any]]
   return rows
 
 
+def covering(path: Path, prefixes: Collection[Path]) -> Path | None:
+  """The path in a tree prefix at which the value of a leaf is: its own or one above; else None."""
+  return next((path[:n] for n in range(len(path) + 1) if path[:n] in prefixes), None)
+
+
 def arrays(tree: Any) -> list[Any]:
   """The leaves of a tree, out of the variables in which NNX keeps them."""
   leaves = []
