@@ -181,7 +181,7 @@ class EachLayer:
     copies = {layer: copy.copy(self.policy) for layer in layers}
     for policy, place in zip(copies.values(), _paths.names(copies), strict=True):
       policy.place = place
-    return jax.tree.unflatten(jax.tree.structure(params), [copies[layer] for layer in layers])
+    return _paths.map_with_paths(lambda path, _: copies[path[:-1]], params)
 
 
 def fraction(name: str, value: Any) -> Any:

@@ -32,15 +32,14 @@ def updates(
     kept: By path, the masks of the leaves of which it sees 0 as the gradient of a pruned weight.
     rests: Whether it does nothing this time: a bool or a boolean scalar.
   """
-  if kept:
-    by_path = dict(_paths.flatten_with_paths(grads))
-    for path, mask in kept.items():
-      by_path[path] = jnp.where(mask, by_path[path], jnp.zeros_like(by_path[path]))
-    grads = jax.tree.unflatten(jax.tree.structure(grads), list(by_path.values()))
+
+  def kept_of(path: _paths.Path, grad: jax.Array) -> jax.Array:
+    return jnp.where(kept[path], grad, jnp.zeros_like(grad)) if path in kept else grad
 
   def update(grads: Any, state: Any) -> Any:
     return inner.update(grads, state, params, **extra_args)
 
+  grads = _paths.map_with_paths(kept_of, grads) if kept else grads
   if rests is False:
     return update(grads, state)
   like, _ = jax.eval_shape(update, grads, state)
@@ -58,9 +57,8 @@ def restarted(
   entries: Mapping[_paths.Path, jax.Array],
 ) -> optax.OptState:
   """The state of the optimizer without what it knew of these entries."""
-  new = [
-    entries.get(path, jnp.zeros(jnp.shape(x), bool))
-    for path, x in _paths.flatten_with_paths(params)
-  ]
-  new = jax.tree.unflatten(jax.tree.structure(params), new)
-  return _restart.restarted(inner, state, params, new)
+
+  def new(path: _paths.Path, x: Any) -> jax.Array:
+    return entries.get(path, jnp.zeros(jnp.shape(x), bool))
+
+  return _restart.restarted(inner, state, params, _paths.map_with_paths(new, params))

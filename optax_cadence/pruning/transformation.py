@@ -171,11 +171,7 @@ def prune(
         criteria.check_needs_no_gradient(reader, next(iter(leaves.values())), inner)
     memory = {}
     if criterion.remembers:
-      slots = [
-        jnp.zeros(x.shape, _memory_dtype(x)) if path in leaves else optax.MaskedNode()
-        for path, x in _by_path(params).items()
-      ]
-      memory = jax.tree.unflatten(jax.tree.structure(params), slots)
+      memory = _paths.map_with_paths(lambda path, _: _no_memory(leaves.get(path)), params)
     masks = masking.nested(first_masks(masker, leaves)) if hold else {}
     drawing = () if hold else filling.init(filler, leaves)
     return PruneState(jnp.int32(0), masks, memory, inner_state, drawing)
@@ -287,12 +283,10 @@ def prune(
         move = filled[path].astype(update.dtype) - leaves[path].astype(update.dtype)
         moved[path] = jnp.where(kept[path], update, move)
       if optimizer is not None and restarts:
-        after = _by_path(params)
-        for path, mask in kept.items():
-          after[path] = jnp.where(mask, leaves[path], filled[path])
-        after = jax.tree.unflatten(jax.tree.structure(params), after.values())
+        after = {path: jnp.where(kept[path], x, filled[path]) for path, x in leaves.items()}
         new = {path: ~mask for path, mask in kept.items()}
-        inner_state = optimizing.restarted(optimizer, inner_state, after, new)
+        params_after = _paths.map_with_paths(after.get, params)
+        inner_state = optimizing.restarted(optimizer, inner_state, params_after, new)
       return moved, inner_state
 
     by_path, due = _by_path(updates), times.due(micro_step.step)
@@ -382,8 +376,11 @@ def _by_path(tree: Any) -> dict[_paths.Path, Any]:
   }
 
 
-def _memory_dtype(param: jax.Array) -> Any:
-  return jnp.float64 if param.dtype == jnp.float64 else jnp.float32
+def _no_memory(leaf: jax.Array | None) -> Any:
+  """What a criterion remembers of a leaf to begin with; nothing of one that is not pruned."""
+  if leaf is None:
+    return optax.MaskedNode()
+  return jnp.zeros(leaf.shape, jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32)
 
 
 def _after(updates: Any, leaves: masking.Arrays) -> tuple[Any, masking.Leaves]:

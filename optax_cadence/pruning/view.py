@@ -52,11 +52,11 @@ def masks(params: Any, state: Any) -> Any:
   one, as by everything here that takes the state.
   """
   found = by_path(params, state)
-  leaves = [
-    found[path] if path in found else jnp.ones(jnp.shape(x), bool)
-    for path, x in _paths.flatten_with_paths(params)
-  ]
-  return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+  def mask(path: _paths.Path, x: Any) -> jax.Array:
+    return found[path] if path in found else jnp.ones(jnp.shape(x), bool)
+
+  return _paths.map_with_paths(mask, params)
 
 
 def with_masks(state: Any, new: Any, params: Any = None) -> Any:
