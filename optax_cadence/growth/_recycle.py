@@ -18,6 +18,7 @@ import optax
 from optax_cadence import _control
 from optax_cadence import _paths
 from optax_cadence import _restart
+from optax_cadence import _window
 from optax_cadence.growth import _activity
 from optax_cadence.growth import _hidden
 from optax_cadence.growth import _trees
@@ -369,7 +370,7 @@ class _Recycling:
     for name, layer in self.layers.items():
       for taker, mean in zip(layer.takers, means[name], strict=True):
         weights = leaves[taker.weights]
-        weights = weights.astype(filling.wider(weights.dtype, mean.dtype))
+        weights = weights.astype(_window.wider(weights.dtype, mean.dtype))
         mean = jnp.where(gone[name], mean, jnp.zeros_like(mean)).astype(weights.dtype)
         member = next(m for m in layer.units.members if m.path == taker.weights)
         value = entries(member, mean, weights.shape)
