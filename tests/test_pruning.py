@@ -204,6 +204,39 @@ def test_movement_sums_up_minus_gradient_times_weight():
   np.testing.assert_array_equal(masks["a"]["kernel"], best(state.memory["a"]["kernel"], 64))
 
 
+def test_movement_of_complex_weights_is_the_change_of_the_loss():
+  params = {"w": jnp.full((2, 2), 1 + 2j)}
+  tx = oc.prune(0.5, every=4, criterion=pruning.movement(), inner=optax.sgd(0.1))
+  _, state = tx.update(params, tx.init(params), params)
+  np.testing.assert_allclose(state.memory["w"], 3.0)  # -Re (1 + 2i)²
+  odd = pruning.Criterion(
+    "odd", lambda p, m, k: m, True, remembers=lambda m, p, g: m.astype(p.dtype) + p * g
+  )
+  tx = oc.prune(0.5, every=4, criterion=odd, inner=optax.sgd(0.1))
+  with pytest.raises(ValueError, match="real array of shape .* found an array of .* complex64"):
+    tx.update(params, tx.init(params), params)
+
+
+def test_seeds_functions_and_regrowth_come_in_every_form():
+  params = {"a": jnp.ones((8, 8)), "b": jnp.ones((8, 8))}
+  half = jax.tree_util.Partial(lambda share, t: share, 0.5)
+  for tx in (
+    oc.prune({"a": half, "b": 0.5}, every=1, criterion=pruning.random(np.int32(3))),
+    oc.prune(0.5, every=1, hold=False, fill=pruning.Fill(0.0, 1.0, key=np.int32(3))),
+  ):
+    _, state = tx.update(params, tx.init(params), params)
+    assert int(state.step) == 1
+  np.testing.assert_array_equal(
+    jax.random.key_data(pruning.random(np.int64(3)).key), jax.random.key_data(jax.random.key(3))
+  )
+  with pytest.raises(ValueError, match="key: expected a seed or a PRNG key, found 1.5"):
+    pruning.random(1.5)
+  with pytest.raises(ValueError, match=r"expected pruning.by_gradient.*found 'rigl'"):
+    oc.prune(0.5, every=1, regrow="rigl", inner=optax.sgd(0.1))
+  with pytest.raises(ValueError, match="regrow: fraction: expected a number .*found 'x'"):
+    pruning.by_gradient(stop=4, fraction="x")
+
+
 def test_saliency_is_weight_times_gradient():
   tx = oc.prune(0.5, every=1, criterion="saliency", inner=optax.sgd(0.1))
   params, grads = tree(), tree(1)

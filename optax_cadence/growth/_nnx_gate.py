@@ -220,8 +220,8 @@ class Call:
       if different:
         listed = _paths.listed((*path, name) for path, name in different)
         raise ValueError(
-          f"{self._what} sets the attributes {listed}, which a model with a gate cannot follow: set"
-          " them outside, or merge the gate first"
+          f"{self._what} sets the attributes {listed}, which what runs a model as a program of its"
+          " arrays cannot follow (a gate does, and recycle): set them outside of the call"
         )
       after = [_arrays(x) for x in (of_model, *of_others)]
       differing = [

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_cadence import _checks
 from optax_cadence import _paths
 from optax_cadence.growth import _trees
 from optax_cadence.growth._plan import Plan
@@ -77,8 +78,8 @@ def phase_in(
   """
   if not callable(schedule):
     raise ValueError(f"schedule must be a function of micro-steps, found {schedule!r}")
-  if learn_from is not None and learn_from < 1:
-    raise ValueError(f"learn_from must be a micro-step, 1 or later, found {learn_from}")
+  if learn_from is not None:
+    learn_from = _checks.integer("learn_from", learn_from, 1, ", a micro-step")
   inside = optax.with_extra_args_support(optax.identity() if inner is None else inner)
   path = tuple(alpha.split("/"))
 

@@ -162,7 +162,7 @@ class CKConv(nnx.Module):
   Args:
     in_features: Input channels.
     out_features: Output channels.
-    kernel_size: Taps along each axis: one number or two. `resample` changes it.
+    kernel_size: Taps along each axis: a sequence of one number or of two. `resample` changes it.
     padding: "SAME", "VALID" or "CAUSAL" (one dimension).
     use_bias: Whether a bias is added.
     hidden: Width of the kernel network.

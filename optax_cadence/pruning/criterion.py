@@ -43,7 +43,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_cadence import _checks
 from optax_cadence import _paths
+from optax_cadence import _window
 
 Score = Callable[[jax.Array, Any, Any], jax.Array]
 
@@ -60,9 +62,9 @@ class Criterion:
       criterion has a key. A leaf that holds a stack of layers is scored a layer at a time.
     reads_grads: Whether it needs gradients, and so `prune` an inner optimizer to see them before.
     remembers: A function `(memory, param, grad) -> memory`, called at every micro-step, whose
-      result is scored; all are arrays of the parameter's shape, in float32 or wider. The memory
-      is zero to begin with. An entry that would not be finite stays as it was. True is for the sum
-      of `-grad * param`. It needs gradients.
+      result is scored; all are arrays of the parameter's shape, in float32 or wider, the memory
+      real. It is zero to begin with. An entry that would not be finite stays as it was. True is for
+      the sum of `-grad * param`. It needs gradients.
     cheap: Whether the scores are computed entry by entry and cost so little that every pass over
       them computes them again instead of storing them.
     key: PRNG key. Every micro-step and leaf gets a key of its own, derived from it.
@@ -95,16 +97,18 @@ class Criterion:
 
   def remember(self, memory: jax.Array, param: jax.Array, grad: jax.Array) -> jax.Array:
     """The memory after one more micro-step; an entry that would not be finite stays as it was."""
-    param, grad = param.astype(memory.dtype), grad.astype(memory.dtype)
+    wide = _window.wider(memory.dtype, param.dtype)  # complex, where the parameter is
+    param, grad = param.astype(wide), grad.astype(wide)
     if callable(self.remembers):
-      new = jnp.asarray(self.remembers(memory, param, grad), memory.dtype)
+      new = jnp.asarray(self.remembers(memory, param, grad))
     else:
-      new = memory - grad * param
-    if new.shape != memory.shape:
+      new = memory - (grad * param).real
+    if new.shape != memory.shape or jnp.iscomplexobj(new):
       raise ValueError(
-        f"criterion {self.name}: remembers must return an array of shape {memory.shape}, found"
-        f" {new.shape}"
+        f"criterion {self.name}: remembers must return a real array of shape {memory.shape}, found"
+        f" {_checks.shown(new)}"
       )
+    new = new.astype(memory.dtype)
     return jnp.where(jnp.isfinite(new), new, memory)
 
 
@@ -130,14 +134,27 @@ def random(key: Any) -> Criterion:
   >>> pruning.random(0).name
   'random'
   """
-  key = jax.random.key(key) if isinstance(key, int) else key
   return Criterion(
-    "random", lambda param, grad, key: jax.random.bits(key, param.shape, jnp.uint32), key=key
+    "random",
+    lambda param, grad, key: jax.random.bits(key, param.shape, jnp.uint32),
+    key=as_key(key),
   )
+
+
+def as_key(key: Any) -> jax.Array:
+  """The PRNG key that a seed, the data of a key or a key stands for."""
+  seed = _checks.whole(key)
+  if seed is not None:
+    return jax.random.key(seed)
+  if not hasattr(key, "dtype"):
+    raise ValueError(f"key: expected a seed or a PRNG key, found {_checks.shown(key)}")
+  return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 
 def movement() -> Criterion:
   r"""How far weights moved away from zero: :math:`-\sum_t g_t w_t`.
+
+  Of complex weights the real part, which is the change of the loss in first order.
 
   References:
     Sanh et al. 2020, `Movement Pruning <https://arxiv.org/abs/2005.07683>`_

@@ -9,6 +9,7 @@ import numpy as np
 
 from optax_cadence import _paths
 from optax_cadence import _window
+from optax_cadence.pruning import criterion as criteria
 from optax_cadence.pruning import masking
 
 
@@ -86,7 +87,7 @@ def init(fill: Fill, leaves: masking.Leaves) -> Any:
       numbers = x.astype(jnp.float32) if x.size else jnp.zeros(1, jnp.float32)
       mean[path], deviation[path] = numbers.mean(), numbers.std()
   return FillState(
-    jax.random.key_data(_typed(fill.key)), masking.nested(mean), masking.nested(deviation)
+    jax.random.key_data(criteria.as_key(fill.key)), masking.nested(mean), masking.nested(deviation)
   )
 
 
@@ -133,7 +134,7 @@ def weights(fill: Fill, state: Any, step: jax.Array, leaves: masking.Arrays) -> 
 
 def key_at(fill: Fill, state: FillState, step: jax.Array) -> jax.Array:
   """The key of a micro-step."""
-  key = jax.random.wrap_key_data(state.key, impl=jax.random.key_impl(_typed(fill.key)))
+  key = jax.random.wrap_key_data(state.key, impl=jax.random.key_impl(criteria.as_key(fill.key)))
   return jax.random.fold_in(key, step)
 
 
@@ -146,7 +147,7 @@ def initializers_of(fill: Fill, leaves: masking.Arrays) -> dict[_paths.Path, Any
   """The initializer of each leaf, by path; empty where weights are drawn from a normal."""
   if fill.initializer is None:
     return {}
-  prefixes = dict(_paths.flatten_with_paths(fill.initializer))
+  prefixes = dict(_paths.flatten_with_paths(fill.initializer, is_leaf=callable))
   found = {}
   for path in leaves:
     prefix = _paths.covering(path, prefixes)
@@ -158,12 +159,3 @@ def initializers_of(fill: Fill, leaves: masking.Arrays) -> dict[_paths.Path, Any
       )
     found[path] = initializer
   return found
-
-
-def _typed(key: Any) -> jax.Array:
-  """The PRNG key that a seed, the data of a key or a key stands for."""
-  if isinstance(key, int):
-    return jax.random.key(key)
-  if jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
-    return key
-  return jax.random.wrap_key_data(key)

@@ -21,13 +21,16 @@ def by_leaf(
     tree: A tree prefix of the parameters, or an `oc.by_path`.
     params: All parameters.
     paths: The leaves that need a value.
-    is_leaf: Which nodes of the prefix are values and no trees.
+    is_leaf: Which nodes of the prefix are values and no trees; functions always are, also those
+      that JAX takes for trees, as `jax.tree_util.Partial`.
 
   Raises:
     ValueError: If the prefix does not fit the parameters.
   """
   tree = tree(params) if isinstance(tree, ByPath) else tree
-  by_prefix = dict(_paths.flatten_with_paths(tree, is_leaf=is_leaf))
+  by_prefix = dict(
+    _paths.flatten_with_paths(tree, lambda x: callable(x) or (is_leaf is not None and is_leaf(x)))
+  )
   known = [path for path, _ in _paths.flatten_with_paths(params)]
   used = {_paths.covering(path, by_prefix) for path in known}
   for prefix in by_prefix:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from optax_cadence import _checks
 from optax_cadence.pruning import criterion as criteria
 
 
@@ -28,8 +29,7 @@ class Regrowth:
   skip_step: bool = False
 
   def __post_init__(self) -> None:
-    if not 0 <= self.fraction <= 1:
-      raise ValueError(f"regrow: expected a fraction in [0, 1], found {self.fraction}")
+    _checks.number("regrow: fraction", self.fraction, 0, 1)
 
   def share(self, t: Any) -> Any:
     """Share of the kept weights that is exchanged at micro-step t."""

@@ -134,6 +134,11 @@ def prune(
   criterion = criteria.as_criterion(criterion)
   needs_an_update |= criterion.needs_grads or criterion.reads is not None
   structure = structures.as_structure(structure)
+  if regrow is not None and not isinstance(regrow, Regrowth):
+    raise ValueError(
+      "regrow: expected pruning.by_gradient(...) or pruning.at_random(...), found"
+      f" {_checks.shown(regrow)}"
+    )
   times = schedules.as_times(every)
   filler = filling.as_fill(fill)
   settings = masking.Masker(
