@@ -222,18 +222,15 @@ class _Walk:
     return list(map(_joined, reading.branch_results(eqn, inputs, self.run)))
 
   def _scan(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
-    consts, carried = reading.scan_counts(eqn)
-    first = consts + carried  # the first operand that is read slice by slice
-    slices = [_Value(x.data, {i: a[1:] for i, a in x.leaves.items()}) for x in inputs[first:]]
+    consts, carried, xs = reading.scan_operands(eqn, inputs)
+    slices = [_Value(x.data, {i: a[1:] for i, a in x.leaves.items()}) for x in xs]
     outputs = self._loop(
-      lambda carry: self.run(eqn.params["jaxpr"], inputs[:consts] + carry + slices),
-      inputs[consts:first],
+      lambda carry: self.run(eqn.params["jaxpr"], consts + carry + slices), carried
     )
     nowhere: frozenset[int] = frozenset()
-    stacked = [
-      _Value(x.data, {i: (nowhere, *a) for i, a in x.leaves.items()}) for x in outputs[carried:]
-    ]
-    return outputs[:carried] + stacked
+    n = len(carried)
+    stacked = [_Value(x.data, {i: (nowhere, *a) for i, a in x.leaves.items()}) for x in outputs[n:]]
+    return outputs[:n] + stacked
 
   def _while(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
     return self._loop(*reading.while_step(eqn, inputs, self.run))

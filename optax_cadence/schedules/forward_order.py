@@ -135,12 +135,8 @@ class _Walk:
     return list(map(_join, reading.branch_results(eqn, inputs, self.run)))
 
   def _scan(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
-    consts, carried = reading.scan_counts(eqn)
-    before, after = inputs[:consts], inputs[consts + carried :]
-    return self._loop(
-      lambda carry: self.run(eqn.params["jaxpr"], before + carry + after),
-      inputs[consts : consts + carried],
-    )
+    consts, carried, xs = reading.scan_operands(eqn, inputs)
+    return self._loop(lambda carry: self.run(eqn.params["jaxpr"], consts + carry + xs), carried)
 
   def _while(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
     return self._loop(*reading.while_step(eqn, inputs, self.run))
