@@ -179,19 +179,15 @@ def _sources(
   plan: Plan, before: Collection[_paths.Path], after: Iterable[_paths.Path]
 ) -> dict[_paths.Path, _paths.Path | None]:
   """For the path of each parameter the one that it had before; None for one that is new."""
-  growing = plan.grows and plan.alpha not in before  # otherwise it is the merge of that plan
-  moved: Mapping[_paths.Path, _paths.Path] = {}
-  if growing:
-    moved = {new: path for path, new in plan.moved.items()}
-  elif not plan.grows:
-    moved = plan.moved
-  added = {change.path for change in plan.changes if change.before is None} if growing else set()
-
-  def source(path: _paths.Path) -> _paths.Path | None:
-    origin = moved.get(path, path)
-    return origin if origin in before and path not in added else None
-
-  return {path: source(path) for path in after}
+  if plan.grows and plan.alpha in before:  # the merge of that plan
+    return {path: path if path in before else None for path in after}
+  moved = {new: path for path, new in plan.moved.items()} if plan.grows else plan.moved
+  added = {change.path for change in plan.changes if change.before is None}
+  origins = {path: moved.get(path, path) for path in after}
+  return {
+    path: origin if origin in before and path not in added else None
+    for path, origin in origins.items()
+  }
 
 
 def _named(keys: Keys) -> tuple[str, ...]:
