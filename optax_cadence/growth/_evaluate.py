@@ -246,14 +246,12 @@ class Evaluator:
       _Body(self, (old.params[which], new.params[which]), carry)
       for which in ("cond_jaxpr", "body_jaxpr")
     )
-
-    def goes_on(arrays: Any) -> Any:
-      return condition(arrays, of_condition)[0]
-
-    def once(arrays: Any) -> Any:
-      return step(arrays, of_body)
-
-    return step.results(jax.lax.while_loop(goes_on, once, _arrays(carry)))
+    results = jax.lax.while_loop(
+      lambda arrays: condition(arrays, of_condition)[0],
+      lambda arrays: step(arrays, of_body),
+      _arrays(carry),
+    )
+    return step.results(results)
 
   def _scan(self, old: Any, new: Any, operands: list[Value]) -> list[Value]:
     consts, carried, scanned = reading.scan_operands(old, operands)

@@ -2,7 +2,7 @@
 
 Every reader of programs asks it: masks (is an operation elementwise?), forward order (does it
 contract?), growth (which axes have to grow together?). To add a primitive, add its name to one of
-the sets, or a line to `_RULES`. Nothing here knows about parameters.
+the sets, or to a line of `_RULES`. Nothing here knows about parameters.
 """
 
 from collections.abc import Callable
@@ -338,62 +338,37 @@ def _none(eqn: Any) -> list[Tie]:
   return []
 
 
+# The operations of each rule.
 _RULES: dict[str, Callable[[Any], list[Tie]]] = {
-  "approx_top_k": _top_k,
-  "argmax": _reduce,
-  "argmin": _reduce,
-  "broadcast_in_dim": _broadcast_in_dim,
-  "cholesky": _matrix,
-  "conv_general_dilated": _conv,
-  "device_put": _each,
-  "dot_general": _dot,
-  "dynamic_slice": _whole_axes,
-  "dynamic_update_slice": _dynamic_update_slice,
-  "eig": _matrix,
-  "eigh": _matrix,
-  "fft": _fft,
-  "gather": _gather,
-  "hessenberg": _matrix,
-  "householder_product": _matrix,
-  "iota": _none,
-  "lu": _matrix,
-  "mesh_cast": _same_shape,
-  "optimization_barrier": _each,
-  "pad": _whole_axes,
-  "qr": _matrix,
-  "ragged_dot": _ragged_dot,
-  "ragged_dot_general": _ragged_dot,
-  "random_bits": _none,
-  "random_fold_in": _none,
-  "random_seed": _none,
-  "random_split": _none,
-  "random_unwrap": _none,
-  "random_wrap": _none,
-  "reduce": _reduce,
-  "reduce_window_max": _reduce_window,
-  "reduce_window_min": _reduce_window,
-  "reduce_window_sum": _reduce_window,
-  "reshard": _same_shape,
-  "reshape": _none,  # its axes merge and split: see `reshape_groups`
-  "scatter": _scatter,
-  "scatter-add": _scatter,
-  "scatter-max": _scatter,
-  "scatter-min": _scatter,
-  "scatter-mul": _scatter,
-  "scatter-sub": _scatter,
-  "schur": _matrix,
-  "sharding_constraint": _same_shape,
-  "slice": _whole_axes,
-  "squeeze": _reduce,
-  "stack": _stack,
-  "svd": _matrix,
-  "tile": _whole_axes,
-  "top_k": _top_k,
-  "transpose": _transpose,
-  "triangular_solve": _triangular_solve,
-  "tridiagonal": _matrix,
-  "tridiagonal_solve": _tridiagonal_solve,
-  "unstack": _unstack,
+  name: rule
+  for rule, names in (
+    (_broadcast_in_dim, "broadcast_in_dim"),
+    (_conv, "conv_general_dilated"),
+    (_dot, "dot_general"),
+    (_dynamic_update_slice, "dynamic_update_slice"),
+    (_each, "device_put optimization_barrier"),
+    (_fft, "fft"),
+    (_gather, "gather"),
+    (_matrix, "cholesky eig eigh hessenberg householder_product lu qr schur svd tridiagonal"),
+    # The axes of a reshape merge and split: see `reshape_groups`.
+    (
+      _none,
+      "iota random_bits random_fold_in random_seed random_split random_unwrap random_wrap reshape",
+    ),
+    (_ragged_dot, "ragged_dot ragged_dot_general"),
+    (_reduce, "argmax argmin reduce squeeze"),
+    (_reduce_window, "reduce_window_max reduce_window_min reduce_window_sum"),
+    (_same_shape, "mesh_cast reshard sharding_constraint"),
+    (_scatter, "scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub"),
+    (_stack, "stack"),
+    (_top_k, "approx_top_k top_k"),
+    (_transpose, "transpose"),
+    (_triangular_solve, "triangular_solve"),
+    (_tridiagonal_solve, "tridiagonal_solve"),
+    (_unstack, "unstack"),
+    (_whole_axes, "dynamic_slice pad slice tile"),
+  )
+  for name in names.split()
 }
 
 
