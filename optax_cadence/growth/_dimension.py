@@ -172,15 +172,8 @@ def extended_together(
 ) -> list[Labels]:
   """The labels of several dimensions along one axis, at which each is given more units.
 
-  These stand behind the last unit, wherever that is.
-
-  Args:
-    labels: For each dimension its labels along the axis.
-    units: For each the number of its units.
-    more: For each how many units it gets.
-
-  Returns:
-    For each its labels along the axis as it is then.
+  These stand behind its last unit, wherever that is. Of each dimension the arguments have its
+  labels along the axis, the number of its units, and how many more it gets.
 
   >>> import numpy as np
   >>> from optax_cadence.growth import _dimension

@@ -169,11 +169,7 @@ def _constants(
 ) -> dict[_paths.Path, tuple[_paths.Path, jax.Array]]:
   """For each weight the bias that is added to its product, and the product of a part of the weight.
 
-  Args:
-    fn: The forward pass.
-    variables: Its variables.
-    args: Its further arguments.
-    alone: The parts of weights, by their path.
+  `alone` has these parts, by the paths of the weights.
   """
   traced = _graph.trace(fn, variables, *args)
   found: dict[_paths.Path, tuple[_paths.Path, jax.Array]] = {}
