@@ -4,11 +4,13 @@ How they are timed is in `measure`; the cases that run are in `cases`.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 import optax_cadence as oc
 from benchmarks import peers
@@ -58,84 +60,74 @@ class BuildCase:
 
 def compilation(n: int, width: int) -> BuildCase:
   """Compilation of n leaves in four groups, in one group, and of a quarter of the leaves."""
-  quarter = n // 4
-  ours, peer = program_name(n, 4), f"AdamW, {n} leaves"
+  ours, peer = cadences(n, width, 4), adamw(n, width)
+  labels = dict(zip(many(n, width), itertools.cycle(PERIODS), strict=False))
   return BuildCase(
     "compile",
     f"compilation, {n} leaves in four groups",
     "compile",
     [
-      BuildVariant(ours, "ours", lambda: cadence_program(n, width, 4)),
-      BuildVariant(program_name(n, 1), "ours", lambda: cadence_program(n, width, 1)),
-      BuildVariant(program_name(quarter, 4), "ours", lambda: cadence_program(quarter, width, 4)),
-      BuildVariant(peer, "peer", lambda: adamw_program(n, width)),
-      BuildVariant(f"AdamW, {quarter} leaves", "peer", lambda: adamw_program(quarter, width)),
-      BuildVariant(PARTITION, "peer", lambda: partition_program(n, width, 4)),
+      ours,
+      cadences(n, width, 1),
+      cadences(n // 4, width, 4),
+      peer,
+      adamw(n // 4, width),
+      BuildVariant(
+        PARTITION, "peer", lambda: peer_program(n, width, peers.partition(PERIODS, labels))
+      ),
     ],
-    [Target(ours, peer, 2.0)],
-    ours,
-    peer,
+    [Target(ours.name, peer.name, 2.0)],
+    ours.name,
+    peer.name,
   )
 
 
 def tracing(n: int, width: int) -> BuildCase:
   """Tracing n leaves, which is the part of compilation that Python does."""
-  ours, four, peer = program_name(n, 1), program_name(n, 4), f"AdamW, {n} leaves"
+  one, four, peer = cadences(n, width, 1), cadences(n, width, 4), adamw(n, width)
   return BuildCase(
     "trace",
     f"tracing, {n} leaves",
     "trace",
     [
-      BuildVariant(ours, "ours", lambda: cadence_program(n, width, 1)),
-      BuildVariant(four, "ours", lambda: cadence_program(n, width, 4)),
-      BuildVariant(peer, "peer", lambda: adamw_program(n, width)),
-      BuildVariant("MultiSteps", "peer", lambda: multi_steps_program(n, width)),
+      one,
+      four,
+      peer,
+      BuildVariant("MultiSteps", "peer", lambda: peer_program(n, width, peers.multi_steps(8))),
     ],
-    [Target(ours, peer, 3.0), Target(four, peer, 3.0)],
-    four,
-    peer,
+    [Target(one.name, peer.name, 3.0), Target(four.name, peer.name, 3.0)],
+    four.name,
+    peer.name,
   )
 
 
-def cadence_program(n: int, width: int, groups: int) -> Any:
+def cadences(n: int, width: int, groups: int) -> BuildVariant:
   """`apply` on n leaves in up to four groups of periods 8, 4, 2 and 1."""
+  name = f"apply, {n} leaves in {groups} group{'s' if groups > 1 else ''}"
+  return BuildVariant(name, "ours", lambda: cadence_program(n, width, PERIODS[:groups]))
+
+
+def adamw(n: int, width: int) -> BuildVariant:
+  """Plain AdamW on n leaves."""
+  return BuildVariant(f"AdamW, {n} leaves", "peer", lambda: peer_program(n, width, peers.adamw()))
+
+
+def cadence_program(n: int, width: int, cadences: Sequence[Any]) -> Any:
+  """`apply` on n leaves, which have these cadences in turn."""
   params = many(n, width)
-  tx = oc.cadence(peers.adamw(), alternating(params, groups))
+  every = dict(zip(params, itertools.cycle(cadences), strict=False))
+  tx = oc.cadence(peers.adamw(), every)
   return lambda *args: tx.apply(*args), arguments(tx, params)
 
 
-def adamw_program(n: int, width: int) -> Any:
-  """Plain AdamW on n leaves."""
-  params = many(n, width)
-  return peers.stepper(peers.adamw()), arguments(peers.adamw(), params)
-
-
-def multi_steps_program(n: int, width: int) -> Any:
-  """`optax.MultiSteps` on n leaves."""
-  params, tx = many(n, width), peers.multi_steps(8)
-  return peers.stepper(tx), arguments(tx, params)
-
-
-def partition_program(n: int, width: int, groups: int) -> Any:
-  """`optax.partition` over `MultiSteps` on n leaves."""
-  params = many(n, width)
-  tx = peers.partition(PERIODS[:groups], alternating(params, groups))
-  return peers.stepper(tx), arguments(tx, params)
-
-
-def alternating(params: dict[str, Any], groups: int) -> dict[str, int]:
-  """A period for each leaf; the first few of `PERIODS` in turn."""
-  return {name: PERIODS[i % groups] for i, name in enumerate(params)}
+def peer_program(n: int, width: int, tx: optax.GradientTransformation) -> Any:
+  """An Optax transformation on n leaves."""
+  return peers.stepper(tx), arguments(tx, many(n, width))
 
 
 def arguments(tx: Any, params: Any) -> tuple[Any, Any, Any]:
   """The arguments `(params, state, grads)` of a step, as shapes."""
   return params, jax.eval_shape(tx.init, params), params
-
-
-def program_name(n: int, groups: int) -> str:
-  """What a table calls `cadence_program`."""
-  return f"apply, {n} leaves in {groups} group{'s' if groups > 1 else ''}"
 
 
 def many(n: int, width: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -254,7 +254,7 @@ def one_leaf(inputs: variants.Inputs, n: int) -> tuple[Variant, Variant]:
   """One leaf that never fires, and one that always does; both run programs of period 8."""
   tx = oc.cadence(peers.adamw(), 8)
   held, firing = variants.ours("one leaf", tx, inputs, {8: n}, None, role="baseline")[1].steps[-2:]
-  common = "baseline", inputs, lambda params, _: tx.init(params)
+  common = "baseline", inputs, variants.init_of(tx)
   return (
     Variant("one leaf, held", *common, (held,) * 8, n * floors.held()),
     Variant("one leaf, firing", *common, (firing,) * 8, n * floors.firing()),

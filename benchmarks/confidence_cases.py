@@ -78,18 +78,20 @@ def compilation(width: int) -> builds.BuildCase:
   """Twelve layers with a policy each, beside twelve fixed periods."""
   ours, fixed = "a policy per layer", "a period per layer"
 
-  def program(every: Callable[[int], Any]) -> Any:
-    params = builds.many(LAYERS, width)
-    tx = oc.cadence(peers.adamw(), {name: every(i) for i, name in enumerate(params)})
-    return lambda *args: tx.apply(*args), builds.arguments(tx, params)
+  def policies() -> Any:
+    each = [oc.until_certain(1.0, 2, 64) for _ in range(LAYERS)]
+    return builds.cadence_program(LAYERS, width, each)
+
+  def periods() -> Any:
+    return builds.cadence_program(LAYERS, width, range(2, 2 + LAYERS))
 
   return builds.BuildCase(
     "policy-compile",
     "compilation, 12 layers in 12 groups",
     "compile",
     [
-      builds.BuildVariant(ours, "ours", lambda: program(lambda _: oc.until_certain(1.0, 2, 64))),
-      builds.BuildVariant(fixed, "peer", lambda: program(lambda i: 2 + i)),
+      builds.BuildVariant(ours, "ours", policies),
+      builds.BuildVariant(fixed, "peer", periods),
     ],
     [Target(ours, fixed, 2.0)],
     ours,

@@ -3,15 +3,15 @@
 They are written as people write them, and are the same in both.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-HEADS = 4
-BYTES = 256
+from benchmarks.models import BYTES
+from benchmarks.models import convolutions
+from benchmarks.models import HEADS
+from benchmarks.models import residual
 
 
 def attention(qkv: jax.Array) -> jax.Array:
@@ -103,16 +103,9 @@ class NnxResNet(nnx.Module):
   """Three stages of two residual blocks, with a norm over the batch after every convolution."""
 
   def __init__(self, width: int, rngs: nnx.Rngs):
-    self.names = []
-    before = width
-    self.add("stem", 3, width, 1, rngs)
-    for i in range(3):
-      for j in range(2):
-        after = width * 2**i
-        self.add(f"block_{i}{j}_a", before, after, 2 if i and not j else 1, rngs)
-        self.add(f"block_{i}{j}_b", after, after, 1, rngs)
-        before = after
-    self.head = nnx.Linear(before, 10, rngs=rngs)
+    for name, shape in convolutions(width).items():
+      self.add(name, *shape, rngs)
+    self.head = nnx.Linear(4 * width, 10, rngs=rngs)
 
   def add(self, name: str, before: int, after: int, stride: int, rngs: nnx.Rngs) -> None:
     """Adds a convolution and its norm."""
@@ -135,19 +128,8 @@ class LinenResNet(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     def run(name: str, x: jax.Array) -> jax.Array:
-      stage = 0 if name == "stem" else int(name[-4])
-      stride = 2 if stage and name.endswith("0_a") else 1
-      conv = nn.Conv(self.width * 2**stage, (3, 3), strides=stride, use_bias=False, name=name)
+      _, channels, stride = convolutions(self.width)[name]
+      conv = nn.Conv(channels, (3, 3), strides=stride, use_bias=False, name=name)
       return nn.BatchNorm(use_running_average=False, name=f"{name}_norm")(conv(x))
 
     return nn.Dense(10, name="head")(residual(run, x))
-
-
-def residual(run: Callable[[str, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-  """The forward pass up to the last layer; `run(name, x)` is a convolution and its norm."""
-  h = nn.relu(run("stem", x))
-  for i in range(3):
-    for j in range(2):
-      new = run(f"block_{i}{j}_b", nn.relu(run(f"block_{i}{j}_a", h)))
-      h = nn.relu(new if h.shape != new.shape else new + h)
-  return h.mean(axis=(1, 2))

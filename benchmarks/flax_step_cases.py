@@ -162,14 +162,11 @@ def nnx_case(name: str, made: Callable[[], Any]) -> cases.Case:
     new, state, (_, others) = plain_step(params["params"], state, params["others"], batch)
     return {"params": new, "others": others}, state
 
-  def batch() -> Any:
-    return jax.tree.map(lambda x: x[0], data.batches(1))
-
   def params_of(model: Any) -> Any:
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
-  of_model = Inputs(model, batch, restore=params_of)
-  of_arrays = Inputs(plain_params, batch, restore=lambda params: params["params"])
+  of_model = Inputs(model, data.batch, restore=params_of)
+  of_arrays = Inputs(plain_params, data.batch, restore=lambda params: params["params"])
 
   def ours(model: Any, _: Any) -> Any:
     return oc.nnx.Optimizer(model, tx)
@@ -213,11 +210,8 @@ def linen_case(name: str, made: Callable[[], Any]) -> cases.Case:
   class OfFlax(train_state.TrainState):
     batch_stats: Any
 
-  def batch() -> Any:
-    return jax.tree.map(lambda x: x[0], data.batches(1))
-
   def state(kind: Any, tx: Any) -> Any:
-    variables = dict(net.init(jax.random.key(0), split(batch())[0]))
+    variables = dict(net.init(jax.random.key(0), split(data.batch())[0]))
     params, stats = variables.pop("params"), variables.pop("batch_stats", {})
     state = kind.create(apply_fn=net.apply, params=params, tx=tx, batch_stats=stats)
     return state.replace(step=jnp.zeros((), jnp.int32))
@@ -239,7 +233,9 @@ def linen_case(name: str, made: Callable[[], Any]) -> cases.Case:
   def variant(
     name: str, role: str, kind: Any, tx: Any, step: Any, reference: str | None = None
   ) -> Variant:
-    inputs = Inputs(functools.partial(state, kind, tx), batch, restore=lambda state: state.params)
+    inputs = Inputs(
+      functools.partial(state, kind, tx), data.batch, restore=lambda state: state.params
+    )
     return Variant(name, role, inputs, lambda *_: (), (step,) * PERIOD, None, reference)
 
   return case(

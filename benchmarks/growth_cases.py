@@ -238,8 +238,7 @@ def step(layers: int, width: int, tokens: int) -> cases.Case:
       lambda: jnp.arange(tokens, dtype=jnp.int32).reshape(-1, LENGTH) % VOCABULARY,
     )
     floor = sum(x.size for x in jax.tree.leaves(network.params)) * floors.every_micro_step()
-    init = lambda params, _: network.tx.init(params)  # noqa: E731
-    program = stepper(network.fn, network.tx)
+    init, program = variants.init_of(network.tx), stepper(network.fn, network.tx)
     return variants.Variant(network.name, network.role, inputs, init, (program,), floor)
 
   compared = networks(layers, width)

@@ -37,13 +37,9 @@ class Run:
 
   def start(self) -> None:
     """Allocates the state."""
-    inputs = self.variant.inputs
-    params = inputs.params()
-    if inputs.copies == 1:
-      self.carry = (params, self.variant.init(params, self.grads))
-    else:
-      pairs = zip(params, self.grads, strict=True)
-      self.carry = [(p, self.variant.init(p, g)) for p, g in pairs]
+    of_runs = self.variant.inputs.of_runs
+    pairs = zip(of_runs(self.variant.inputs.params()), of_runs(self.grads), strict=True)
+    self.carry = [(p, self.variant.init(p, g)) for p, g in pairs]
 
   def stop(self) -> None:
     """Frees the state."""
@@ -52,11 +48,8 @@ class Run:
   def micro_step(self, t: int, grads: Any) -> None:
     """Hands micro-step t of a cycle to the device."""
     program = self.programs[self.variant.steps[t]]
-    if self.variant.inputs.copies == 1:
-      self.carry = program(*self.carry, grads)
-    else:
-      pairs = zip(self.carry, grads, strict=True)
-      self.carry = [program(*carry, g) for carry, g in pairs]
+    pairs = zip(self.carry, self.variant.inputs.of_runs(grads), strict=True)
+    self.carry = [program(*carry, g) for carry, g in pairs]
 
   def timed(self) -> float:
     """Seconds per micro-step over whole cycles."""
@@ -113,9 +106,8 @@ def peak_bytes(memory: Any) -> int:
 
 def step_shapes(variant: variants.Variant, grads: Any) -> tuple[Any, Any, Any]:
   """Shapes of a program's arguments `(params, state, grads)`."""
-  params = jax.eval_shape(variant.inputs.params)
-  if variant.inputs.copies > 1:
-    params, grads = params[0], grads[0]
+  inputs = variant.inputs
+  params, grads = inputs.of_runs(jax.eval_shape(inputs.params))[0], inputs.of_runs(grads)[0]
   return params, jax.eval_shape(variant.init, params, grads), grads
 
 
@@ -228,9 +220,8 @@ def trained(run: Run) -> Any:
   run.start()
   for t in range(CHECKED_CYCLES * len(run.variant.steps)):
     run.micro_step(t % len(run.variant.steps), scaled(run.grads, 1.0 + (3 * t) % 7 / 2))
-  carry = run.carry
-  params = carry[0] if run.variant.inputs.copies == 1 else [params for params, _ in carry]
-  return jax.block_until_ready(run.variant.inputs.restore(params))
+  inputs, params = run.variant.inputs, [params for params, _ in run.carry]
+  return jax.block_until_ready(inputs.restore(params[0] if inputs.copies == 1 else params))
 
 
 @jax.jit

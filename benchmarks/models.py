@@ -33,6 +33,10 @@ class Model:
   unit: str
   units: int
 
+  def batch(self) -> Any:
+    """One micro-batch."""
+    return jax.tree.map(lambda x: x[0], self.batches(1))
+
 
 def mlp(layers: int, width: int, rows: int) -> Model:
   """Layers of tanh, stacked and scanned."""
@@ -107,34 +111,50 @@ def normalized(h: jax.Array) -> jax.Array:
 
 def resnet(width: int, images: int, size: int = 32) -> Model:
   """Three stages of two residual blocks, each of twice the channels of the one before."""
-  stages = [width, 2 * width, 4 * width]
+  shapes = convolutions(width)
 
   def params() -> Any:
-    kernels, before = {"stem": kernel(20, 3, width)}, width
-    for i, channels in enumerate(stages):
-      for j in range(2):
-        name = f"stage_{i}_block_{j}"
-        kernels[f"{name}_a"] = kernel(21 + 4 * i + 2 * j, before, channels)
-        kernels[f"{name}_b"] = kernel(22 + 4 * i + 2 * j, channels, channels)
-        before = channels
-    return {**kernels, "head": drawn(40, (before, 10), before)}
+    kernels = {
+      name: kernel(20 + i, before, after)
+      for i, (name, (before, after, _)) in enumerate(shapes.items())
+    }
+    return {**kernels, "head": drawn(40, (4 * width, 10), 4 * width)}
 
   def batches(n: int) -> Any:
     x = drawn(41, (n, images, size, size, 3), 1)
     return {"x": x, "y": jax.random.randint(jax.random.key(42), (n, images), 0, 10)}
 
   def loss(params: Any, batch: Any) -> jax.Array:
-    h = jax.nn.relu(convolved(batch["x"], params["stem"], 1))
-    for i in range(len(stages)):
-      for j in range(2):
-        stride, name = (2 if i and not j else 1), f"stage_{i}_block_{j}"
-        new = jax.nn.relu(convolved(h, params[f"{name}_a"], stride))
-        new = convolved(new, params[f"{name}_b"], 1)
-        h = jax.nn.relu(new if h.shape != new.shape else new + h)
-    logits = jax.nn.log_softmax(h.mean(axis=(1, 2)) @ params["head"])
+    def run(name: str, x: jax.Array) -> jax.Array:
+      *_, stride = shapes[name]
+      return convolved(x, params[name], stride)
+
+    logits = jax.nn.log_softmax(residual(run, batch["x"]) @ params["head"])
     return -jnp.mean(jnp.take_along_axis(logits, batch["y"][:, None], axis=-1))
 
   return Model(params, batches, loss, "images", images)
+
+
+def convolutions(width: int) -> dict[str, tuple[int, int, int]]:
+  """Of each convolution of a ResNet the channels before and after it, and its stride."""
+  found, before = {"stem": (3, width, 1)}, width
+  for i in range(3):
+    for j in range(2):
+      after = width * 2**i
+      found[f"block_{i}{j}_a"] = before, after, 2 if i and not j else 1
+      found[f"block_{i}{j}_b"] = after, after, 1
+      before = after
+  return found
+
+
+def residual(run: Callable[[str, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+  """A ResNet up to its last layer; `run(name, x)` is a convolution, with its norm if it has one."""
+  h = jax.nn.relu(run("stem", x))
+  for i in range(3):
+    for j in range(2):
+      new = run(f"block_{i}{j}_b", jax.nn.relu(run(f"block_{i}{j}_a", h)))
+      h = jax.nn.relu(new if h.shape != new.shape else new + h)
+  return h.mean(axis=(1, 2))
 
 
 def kernel(seed: int, before: int, after: int) -> jax.Array:

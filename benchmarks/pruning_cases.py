@@ -240,6 +240,4 @@ def jaxpruner_held(jaxpruner: Any, inputs: variants.Inputs, floor_bytes: float) 
     updates, state = tx.update(grads, state, params)
     return updater.post_gradient_update(optax.apply_updates(params, updates), state), state
 
-  return Variant(
-    JAXPRUNER, "peer", inputs, lambda params, _: tx.init(params), (step,) * 8, floor_bytes
-  )
+  return Variant(JAXPRUNER, "peer", inputs, variants.init_of(tx), (step,) * 8, floor_bytes)

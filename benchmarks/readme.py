@@ -1,7 +1,8 @@
-"""Writes the table of results into the README, from the JSON files alone.
+"""Writes the tables of results into the README, from the JSON files alone.
 
-It has a row for every variant with a target that is about time, and below it a line for each
-machine. Everything else that was measured is in the JSON files.
+The first has a row for every whole training step, beside all ways to accumulate. The second has
+one for every variant of the other cases with a target that is about time, and below it a line for
+each machine. Everything else that was measured is in the JSON files.
 """
 
 import pathlib
@@ -13,29 +14,45 @@ from benchmarks import machine
 from benchmarks import report
 from benchmarks.targets import TIMES
 
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+STEPS, CASES = "whole-steps", "benchmarks"
+WAYS = {
+  "training_step": "`training_step`",
+  "training_step in lax.scan": "`training_step` in `lax.scan`",
+  "gradients and apply": "gradients and `apply`",
+  "MultiSteps": "`MultiSteps`",
+  "lax.scan over micro-batches": "`lax.scan` over micro-batches",
+  "optax.microbatch": "`optax.microbatch`",
+  "AdamW at every micro-step": "AdamW at every micro-step",
+}
 HEADERS = ("case", "machine", "ours", f"{TIMES} floor", f"{TIMES} peer", "peer", "target", "met")
 
 
 def write(folder: pathlib.Path, readme: pathlib.Path) -> int:
-  """Replaces what stands between the two markers.
+  """Replaces what stands between the markers of both tables.
 
   Returns:
-    From how many files the table is made.
+    From how many files the tables are made.
 
   Raises:
     ValueError: If a marker is missing, or there are no results.
   """
-  text = readme.read_text(encoding="utf-8")
-  begin, end = text.find(BEGIN), text.find(END)
-  if begin == -1 or end < begin:
-    raise ValueError(f"{readme}: expected a line {BEGIN} and after it a line {END}, found none")
   results = load_all(folder)
   if not results:
     raise ValueError(f"{folder}: expected results of a full run (*.json), found none")
-  written = f"{text[: begin + len(BEGIN)]}\n\n{section(results)}\n\n{text[end:]}"
-  readme.write_text(written, encoding="utf-8")
+  text = readme.read_text(encoding="utf-8")
+  for name, written in ((STEPS, step_table(results)), (CASES, section(results))):
+    first, last = marks(name)
+    begin, end = text.find(first), text.find(last)
+    if begin == -1 or end < begin:
+      raise ValueError(f"{readme}: expected a line {first} and after it a line {last}, found none")
+    text = f"{text[: begin + len(first)]}\n\n{written}\n\n{text[end:]}"
+  readme.write_text(text, encoding="utf-8")
   return len(results)
+
+
+def marks(name: str) -> tuple[str, str]:
+  """The lines of the README between which a table stands."""
+  return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
 def load_all(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -44,17 +61,42 @@ def load_all(folder: pathlib.Path) -> list[dict[str, Any]]:
   return [r for r in results if not r["settings"]["quick"]]
 
 
+def is_step(case: dict[str, Any]) -> bool:
+  """Whether a case is a whole training step."""
+  return bool(case["name"].startswith("step-"))
+
+
+def step_table(results: list[dict[str, Any]]) -> str:
+  """The time and the temporaries of every way to take a whole step."""
+  headers = ["whole step", *WAYS.values(), "`training_step`, per s", "machine"]
+  rows = []
+  for r in results:
+    for case in filter(is_step, r["cases"]):
+      by_name = {variant["name"]: variant for variant in case["variants"]}
+      rate = f"{by_name[case['ours']]['per_s']:,.0f} {case['per_s_of']}"
+      title = case["title"].removeprefix("whole step").removeprefix(",").strip()
+      cells = [step_cell(by_name.get(name)) for name in WAYS]
+      rows.append([title, *cells, rate, machine.title(r["machine"])])
+  return tabulate.tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def step_cell(variant: dict[str, Any] | None) -> str:
+  """The time of a way to take a step, and what it needs beside parameters and state."""
+  if variant is None:
+    return ""
+  return f"{milliseconds(variant)}, {variant['temp_bytes'] / 1e6:.0f} MB"
+
+
 def section(results: list[dict[str, Any]]) -> str:
-  """All that stands between the markers."""
+  """The table of all other cases, and a line for each machine."""
   lines = [f"- {machine_line(r)}" for r in results]
   return "\n".join([short_table(results), "", *lines])
 
 
 def short_table(results: list[dict[str, Any]]) -> str:
   """The rows of all machines, those of a case together."""
-  order = list(dict.fromkeys(case["name"] for r in results for case in r["cases"]))
-  order.sort(key=lambda name: not name.startswith("step-"))  # whole steps are what people feel
-  rows = []
+  every = sorted((c for r in results for c in r["cases"]), key=lambda case: not is_step(case))
+  order, rows = dict.fromkeys(case["name"] for case in every), []
   for name in order:
     for r in results:
       title = machine.title(r["machine"])

@@ -26,6 +26,7 @@ PERIOD = 8
 OURS, STATIC = "training_step", "training_step, static phase"
 STORED, STORED_STATIC = "gradients and apply", "gradients and apply, static phase"
 MULTI_STEPS = "MultiSteps"
+SCANNED = "training_step in lax.scan"
 SCAN, MICROBATCH = "lax.scan over micro-batches", "optax.microbatch"
 
 
@@ -109,7 +110,7 @@ def case(
 ) -> cases.Case:
   """All ways to train a model; with a cadence that the peers cannot express, ours alone."""
   sizes = [leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.params))]
-  one = variants.Inputs(model.params, lambda: jax.tree.map(lambda x: x[0], model.batches(1)))
+  one = variants.Inputs(model.params, model.batch)
   found = []
   if tx is None:
     found = [peer(MULTI_STEPS, peers.multi_steps(PERIOD), one, model.loss), *at_once(model)]
@@ -148,19 +149,13 @@ def ours(
   All have to arrive at the same parameters. Peers have not: AdamW makes much of how the smallest
   gradients are rounded, and they add up in another order.
   """
-  init = functools.partial(initialized, tx)
+  init = variants.init_of(tx)
   dynamic = (functools.partial(step, None),) * PERIOD
   static = variants.static_steps(step, PERIOD, periods)
   return [
     Variant(name, "ours", inputs, init, dynamic, None, None if name == STORED else STORED),
     Variant(static_name, "ours", inputs, init, static, None, STORED),
   ]
-
-
-def initialized(tx: Any, params: Any, batch: Any) -> Any:
-  """The state at the start."""
-  del batch
-  return tx.init(params)
 
 
 def trained(tx: Any, loss: Any, phase: int | None, params: Any, state: Any, batch: Any) -> Any:
@@ -182,7 +177,7 @@ def peer(name: str, tx: Any, inputs: variants.Inputs, loss: Any) -> Variant:
   def step(params: Any, state: Any, batch: Any) -> Any:
     return update(params, state, jax.grad(loss)(params, batch))
 
-  return Variant(name, "peer", inputs, functools.partial(initialized, tx), (step,) * PERIOD, None)
+  return Variant(name, "peer", inputs, variants.init_of(tx), (step,) * PERIOD, None)
 
 
 def at_once(model: models.Model) -> list[Variant]:
@@ -205,10 +200,21 @@ def at_once(model: models.Model) -> list[Variant]:
   def joined() -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), model.batches(PERIOD))
 
+  cadence = oc.cadence(tx, PERIOD)
+
+  def scanned(params: Any, state: Any, batches: Any) -> Any:
+    def turn(carry: Any, batch: Any) -> Any:
+      return trained(cadence, model.loss, None, *carry, batch), None
+
+    return jax.lax.scan(turn, (params, state), batches)[0]
+
   stacked = variants.Inputs(model.params, lambda: model.batches(PERIOD))
   long = variants.Inputs(model.params, joined)
-  init = functools.partial(initialized, tx)
-  found = [Variant(SCAN, "peer", stacked, init, (scan,), None, spans=PERIOD)]
+  init = variants.init_of(tx)
+  found = [
+    Variant(SCANNED, "ours", stacked, variants.init_of(cadence), (scanned,), None, spans=PERIOD),
+    Variant(SCAN, "peer", stacked, init, (scan,), None, spans=PERIOD),
+  ]
   if hasattr(optax, "microbatch"):
     found.append(Variant(MICROBATCH, "peer", long, init, (microbatch,), None, spans=PERIOD))
   return found

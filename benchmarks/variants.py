@@ -27,13 +27,17 @@ class Inputs:
     grads: Makes gradients, shared by all variants with these inputs.
     restore: Makes of these parameters the tree that is compared with that of other variants.
     copies: How often a program runs in a micro-step. If more than once, `params` and `grads`
-      make lists with an entry for each run.
+      make lists with an entry for each run, and `restore` is given such a list.
   """
 
   params: Callable[[], Any]
   grads: Callable[[], Any]
   restore: Callable[[Any], Any] = lambda params: params
   copies: int = 1
+
+  def of_runs(self, tree: Any) -> list[Any]:
+    """What each run of the program in a micro-step has of parameters or gradients."""
+    return [tree] if self.copies == 1 else tree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -155,7 +159,7 @@ def ours(
     role: `"ours"` or `"baseline"`.
   """
   step = _apply_step if path == "apply" else _update_step
-  cycle, init = int(np.lcm.reduce(list(entries))), lambda params, _: tx.init(params)
+  cycle, init = int(np.lcm.reduce(list(entries))), init_of(tx)
   dynamic = functools.partial(step, tx, None)
   static = static_steps(functools.partial(step, tx), cycle, entries)
   floor = floors.mean_bytes(entries, widths, separate_updates=path != "apply")
@@ -202,9 +206,12 @@ def peer(
 ) -> Variant:
   """An Optax transformation through `update` and `apply_updates` in one program."""
   steps = (peers.stepper(tx),) * cycle
-  return Variant(
-    name, "peer", inputs, lambda params, _: tx.init(params), steps, floor_bytes, reference
-  )
+  return Variant(name, "peer", inputs, init_of(tx), steps, floor_bytes, reference)
+
+
+def init_of(tx: Any) -> Callable[[Any, Any], Any]:
+  """The `init` of a variant that trains with a transformation."""
+  return lambda params, _: tx.init(params)
 
 
 def _apply_step(tx: Any, phase: int | None, params: Any, state: Any, grads: Any) -> Any:

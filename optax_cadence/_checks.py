@@ -26,17 +26,24 @@ def integer(name: str, value: Any, least: int | None = None, others: str = "") -
     ValueError: If it is no integer (truth values are none), or out of range.
   """
   expected = f"an integer{'' if least is None else f' of at least {least}'}{others}"
-  try:
-    if isinstance(value, bool) or getattr(value, "dtype", None) == np.bool_:
-      raise TypeError("a truth value counts nothing")
-    number = operator.index(value)
-  except TypeError:
-    raise ValueError(f"{name} must be {expected}, found {shown(value)}") from None
+  number = whole(value)
+  if number is None:
+    raise ValueError(f"{name} must be {expected}, found {shown(value)}")
   if least is not None and number < least:
     raise ValueError(f"{name} must be {expected}, found {number}")
   if least is not None and number > LARGEST:
     raise ValueError(f"{name} must be at most {LARGEST}, the largest int32, found {number}")
   return number
+
+
+def whole(value: Any) -> int | None:
+  """The value as an int; None if it is no integer, as a truth value is none."""
+  if isinstance(value, bool) or getattr(value, "dtype", None) == np.bool_:
+    return None
+  try:
+    return operator.index(value)
+  except TypeError:
+    return None
 
 
 def number(name: str, value: Any, low: float, high: float) -> Any:

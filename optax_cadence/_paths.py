@@ -6,7 +6,7 @@ Nothing here looks at the values of the leaves.
 """
 
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -99,6 +99,17 @@ def flatten_with_paths(tree: Any, is_leaf: Any = None) -> list[tuple[Path, Any]]
   for path, leaf in flat:
     rows.append((tuple(map(_name, path[:-1] if path[:-1] in wrapped else path)), leaf))
   return rows
+
+
+def map_with_paths(fn: Callable[[Path, Any], Any], tree: Any) -> Any:
+  """The tree with what `fn(path, leaf)` makes of each leaf."""
+  leaves = [fn(path, leaf) for path, leaf in flatten_with_paths(tree)]
+  return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def covering(path: Path, prefixes: Collection[Path]) -> Path | None:
+  """The path in a tree prefix at which the value of a leaf is: its own or one above; else None."""
+  return next((path[:n] for n in range(len(path) + 1) if path[:n] in prefixes), None)
 
 
 def arrays(tree: Any) -> list[Any]:

@@ -194,9 +194,14 @@ class CadenceState(NamedTuple):
 
 def cadence_states(state: Any) -> list[CadenceState]:
   """The states of all cadences in the state of an optimizer."""
+  return states_of(state, CadenceState)
+
+
+def states_of(state: Any, *kinds: type) -> list[Any]:
+  """The states of these kinds in the state of an optimizer."""
 
   def is_state(node: Any) -> bool:
-    return isinstance(node, CadenceState)
+    return isinstance(node, kinds)
 
   return [node for node in jax.tree.leaves(state, is_leaf=is_state) if is_state(node)]
 

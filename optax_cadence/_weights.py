@@ -110,7 +110,7 @@ def _spread(
     check(f"{what} of {name!r}" if name else what, x)
   given, found, used = dict(rows), {}, set()
   for i, path in enumerate(layout.paths):
-    prefix = next((path[:n] for n in range(len(path) + 1) if path[:n] in given), None)
+    prefix = _paths.covering(path, given)
     if prefix is None:
       raise ValueError(
         f"{what}: expected a scalar, or a prefix of the parameters, found none for"

@@ -367,17 +367,21 @@ def test_cases_that_are_not_run_again_are_kept(saved):
   assert report.merged(None, new, order) == new
 
 
+STEPS, CASES = ("\n".join(readme.marks(name)) for name in (readme.STEPS, readme.CASES))
+
+
 @pytest.mark.ci
-def test_readme_table_comes_from_the_files_and_can_be_written_again(saved, tmp_path):
+def test_readme_tables_come_from_the_files_and_can_be_written_again(saved, tmp_path):
   text = tmp_path / "README.md"
-  text.write_text(f"before\n\n{readme.BEGIN}\nold\n{readme.END}\n\nafter\n", encoding="utf-8")
+  old = CASES.replace("\n", "\nold\n")
+  text.write_text(f"before\n\n{STEPS}\n\nbetween\n\n{old}\n\nafter\n", encoding="utf-8")
   arguments = ["--table", "--out", str(saved[0]), "--readme", str(text)]
   assert command.main(arguments) == 0
   once = text.read_text(encoding="utf-8")
   assert once.startswith("before\n\n") and once.endswith("\n\nafter\n") and "\nold\n" not in once
   assert command.main(arguments) == 0
   assert text.read_text(encoding="utf-8") == once
-  rows = [line for line in once.splitlines() if line.startswith("| ")]
+  rows = [x for x in once[once.index("between") :].splitlines() if x.startswith("| ")]
   results = report.load(saved[1])
   names = {t["variant"] for t in results["cases"][0]["targets"] if t["headline"]}
   assert names == {"apply", "update"}
@@ -390,14 +394,37 @@ def test_readme_table_comes_from_the_files_and_can_be_written_again(saved, tmp_p
   assert cells[3:5] == [report.number(ours["ratio_floor"]), report.number(ours["ratio_peer"])]
 
 
+def test_readme_shows_every_whole_step_that_is_committed_beside_all_its_peers():
+  results = readme.load_all(command.FOLDER / "results")
+  steps = [(r, case) for r in results for case in r["cases"] if readme.is_step(case)]
+  rows = readme.step_table(results).splitlines()[2:]
+  assert len(rows) == len(steps) > 0
+  for (r, case), row in zip(steps, rows, strict=True):
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[0] in case["title"] and cells[-1] == machine.title(r["machine"])
+    for variant in case["variants"]:
+      if variant["name"] in readme.WAYS:
+        cell = cells[1 + list(readme.WAYS).index(variant["name"])]
+        assert cell.startswith(f"{report.number(variant['median_ms'])} ms, ")
+  assert readme.step_table(results) in (command.FOLDER.parent / "README.md").read_text("utf-8")
+
+
 @pytest.mark.ci
-@pytest.mark.parametrize("text", ["", readme.BEGIN, f"{readme.END} {readme.BEGIN}"])
-def test_readme_without_markers_is_an_error_that_names_them(saved, tmp_path, text, capsys):
+@pytest.mark.parametrize(
+  ("text", "missing"),
+  [
+    ("", readme.STEPS),
+    (CASES, readme.STEPS),
+    (f"{STEPS}\n{readme.marks(readme.CASES)[0]}", readme.CASES),
+    ("\n".join([STEPS, *readme.marks(readme.CASES)[::-1]]), readme.CASES),
+  ],
+)
+def test_readme_without_markers_is_an_error_that_names_them(saved, tmp_path, text, missing, capsys):
   path = tmp_path / "README.md"
   path.write_text(text, encoding="utf-8")
   assert command.main(["--table", "--out", str(saved[0]), "--readme", str(path)]) == 2
   message = capsys.readouterr().err
-  assert readme.BEGIN in message and readme.END in message and path.name in message
+  assert all(mark in message for mark in (*readme.marks(missing), path.name))
   assert path.read_text(encoding="utf-8") == text
 
 
@@ -408,7 +435,7 @@ def test_quick_results_do_not_reach_the_readme(saved, tmp_path):
   report.save(results, tmp_path / "box-quick.json")
   assert readme.load_all(tmp_path) == []
   path = tmp_path / "README.md"
-  path.write_text(f"{readme.BEGIN}\n{readme.END}\n", encoding="utf-8")
+  path.write_text(f"{STEPS}\n{CASES}\n", encoding="utf-8")
   with pytest.raises(ValueError, match="expected results of a full run"):
     readme.write(tmp_path, path)
 

@@ -324,6 +324,28 @@ def test_layers_that_count_behind_a_closed_gate_are_refused():
   assert blocks.one.kernel.shape == (6, 3, 3)
 
 
+class Masked(nnx.Module):
+  def __init__(self, rngs):
+    self.blocks = nets.module_list([nnx.Linear(3, 3, rngs=rngs)])
+
+  def __call__(self, x, mask):
+    for block in self.blocks:
+      x = x + block(x)
+    return x * mask
+
+
+def test_an_argument_of_which_only_the_shape_is_known():
+  model = nets.make(Masked)
+  growth.deepen(
+    model,
+    lambda model: model.blocks.append(nnx.Linear(3, 3, rngs=nnx.Rngs(1))),
+    X,
+    outgoing=lambda model: [model.blocks[1]],
+    mask=jax.ShapeDtypeStruct(X.shape, X.dtype),
+  )
+  equal(model(X, X), nets.make(Masked)(X, X))
+
+
 class LinenBlock(nn.Module):
   @nn.compact
   def __call__(self, x, _):

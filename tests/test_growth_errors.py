@@ -139,6 +139,15 @@ def test_a_number_of_units(by):
     growth.widening(PARAMS, units, by)
 
 
+def test_entries_are_given_along_one_axis():
+  params = {**PARAMS, "three": jnp.ones((2, 1))}
+  one, two = ({"one": -1, "bias": 0, "two": 0}, {"two": -1, "three": 0})
+  plan = growth.widening(params, {growth.dimension(params, d): 1 for d in (one, two)})
+  fresh = growth.given(plan, lambda path, shape, dtype: jnp.ones(shape, dtype), {"two": 1.0})
+  with pytest.raises(ValueError, match=r"'two': expected a leaf .* one axis, found axes \[0, 1\]"):
+    plan.apply(params, fresh)
+
+
 def test_flax_stays_at_the_edge():
   import subprocess
   import sys

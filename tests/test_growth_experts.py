@@ -195,6 +195,25 @@ def test_stacked_layers():
   close(model(X), twin(X))
 
 
+class Holder(nnx.Module):
+  def __init__(self, rngs):
+    self.experts = Block(rngs)
+    self.experts.experts = Mlp(rngs)
+
+  def __call__(self, x):
+    return self.experts.experts(self.experts(x))
+
+
+def test_an_mlp_that_is_called_experts_already_comes_back():
+  model, twin = nets.make(Holder), nets.make(Holder)
+  inside = model.experts.experts
+  plan = growth.upcycle(model, X, mlp=inside, experts=2)
+  assert isinstance(model.experts.experts, growth.MixtureOfExperts)
+  growth.undo(model, plan)
+  assert model.experts.experts is inside
+  equal(growth.nnx.variables(model), growth.nnx.variables(twin))
+
+
 def test_experts_of_layers_that_have_a_period_each():
   params = {"mlp": jax.tree.map(lambda x: jnp.stack([x, 2 * x, 3 * x]), PARAMS["mlp"])}
   tx = oc.cadence(optax.adam(1e-2), oc.stacked([4, 2, 4]))
@@ -338,6 +357,10 @@ def test_errors():
     growth.upcycle(model, X, mlp=model.tail, experts=1)
   with pytest.raises(ValueError, match="found the model itself"):
     growth.upcycle(model, X, mlp=model)
+  with pytest.raises(ValueError, match="mlp 'mlp': expected each once, and none in another"):
+    growth.upcycling(PARAMS, ["mlp", "mlp"], experts=2, features=6)
+  with pytest.raises(ValueError, match="capacity: expected a number above 0, or None, found 0"):
+    mixture(random_experts(), X, capacity=0)
   with pytest.raises(ValueError, match="mlp 'head': expected what holds leaves of 'mlp/"):
     growth.upcycling(PARAMS, "head", experts=2, features=6)
   model.tail = Indifferent(nnx.Rngs(0))

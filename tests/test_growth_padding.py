@@ -59,6 +59,26 @@ def test_transposed_convolutions_widen(transposed):
   assert (model.conv.in_features, model.conv.out_features) == (3, 6)
 
 
+class Own(nnx.Module):
+  """A convolution that is not Flax's."""
+
+  def __init__(self, inputs, outputs, kernel_size, *, rngs):
+    shape = (*kernel_size, inputs, outputs)
+    self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape))
+
+  def __call__(self, x):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    kernel = nets.array(self.kernel)
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+
+def test_a_convolution_of_ones_own():
+  model, twin = (nets.make(lambda rngs: Net(rngs, kind=Own)) for _ in range(2))
+  growth.enlarge(model, IMAGES, conv=model.conv, kernel_size=(5, 3), fresh=nets.fresh)
+  assert model.conv.kernel.shape == (5, 3, 3, 4)
+  close(model(IMAGES), twin(IMAGES))
+
+
 def test_a_padding_that_makes_more_of_the_image_is_refused():
   model = nets.make(lambda rngs: Net(rngs, padding="VALID", **UP))
   with pytest.raises(ValueError, match="does not run at its new size.*pad"):

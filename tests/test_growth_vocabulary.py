@@ -131,6 +131,7 @@ def test_linen_and_its_train_state():
     ({"by": 0, "embed": "embed"}, "by must be a positive integer, found 0"),
     ({"by": 1, "embed": "bias"}, r"expected shape \[tokens, features\], found \(5,\)"),
     ({"by": 1, "embed": "embed", "head": "other"}, r"head 'other' of shape \(3, 4\): expected 5"),
+    ({"by": 1, "embed": "embed", "head": "embed"}, "head 'embed' is the embedding: expected None"),
   ],
 )
 def test_errors(arguments, message):

@@ -93,8 +93,8 @@ def test_a_mask_takes_at_most_seven_reads_of_the_data_before_it_is_written(x):
     return selection.order(jnp.abs(x))
 
   def search(kept):
-    bounds = jnp.array([selection._LOWEST]), jnp.array([selection._HIGHEST])
-    return selection._search([[keys]], *bounds, kept, selection.COMPARE)
+    low, high = (jnp.array([bound], jnp.int32) for bound in (-(2**31), 2**31 - 1))
+    return selection._search([[keys]], low, high, kept, selection.COMPARE)
 
   for kept in (1, 6554, 65535):
     passes.clear()

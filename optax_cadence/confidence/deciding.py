@@ -53,8 +53,8 @@ class Decision:
 
   Attributes:
     policy: The policy.
-    before: The group's state before the micro-step.
-    state: The same with a new sample of the parameters, if the policy reads updates.
+    state: The group's state before the micro-step, but with a new sample of the parameters if the
+      policy reads updates.
     window: The group's window.
     statistics: What the policy was told.
     due: Whether the group is due.
@@ -63,7 +63,6 @@ class Decision:
   """
 
   policy: Policy
-  before: GroupState
   state: GroupState
   window: Window
   statistics: statistics.Statistics
@@ -74,11 +73,11 @@ class Decision:
     """The group's state with what the policy learns of a window that has fired."""
     assert new.confidence is not None
     _, estimate, seen, memory = new.confidence
-    unchanged = self.before.period, estimate, memory
+    unchanged = self.state.period, estimate, memory
     if estimate is not None:
       estimate = statistics.smooth(estimate, self.statistics, _DECAY)
     memory = _remembered(self.policy, self.policy.fired(self.statistics, memory), memory)
-    changed = _elapsed(self.policy, self.before), estimate, memory
+    changed = _elapsed(self.policy, self.state), estimate, memory
     choose = functools.partial(jnp.where, self.due)
     period, estimate, memory = jax.tree.map(choose, changed, unchanged)
     confidence = ConfidenceState(self.window.squares, estimate, seen, memory)
@@ -95,7 +94,7 @@ def decide(
   asked = _elapsed(policy, state) >= policy.opens(confidence.policy)
   known = _statistics(asked, window)._replace(extra_args=call.extra_args)
   due = (state.remaining == 1) | (asked & _answer(policy, policy.due(known, confidence.policy)))
-  decision = Decision(policy, state, state, window, known, due, due)
+  decision = Decision(policy, state, window, known, due, due)
   return decision if confidence.sample is None else _look(decision, call, group, targets)
 
 

@@ -5,6 +5,7 @@ Both read the numbers of `statistics`; what a policy is, is in `schedules.policy
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ class UntilCertain(Policy):
 
   def __init__(self, snr: Any, min_period: int, max_period: int) -> None:
     super().__init__(min_period, max_period)
-    self.snr = _positive("snr", snr)
+    self.snr = _checked("snr", snr, lambda x: x > 0, "a number above 0")
 
   def due(self, window: Statistics, state: Any) -> jax.Array:
     del state
@@ -165,7 +166,6 @@ def each_layer(policy: Policy) -> "EachLayer":
   """
   if not isinstance(policy, Policy):
     raise ValueError(f"each_layer expects a policy, found {_checks.shown(policy)}")
-
   return EachLayer(policy)
 
 
@@ -181,23 +181,7 @@ class EachLayer:
     copies = {layer: copy.copy(self.policy) for layer in layers}
     for policy, place in zip(copies.values(), _paths.names(copies), strict=True):
       policy.place = place
-    return jax.tree.unflatten(jax.tree.structure(params), [copies[layer] for layer in layers])
-
-
-def _positive(name: str, value: Any) -> Any:
-  """A number above 0; a traced one is not looked at.
-
-  Raises:
-    ValueError: If it is anything else.
-  """
-  if isinstance(value, jax.core.Tracer):
-    return value
-  try:
-    if np.ndim(value) == 0 and float(value) > 0:
-      return value
-  except (TypeError, ValueError):
-    pass
-  raise ValueError(f"{name} must be a number above 0, found {_checks.shown(value)}")
+    return _paths.map_with_paths(lambda path, _: copies[path[:-1]], params)
 
 
 def fraction(name: str, value: Any) -> Any:
@@ -206,11 +190,15 @@ def fraction(name: str, value: Any) -> Any:
   Raises:
     ValueError: If it is anything else.
   """
+  return _checked(name, value, lambda x: 0 <= x < 1, "at least 0 and below 1")
+
+
+def _checked(name: str, value: Any, is_allowed: Callable[[float], bool], expected: str) -> Any:
   if isinstance(value, jax.core.Tracer):
     return value
   try:
-    if np.ndim(value) == 0 and 0 <= float(value) < 1:
+    if np.ndim(value) == 0 and is_allowed(float(value)):
       return value
   except (TypeError, ValueError):
     pass
-  raise ValueError(f"{name} must be at least 0 and below 1, found {_checks.shown(value)}")
+  raise ValueError(f"{name} must be {expected}, found {_checks.shown(value)}")

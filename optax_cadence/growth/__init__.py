@@ -50,27 +50,27 @@ from optax_cadence.growth._upcycling import upcycling
 from optax_cadence.growth._vocabulary import adding_tokens
 from optax_cadence.growth._vocabulary import mean_tokens
 
-_FLAX = {
-  "CKConv": "ckconv",
-  "deepen": "nnx",
-  "MixtureOfExperts": "moe",
-  "enlarge": "nnx",
-  "heads": "nnx",
-  "shrink": "nnx",
-  "stack": "nnx",
-  "to_continuous": "ckconv",
-  "upcycle": "moe",
-  "vocabulary": "nnx",
-  "widen": "nnx",
+# The modules that import Flax, and what of them is public here.
+_FLAX: dict[str, tuple[str, ...]] = {
+  "ckconv": ("CKConv", "to_continuous"),
+  "linen": (),
+  "moe": ("MixtureOfExperts", "upcycle"),
+  "nnx": ("deepen", "enlarge", "heads", "shrink", "stack", "vocabulary", "widen"),
 }
 
 
 def __getattr__(name: str) -> Any:
-  if name in ("ckconv", "linen", "moe", "nnx"):
-    return importlib.import_module(f"{__name__}.{name}")
-  if name in _FLAX:
-    return getattr(importlib.import_module(f"{__name__}.{_FLAX[name]}"), name)
+  for module, names in _FLAX.items():
+    if name == module or name in names:
+      found = importlib.import_module(f"{__name__}.{module}")
+      return found if name == module else getattr(found, name)
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _is_live(variables: Any) -> bool:
+  """Whether something is a live NNX model; without importing Flax for it."""
+  flax = sys.modules.get("flax.nnx")
+  return flax is not None and isinstance(variables, flax.Module)
 
 
 def merge(variables: Any, plan: Plan | None = None, *, optimizer: Any = None) -> Any:
@@ -90,8 +90,7 @@ def merge(variables: Any, plan: Plan | None = None, *, optimizer: Any = None) ->
       a product with a weight sums over the new units (the statistics of a norm, queries
       with keys), or one weight is used both ways (a tied embedding).
   """
-  flax = sys.modules.get("flax.nnx")
-  if flax is not None and isinstance(variables, flax.Module):
+  if _is_live(variables):
     importlib.import_module(f"{__name__}.nnx").merge(variables, optimizer=optimizer)
     return None
   if plan is None:
@@ -132,8 +131,7 @@ def undo(variables: Any, plan: Plan | None = None, **kwargs: Any) -> Any:
   {'a': Array([[1., 1.]], dtype=float32), 'b': Array([[1.],
          [1.]], dtype=float32)}
   """
-  flax = sys.modules.get("flax.nnx")
-  if flax is not None and isinstance(variables, flax.Module):
+  if _is_live(variables):
     importlib.import_module(f"{__name__}.nnx").undo(variables, plan, **kwargs)
     return None
   if plan is None:

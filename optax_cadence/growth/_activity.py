@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_cadence import _paths
+from optax_cadence import _window
 from optax_cadence.growth import _couple
 from optax_cadence.growth import _graph
 from optax_cadence.growth import _hidden
@@ -23,7 +24,6 @@ from optax_cadence.growth._dimension import Labels
 from optax_cadence.growth._hidden import Layer
 from optax_cadence.growth._hidden import Read
 from optax_cadence.programs import reading
-from optax_cadence.pruning import filling
 
 
 class Activity(NamedTuple):
@@ -147,7 +147,7 @@ def _activity(read: Read, operands: Sequence[Any], layer: Layer) -> Activity:
   units, arrays, others = layer.units.size, [], []
   for operand, axis in zip(operands, read.axes, strict=False):
     x = jax.lax.stop_gradient(operand)
-    arrays.append(x.astype(filling.wider(x.dtype, jnp.float32)))
+    arrays.append(x.astype(_window.wider(x.dtype, jnp.float32)))
     others.append(tuple(a for a in range(x.ndim) if a != axis))
   of_value, of_weights = read.value, 1 - read.value
   value = jnp.abs(arrays[of_value]).mean(others[of_value])

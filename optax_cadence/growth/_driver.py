@@ -1,8 +1,8 @@
 """What `nnx` and `linen` share: the steps from a network to grown variables and their plan.
 
 An edge says what its network is (`Network`), and puts the result back where it belongs: into the
-live model, or beside a forward pass that goes through the gate. The arguments of both edges that
-have a name from here mean what is said here.
+live model, or beside a forward pass that goes through the gate. Arguments that are not described
+here are those of the edges' functions of the same name.
 """
 
 import dataclasses
@@ -62,10 +62,6 @@ class Network(NamedTuple):
       for layer in _trees.layers(self.variables, layers)
     ]
 
-  def kernel(self, layer: _paths.Path) -> str:
-    """The path of a layer's kernel, or embedding."""
-    return _paths.join(_trees.kernel(self.variables, layer))
-
   def flops(self) -> int:
     """FLOPs of a forward pass."""
     return _graph.flops(self.forward, self.variables, *self.inputs, **self.settings)
@@ -108,36 +104,28 @@ def widen(
 ) -> Grown:
   """More units.
 
-  Args:
-    network: The network.
-    producer: What makes the units: the path of a layer, or of a leaf, or a glob for several; or
-      a list of them; or a `Dimension`, which is checked if there are inputs. None: whatever is
-      larger where the network is defined at its new size.
-    by: Number of new units, of each producer; or a list, a number for each that is named.
-    axis: The axis of the producer's kernel that holds the units.
-    unit: Adjacent positions that make one unit.
-    blocks: How often the units repeat along the axis: for the groups of a norm that grow.
-    fresh: Where new entries come from, as for `Plan.apply`; by default from `network.init`.
-    alpha: Value of the gate.
+  A producer is the path of a layer, or of a leaf, or a glob for several; or a `Dimension`, which is
+  checked if there are inputs. Without any, whatever is larger where the network is defined at its
+  new size becomes larger.
   """
   if isinstance(producer, Dimension):
     units: dict[Dimension, Any] = {couple(network, producer) if network.inputs else producer: by}
   elif producer is None and network.defined is not None:
-    units = _of_definition(network.variables, network.defined(), network)
+    units = _of_definition(network, network.defined())
   elif network.inputs and producer is not None:
-    units = _of_producers(network, producer, by, Axis(axis, blocks, unit))
+    units = _of_producers(network, producer, by, axis=axis, unit=unit, blocks=blocks)
   else:
     raise ValueError("widen needs inputs, to find what reads the units, or consumers=[...]")
   plan = _planners.widening(network.variables, units, alpha=network.alpha)
   return grow(network, plan, fresh, alpha)
 
 
-def _of_definition(variables: Any, defined: Any, network: Network) -> dict[Dimension, Any]:
+def _of_definition(network: Network, defined: Any) -> dict[Dimension, Any]:
   """The dimensions along which a definition of the network is larger, and by how much each."""
   expected = _trees.shapes(defined)
   left = {
     (path, axis): (n, m)
-    for path, shape in _trees.shapes(variables).items()
+    for path, shape in _trees.shapes(network.variables).items()
     if len(expected.get(path, ())) == len(shape)
     for axis, (n, m) in enumerate(zip(shape, expected[path], strict=True))
     if n != m
@@ -166,7 +154,7 @@ def _of_definition(variables: Any, defined: Any, network: Network) -> dict[Dimen
 
 
 def _of_producers(
-  network: Network, producer: str | Sequence[str], by: Any, axis: Axis
+  network: Network, producer: str | Sequence[str], by: Any, *, axis: int, unit: int, blocks: int
 ) -> dict[Dimension, Any]:
   """The dimensions of some producers, each with its number of new units.
 
@@ -179,19 +167,17 @@ def _of_producers(
     raise ValueError(
       f"by: expected a number of new units, or one for each of {len(names)} producers, found {by}"
     )
-  shapes = _trees.shapes(network.variables)
-  alike: dict[tuple[int, Any], list[str]] = {}
+  alike: dict[tuple[int, Any], dict[str, Any]] = {}
   for name, more in zip(names, numbers, strict=True):
     for kernel in network.kernels(name):
-      units = _dimension.dimension(network.variables, {kernel: axis})
-      alike.setdefault((units.size, more), []).append(kernel)
+      units = _dimension.dimension(network.variables, {kernel: Axis(axis, blocks, unit)})
+      alike.setdefault((units.size, more), {})[kernel] = units.members[0]
   found: dict[Dimension, Any] = {}
-  for (_, more), kernels in alike.items():
-    known = {(m.path, m.axis): n for units, n in found.items() for m in units.members}
+  known: dict[tuple[_paths.Path, int], Any] = {}  # the number of each axis in those
+  for (_, more), members in alike.items():
     new = []
-    for kernel in kernels:
-      path = tuple(kernel.split("/"))
-      other = known.get((path, axis.axis % len(shapes[path])))
+    for kernel, member in members.items():
+      other = known.get((member.path, member.axis))
       if other is None:
         new.append(kernel)
       elif other != more:
@@ -200,38 +186,28 @@ def _of_producers(
           f" {more}: expected one number"
         )
     if new:
-      number, outer, inner = axis
-      settings = {"axis": number, "unit": inner, "blocks": outer}
-      units = couple(network, new, **settings)
+      units = couple(network, new, axis=axis, unit=unit, blocks=blocks)
       if units.outputs:  # then one of them may be read by nothing
         for kernel in new:
-          couple(network, [kernel], **settings)
+          couple(network, [kernel], axis=axis, unit=unit, blocks=blocks)
       found[units] = more
+      known.update(((member.path, member.axis), more) for member in units.members)
   return found
 
 
 def enlarge(
   network: Network,
-  conv: str,
+  conv: _paths.Path,
   kernel_size: Sequence[int],
   *,
   causal: bool = False,
   fresh: Any = None,
   alpha: float = 0.0,
 ) -> Grown:
-  """A larger kernel.
-
-  Args:
-    network: The network.
-    conv: Path of the kernel.
-    kernel_size: Its new spatial size.
-    causal: Whether its padding is "CAUSAL": old taps are then the last ones.
-    fresh: See `widen`.
-    alpha: See `widen`.
-  """
+  """A larger kernel; `conv` is its path, or that of its layer."""
   plan = _planners.enlarging(
     network.variables,
-    {conv: kernel_size},
+    {_paths.join(_trees.kernel(network.variables, conv)): kernel_size},
     causal=causal,
     alpha=network.alpha,
     fn=functools.partial(network.forward, **network.settings) if network.inputs else None,
@@ -248,15 +224,9 @@ def deepen(
   moved: Mapping[str, str] | None = None,
   alpha: float = 0.0,
 ) -> Grown:
-  """More layers.
+  """More layers; the variables of `deeper` have fresh values for them.
 
-  Args:
-    network: The network.
-    deeper: The network with the new layers, whose variables have the fresh values.
-    outgoing: Paths of the new layers, or leaves, that α multiplies: the last of a residual
-      block, or the norm it ends in. None: they are the identity as they are (Net2Deeper).
-    moved: From old paths to new ones, as for `growth.deepening`.
-    alpha: Value of the gate.
+  `outgoing` are paths of new layers, or leaves, `moved` is as for `growth.deepening`.
   """
   flops = (network.flops(), deeper.flops()) if network.inputs else None
   plan = _planners.deepening(
@@ -271,7 +241,7 @@ def deepen(
 
 
 def grow(network: Network, plan: Plan, fresh: Any = None, alpha: float = 0.0) -> Grown:
-  """Applies a plan; `fresh` and `alpha` as in `widen`."""
+  """Applies a plan; by default new entries come from `network.init`."""
   made = None
   if fresh is None:
     fresh = made = network.init()
@@ -323,28 +293,25 @@ def check_layout(network: Network, plan: Plan, name: str, hint: str = "") -> Non
       graph.clear()
       _couple.check_layout(graph, dimension, "the dimension")
   except ValueError as error:
-    raise ValueError(
-      f"{name} does not run at its new size with its units where they were, so nothing was"
-      f" changed. {hint or _HINT}. ({error})"
-    ) from error
-
-
-_HINT = "A shared dimension may lack a member, or a module keep its size in an attribute of its own"
+    where = " with its units where they were"
+    raise ValueError(_does_not_run(name, where, hint, error)) from error
 
 
 def check_runs(network: Network, name: str, hint: str = "") -> None:
-  """Raises `ValueError` unless a network runs at its new size, if its inputs are known.
-
-  `name` is what it is called in the error, `hint` what may be the reason.
-  """
+  """Raises `ValueError` unless a network runs at its new size; arguments as in `check_layout`."""
   if not network.inputs:
     return
   try:
     _graph.trace(network.forward, network.variables, *network.inputs, **network.settings)
   except ValueError as error:
-    raise ValueError(
-      f"{name} does not run at its new size, so nothing was changed. {hint or _HINT}. ({error})"
-    ) from error
+    raise ValueError(_does_not_run(name, "", hint, error)) from error
+
+
+def _does_not_run(name: str, where: str, hint: str, error: ValueError) -> str:
+  hint = hint or (
+    "A shared dimension may lack a member, or a module keep its size in an attribute of its own"
+  )
+  return f"{name} does not run at its new size{where}, so nothing was changed. {hint}. ({error})"
 
 
 def heads(
@@ -356,15 +323,9 @@ def heads(
   fresh: Any = None,
   alpha: float = 0.0,
 ) -> Grown:
-  """More heads, queries of each group, or entries of a head.
+  """More heads, queries of each group, or entries of a head, as `of` says.
 
-  Args:
-    network: The network, with inputs.
-    attn: Paths of attention layers, or globs.
-    by: How many more for each.
-    of: See `growth.couple_heads`.
-    fresh: See `widen`.
-    alpha: See `widen`.
+  `attn` are paths of attention layers, or globs.
   """
   if not network.inputs:
     raise ValueError("heads are found in the program: expected inputs of the forward pass")
@@ -374,7 +335,7 @@ def heads(
   graph = _graph.read(network.forward, network.variables, *network.inputs, **network.settings)
   for path in (path for name in attn for path in _trees.layers(network.variables, name)):
     units, entries = _heads.find(graph, _paths.join(path), of, fixed)
-    if not isinstance(by, int) or isinstance(by, bool) or by < 1 or by % entries:
+    if not isinstance(by, int | np.integer) or isinstance(by, bool) or by < 1 or by % entries:
       raise ValueError(
         f"by: expected a positive integer{f' that {entries} divides' if entries > 1 else ''}, found"
         f" {by!r}"
@@ -397,8 +358,8 @@ def check_closed(larger: Network, plan: Plan) -> None:
     larger: The network at its new size, without its gate.
     plan: The plan by which it has grown.
   """
-  inputs = larger.inputs
-  known = inputs and not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(inputs))
+  inputs, arguments = larger.inputs, jax.tree.leaves((larger.inputs, larger.settings))
+  known = inputs and not any(isinstance(x, jax.ShapeDtypeStruct) for x in arguments)
   if not known or not plan.grows or not any(change.scaled for change in plan.changes):
     return
   gated = _gate.gated(larger.forward, plan)

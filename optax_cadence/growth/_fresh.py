@@ -50,11 +50,7 @@ def copies(variables: Any, plan: Plan, fresh: Any, key: jax.Array, *, noise: flo
       if member.role != "outgoing":
         described = member.labels, dimension.size, more, chosen
         along.setdefault((member.path, member.axis), []).append(described)
-  sources = {}
-  for place, dimensions in along.items():
-    labels, units, numbers, copied = zip(*dimensions, strict=True)
-    extended = extended_together(labels, units, numbers)
-    sources[place] = _sources(labels, extended, units, copied)
+  sources = {place: _sources(*zip(*pieces, strict=True)) for place, pieces in along.items()}
   changes = plan.by_path
 
   def read(path: _paths.Path, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -72,27 +68,25 @@ def copies(variables: Any, plan: Plan, fresh: Any, key: jax.Array, *, noise: flo
 
 def _sources(
   labels: Sequence[np.ndarray],
-  extended: Sequence[np.ndarray],
   units: Sequence[int],
+  more: Sequence[int],
   chosen: Sequence[np.ndarray],
 ) -> np.ndarray:
   """For each position of the new axis the position of the old one to copy.
 
   Args:
     labels: For each dimension the unit of each old position.
-    extended: For each the unit of each new position.
     units: For each the number of old units.
+    more: For each the number of new ones.
     chosen: For each the old units that those which are new copy.
   """
+  extended = extended_together(labels, units, more)
   new = np.any([x >= n for x, n in zip(extended, units, strict=True)], axis=0)
   result = np.cumsum(~new) - 1  # old ones stay what they are
-  for old, labels_now, number, copied in zip(labels, extended, units, chosen, strict=True):
-    positions_so_far: dict[int, int] = {}
-    for i in np.flatnonzero(labels_now >= number).tolist():
-      unit = int(labels_now[i])
-      k = positions_so_far.get(unit, 0)  # the k-th position of a unit copies the k-th of its source
-      positions_so_far[unit] = k + 1
-      result[i] = np.flatnonzero(old == copied[unit - number])[k]
+  for before, after, number, copied in zip(labels, extended, units, chosen, strict=True):
+    for unit, source in enumerate(copied, start=number):
+      at = np.flatnonzero(after == unit)  # the k-th of them copies the k-th of its source
+      result[at] = np.flatnonzero(before == source)[: len(at)]
   return result
 
 
@@ -117,6 +111,10 @@ def given(plan: Plan, fresh: Any, values: Mapping[str, Any]) -> Fresh:
 
   Returns:
     Fresh values for `plan.apply`.
+
+  Raises:
+    ValueError: If a path is not in the plan, or grows along several axes, or the new entries have
+      another shape.
   """
   changes = {_trees.find(plan.by_path, name): value for name, value in values.items()}
 
@@ -124,7 +122,13 @@ def given(plan: Plan, fresh: Any, values: Mapping[str, Any]) -> Fresh:
     value = _value(fresh, path, shape, dtype)
     if path not in changes:
       return value
-    (axis,) = plan.by_path[path].positions
+    axes = sorted(plan.by_path[path].positions)
+    if len(axes) != 1:
+      raise ValueError(
+        f"new entries of {_paths.join(path)!r}: expected a leaf that grows along one axis, found"
+        f" axes {axes}"
+      )
+    (axis,) = axes
     rest = [np.arange(n) for n in shape]
     rest[axis] = plan.by_path[path].new(axis)
     new = jnp.asarray(changes[path], value.dtype)

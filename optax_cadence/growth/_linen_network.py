@@ -30,6 +30,7 @@ def network_of(
       'expected variables as `init` returns them, {"params": …}, found the keys'
       f" {sorted(variables)}"
     )
+  is_boxed = any(map(_is_boxed, jax.tree.leaves(variables, is_leaf=_is_boxed)))
 
   def init() -> Any:
     if rngs is None:
@@ -40,9 +41,9 @@ def network_of(
     return jax.eval_shape(of_new, jax.random.key(0))
 
   def of_new(rngs: Any) -> Any:
-    fresh = new.init(rngs, *inputs, **_of_init(settings))
+    fresh = new.init(rngs, *inputs, **of_init(settings))
     # Where the caller has unboxed the variables (of the names of their axes), so are fresh ones.
-    return fresh if any(map(_is_boxed, _nodes(variables))) else meta.unbox(fresh)
+    return fresh if is_boxed else meta.unbox(fresh)
 
   shapes = defined if inputs and new is not None else None
   return Network(
@@ -64,12 +65,7 @@ def _is_boxed(node: Any) -> bool:
   return isinstance(node, meta.AxisMetadata)
 
 
-def _nodes(variables: Any) -> list[Any]:
-  """The variables, each in the box in which it may be."""
-  return jax.tree.leaves(variables, is_leaf=_is_boxed)
-
-
-def _of_init(settings: Mapping[str, Any]) -> dict[str, Any]:
+def of_init(settings: Mapping[str, Any]) -> dict[str, Any]:
   """The further arguments of a forward pass that `init` takes too."""
   of_apply = ("capture_intermediates", "mutable", "rngs")
   return {name: value for name, value in settings.items() if name not in of_apply}

@@ -4,16 +4,14 @@ A growth may put modules into lists and attributes. What stood there before is k
 not as objects, so that a clone of the model puts back its own.
 """
 
-from collections.abc import Callable, Mapping, MutableSequence
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from typing import Any, NamedTuple
 
 from flax import nnx
 
 from optax_cadence import _paths
+from optax_cadence.growth import _nnx_model
 from optax_cadence.growth._plan import Plan
-
-_OBJECTS: Any = getattr(nnx, "Pytree", nnx.Object)
-_NODES = (_OBJECTS, nnx.Variable, list, dict)
 
 
 class _At(NamedTuple):
@@ -34,11 +32,8 @@ Contents = Mapping[_paths.Path, Mapping[Any, Any]]
 
 def snapshot(model: Any) -> list[tuple[Any, dict[Any, Any]]]:
   """Every module, list and dict of a model, and what it holds."""
-  return [
-    (node, _items(node))
-    for _, node in nnx.iter_graph(model)
-    if isinstance(node, _NODES) and not isinstance(node, nnx.Variable)
-  ]
+  nodes = _nodes(model).values()
+  return [(node, _items(node)) for node in nodes if not isinstance(node, nnx.Variable)]
 
 
 def changes(before: list[tuple[Any, dict[Any, Any]]], model: Any) -> Contents:
@@ -46,18 +41,14 @@ def changes(before: list[tuple[Any, dict[Any, Any]]], model: Any) -> Contents:
   different = [(node, items) for node, items in before if not _same(items, _items(node))]
   if not different:
     return {}
-  paths = {
-    id(node): tuple(map(str, path))
-    for path, node in nnx.iter_graph(model)
-    if isinstance(node, _NODES)
-  }
+  paths = {id(node): path for path, node in _nodes(model).items()}
 
   def encoded(value: Any) -> Any:
     if id(value) in paths:
       return _At(paths[id(value)])
     if isinstance(value, tuple) and not hasattr(value, "_fields"):
       return _Made(tuple, tuple(map(encoded, value)))
-    if isinstance(value, list | MutableSequence):
+    if isinstance(value, MutableSequence):
       return _Made(type(value), tuple(map(encoded, value)))
     if isinstance(value, dict):
       return _Made(dict, tuple((name, encoded(x)) for name, x in value.items()))
@@ -72,9 +63,7 @@ def changes(before: list[tuple[Any, dict[Any, Any]]], model: Any) -> Contents:
 
 def restore(model: Any, contents: Contents) -> None:
   """Puts back what the modules of a model held."""
-  nodes = {
-    tuple(map(str, path)): node for path, node in nnx.iter_graph(model) if isinstance(node, _NODES)
-  }
+  nodes = _nodes(model)
 
   def decoded(value: Any) -> Any:
     if isinstance(value, _At):
@@ -98,30 +87,32 @@ def restore(model: Any, contents: Contents) -> None:
 def replace(model: Any, path: _paths.Path, new: Callable[[Any], Any]) -> None:
   """Puts `new(module)` in the place of the module at a path."""
   *outer, name = path
-  parent = model
-  for step in outer:
-    parent = _items(parent)[_key(parent, step)]
-  key = _key(parent, name)
-  _put(parent, {**_items(parent), key: new(_items(parent)[key])})
+  parent = _at(model, outer)
+  items, key = _items(parent), _key(parent, name)
+  _put(parent, {**items, key: new(items[key])})
 
 
 def unwrap(model: Any, plan: Plan) -> None:
-  """Puts each module that a growth has wrapped (in a mixture of experts) back in its old place."""
-  inside = {}
-  for change in plan.changes:
-    if change.adds_axis:
-      ((old, new),) = [pair for pair in plan.moved.items() if pair[1] == change.path]
-      same = [a == b for a, b in zip(old[::-1], new[::-1], strict=False)]
-      kept = same.index(False) if False in same else len(same)
-      inside[old[: len(old) - kept]] = new[len(old) - kept : len(new) - kept]
-  for path, rest in inside.items():
+  """Puts each module of which a growth has made experts back in its old place."""
+  if any(change.adds_axis for change in plan.changes):
+    for change in plan.changes:
+      if change.before is None:  # the weights of a router
+        *place, _, _ = change.path
+        replace(model, tuple(place), lambda mixture: mixture.experts)
 
-    def innermost(node: Any, rest: _paths.Path = rest) -> Any:
-      for step in rest:
-        node = _items(node)[_key(node, step)]
-      return node
 
-    replace(model, path, innermost)
+def _nodes(model: Any) -> dict[_paths.Path, Any]:
+  """The modules, variables, lists and dicts of a model, by path."""
+  kinds = (_nnx_model.OBJECT, nnx.Variable, list, dict)
+  nodes = nnx.iter_graph(model)
+  return {tuple(map(str, path)): node for path, node in nodes if isinstance(node, kinds)}
+
+
+def _at(node: Any, path: Sequence[str]) -> Any:
+  """What stands at a path below a module, list or dict."""
+  for name in path:
+    node = _items(node)[_key(node, name)]
+  return node
 
 
 def _key(node: Any, name: str) -> Any:
@@ -131,11 +122,9 @@ def _key(node: Any, name: str) -> Any:
 
 def _items(node: Any) -> dict[Any, Any]:
   """What a module, list or dict holds, by name."""
-  if isinstance(node, list | MutableSequence):
+  if isinstance(node, MutableSequence):
     return dict(enumerate(node))
-  items = node if isinstance(node, dict) else vars(node)
-  private = ("_pytree__", "_object__")
-  return {k: v for k, v in items.items() if not (isinstance(k, str) and k.startswith(private))}
+  return dict(node) if isinstance(node, dict) else _nnx_model.attributes_of(node)
 
 
 def _same(items: dict[Any, Any], others: dict[Any, Any]) -> bool:
@@ -145,11 +134,9 @@ def _same(items: dict[Any, Any], others: dict[Any, Any]) -> bool:
 
 def _put(node: Any, items: dict[Any, Any]) -> None:
   """Makes a module, list or dict hold these."""
-  if isinstance(node, list | MutableSequence):
-    while len(node):
-      node.pop()
-    for value in items.values():
-      node.append(value)
+  if isinstance(node, MutableSequence):
+    node.clear()
+    node.extend(items.values())
   elif isinstance(node, dict):
     node.clear()
     node.update(items)

@@ -67,7 +67,7 @@ def default_init(model: nnx.Module, rngs: nnx.Rngs | jax.Array | None = None) ->
     A function `(path, shape, dtype) -> array` for `Plan.apply`; it raises a `ValueError` that
     names a leaf for which nothing is known and which has no mean.
   """
-  modules, old = _modules(model), _trees.leaves(_nnx_model.variables(model))
+  modules, old = _nnx_model.parts(model).modules, _trees.leaves(_nnx_model.variables(model))
   source = rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(0 if rngs is None else rngs)
 
   def read(path: _paths.Path, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -106,23 +106,13 @@ def _compiled(initializer: Any, key: jax.Array, shape: tuple[int, ...], dtype: A
 
 def notes(model: nnx.Module, plan: Plan) -> tuple[str, ...]:
   """What `default_init` has to make up for a plan, in words."""
-  modules = _modules(model)
+  modules = _nnx_model.parts(model).modules
   leaves = [_leaf(modules, change.path) for change in plan.changes if change.before is not None]
   made_up = dict.fromkeys(str(leaf) for leaf in leaves if _initializer(leaf) is None)
   return tuple(
     f"new entries of {leaf}: drawn like the old ones, normal, of their mean and deviation"
     for leaf in made_up
   )
-
-
-def _modules(model: nnx.Module) -> dict[_paths.Path, Any]:
-  """The modules of a model by path; lists and dicts of them are none."""
-  containers = tuple(getattr(nnx, name) for name in ("List", "Dict") if hasattr(nnx, name))
-  return {
-    tuple(map(str, path)): node
-    for path, node in nnx.iter_graph(model)
-    if isinstance(node, nnx.Module) and not isinstance(node, containers)
-  }
 
 
 def _leaf(modules: dict[_paths.Path, Any], path: _paths.Path) -> _Leaf:

@@ -139,20 +139,17 @@ def put(
     held = _nnx_contents.snapshot(model)
     add(model)
     contents = _nnx_contents.changes(held, model)
-    _nnx_model.set_variables(model, tree)
-    before = _nnx_gate.attributes(model)
-    _nnx_model.fit(model, plan)
-    refit(model)
-    _nnx_model.set_sizes(model, sizes)
-    _nnx_model.pad_for_taps(model, plan)
-    return _nnx_gate.changed(before, _nnx_gate.attributes(model)), contents
+    modules = _nnx_model.parts(model).modules
+    before = _nnx_model.attributes(modules)
+    _nnx_model.resize(model, tree, plan, sizes, refit)
+    return _nnx_gate.changed(before, _nnx_model.attributes(modules)), contents
 
   def change(model: nnx.Module) -> None:
     before, contents = resize(model)
     if plan.gate:
       _nnx_gate.attach(model, plan, alpha, before, contents)
 
-  carry_out(model, plan, change, resize, network, optimizer)
+  carry_out(model, plan, change, optimizer, network, resize)
   return plan
 
 
@@ -160,19 +157,19 @@ def carry_out(
   model: nnx.Module,
   plan: Plan,
   change: Callable[[Any], Any],
-  resize: Callable[[Any], Any],
-  network: Network | None,
   optimizer: nnx.Optimizer | None,
+  network: Network | None = None,
+  resize: Callable[[Any], Any] | None = None,
 ) -> None:
   """Changes a model and its optimizer's state, or, on an error, neither.
 
   Args:
     model: The model.
     plan: The plan by which it changes.
-    change: Changes a model, gate included.
-    resize: Changes it without a gate.
-    network: The model as it was, with the inputs on which the changed one has to run.
+    change: Changes a model.
     optimizer: The model's optimizer.
+    network: The model as it was, with the inputs on which the changed one has to run.
+    resize: Changes a model as `change` does, but attaches no gate; None where that attaches none.
   """
   changed = nnx.clone(model)
   change(changed)
@@ -182,7 +179,7 @@ def carry_out(
     regroups = any(dimension.regroups for dimension, _ in plan.dimensions)
     if regroups or any(leaf.scaled for leaf in plan.changes):
       plain = nnx.clone(model)
-      resize(plain)
+      (resize or change)(plain)
       resized = network._replace(forward=forward(plain), variables=variables(plain))
       _driver.check_layout(resized, plan, name, hint)
       _driver.check_runs(gated, name, hint)

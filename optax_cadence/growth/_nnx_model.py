@@ -1,8 +1,8 @@
 """A live NNX model as a tree of arrays and a function of it, and what its layers know of sizes."""
 
 import fnmatch
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +12,53 @@ from optax_cadence import _paths
 from optax_cadence.growth import _trees
 from optax_cadence.growth._plan import LeafChange
 from optax_cadence.growth._plan import Plan
+
+# Of what kind modules are, and other objects with variables, such as `nnx.Rngs`.
+OBJECT: Any = getattr(nnx, "Pytree", nnx.Object)
+# Lists and dicts of modules are modules too where Flax has them (since 0.12), without a forward
+# pass or sizes of their own.
+_CONTAINERS = tuple(getattr(nnx, name) for name in ("List", "Dict") if hasattr(nnx, name))
+
+Place = tuple[_paths.Path, str]  # path of a module, and the name of an attribute
+
+
+class Parts(NamedTuple):
+  """What a model consists of, by path.
+
+  Attributes:
+    modules: Its modules, itself included, but no lists and dicts of them.
+    variables: Its variables.
+  """
+
+  modules: dict[_paths.Path, Any]
+  variables: dict[_paths.Path, Any]
+
+
+def parts(model: Any) -> Parts:
+  """The modules and variables of a model: both at once, for it takes long in a deep one."""
+  found = Parts({}, {})
+  for names, node in nnx.iter_graph(model):
+    if isinstance(node, nnx.Variable):
+      found.variables[tuple(map(str, names))] = node
+    elif isinstance(node, nnx.Module) and not isinstance(node, _CONTAINERS):
+      found.modules[tuple(map(str, names))] = node
+  return found
+
+
+def attributes_of(node: Any) -> dict[str, Any]:
+  """The attributes of an object, but for those in which Flax keeps its books."""
+  books = ("_pytree__", "_object__")
+  return {name: value for name, value in vars(node).items() if not name.startswith(books)}
+
+
+def attributes(modules: Mapping[_paths.Path, Any]) -> dict[Place, Any]:
+  """What modules have in attributes, but for variables and objects."""
+  return {
+    (path, name): value
+    for path, module in modules.items()
+    for name, value in attributes_of(module).items()
+    if not isinstance(value, (nnx.Variable, OBJECT))
+  }
 
 
 def get_array(variable: Any) -> Any:
@@ -37,15 +84,6 @@ def set_variables(model: nnx.Module, tree: Any) -> None:
   nnx.update(model, filled(nnx.state(model), tree))
 
 
-def paths_of_variables(model: nnx.Module) -> list[tuple[Any, _paths.Path]]:
-  """The variables of a model, as the objects that they are, and where each stands."""
-  return [
-    (node, tuple(map(str, path)))
-    for path, node in nnx.iter_graph(model)
-    if isinstance(node, nnx.Variable)
-  ]
-
-
 def forward(model: nnx.Module) -> Callable[..., Any]:
   """The forward pass as a function of `variables(model)`; it returns what changes too."""
   graphdef, state = nnx.split(model)
@@ -61,12 +99,12 @@ def forward(model: nnx.Module) -> Callable[..., Any]:
 
 def _cloned(args: Any) -> Any:
   """Arguments, of which objects with variables (`nnx.Rngs`) are copies that a trace may change."""
-  kind: Any = getattr(nnx, "Pytree", nnx.Object)
-
-  def is_object(x: Any) -> bool:
-    return isinstance(x, kind)
-
   return jax.tree.map(lambda x: nnx.clone(x) if is_object(x) else x, args, is_leaf=is_object)
+
+
+def is_object(x: Any) -> bool:
+  """Whether something is an object that may have variables."""
+  return isinstance(x, OBJECT)
 
 
 def filled(state: Any, tree: Any) -> Any:
@@ -76,7 +114,33 @@ def filled(state: Any, tree: Any) -> Any:
   return jax.tree.unflatten(jax.tree.structure(state), values)
 
 
-def fit(model: nnx.Module, plan: Plan) -> None:
+def resize(
+  model: nnx.Module,
+  tree: Any,
+  plan: Plan,
+  sizes: Mapping[str, Any] | None = None,
+  refit: Callable[[Any], None] = lambda model: None,
+) -> None:
+  """Puts variables of other sizes into a model, and tells its modules.
+
+  Args:
+    model: The model; it is changed in place.
+    tree: Its variables, as the plan has made them.
+    plan: The plan.
+    sizes: New values of attributes of the user's own classes.
+    refit: Sets other attributes of these.
+
+  Raises:
+    ValueError: If there is no such attribute.
+  """
+  set_variables(model, tree)
+  _fit(model, plan)
+  refit(model)
+  _set_sizes(model, sizes)
+  _pad_for_taps(model, plan)
+
+
+def _fit(model: nnx.Module, plan: Plan) -> None:
   """Makes the attributes of layers that repeat sizes agree with their arrays.
 
   Args:
@@ -84,61 +148,59 @@ def fit(model: nnx.Module, plan: Plan) -> None:
     plan: The plan, which says of a `GroupNorm` or `Conv` whether its groups are others, or wider.
   """
   changes = plan.by_path
-  for path, node in nnx.iter_graph(model):
-    prefix = tuple(map(str, path))
+  for path, module in parts(model).modules.items():
     for kind, sizes in _SIZES.items():
-      if isinstance(node, kind):
-        for name, value in sizes(node).items():
-          if hasattr(node, name):
-            setattr(node, name, value)
-    if isinstance(node, nnx.Conv):
-      change = changes.get((*prefix, "kernel"))
-      groups = _groups(change, plan.grows, node.feature_group_count)
-      for name, value in _conv(node, groups).items():
-        setattr(node, name, value)
-    if isinstance(node, nnx.ConvTranspose):
-      for name, value in _conv_transpose(node).items():
-        setattr(node, name, value)
-    if isinstance(node, nnx.GroupNorm) and _features(node):
-      change = changes.get((*prefix, "scale"), changes.get((*prefix, "bias")))
-      node.num_groups = _groups(change, plan.grows, node.num_groups)
-      node.group_size = _features(node)["num_features"] // node.num_groups
+      if isinstance(module, kind):
+        for name, value in sizes(module).items():
+          if hasattr(module, name):
+            setattr(module, name, value)
+    if isinstance(module, nnx.Conv):
+      change = changes.get((*path, "kernel"))
+      module.feature_group_count = _groups(change, plan.grows, module.feature_group_count)
+      inputs_of_group = _shape(module.kernel)[-2]
+      module.in_features = inputs_of_group * module.feature_group_count
+    if isinstance(module, nnx.GroupNorm) and (features := _features(module)):
+      change = changes.get((*path, "scale"), changes.get((*path, "bias")))
+      module.num_groups = _groups(change, plan.grows, module.num_groups)
+      module.group_size = features["num_features"] // module.num_groups
 
 
-def fit_heads(layer: Any, path: _paths.Path, of: str, plan: Plan) -> None:
-  """Makes attributes of an attention layer of the user's agree with its heads, by their names.
+def fit_heads(model: nnx.Module, layers: Collection[_paths.Path], of: str, plan: Plan) -> None:
+  """Makes attributes of attention layers of the user's agree with their heads, by their names.
 
   Args:
-    layer: The layer; it is changed in place.
-    path: Where it stands.
-    of: What it has got more of: "heads", "queries" or "size".
+    model: The model; it is changed in place.
+    layers: Where the attention layers stand.
+    of: What they have got more of: "heads", "queries" or "size".
     plan: The plan, which has a dimension of it: heads, queries of one group, entries.
   """
-  n = len(path)
-  units, more = next(
-    (dimension.size, more)
-    for dimension, more in plan.dimensions
-    if any(member.path[:n] == path for member in dimension.members)
-  )
-  own = {} if isinstance(layer, nnx.MultiHeadAttention) else dict(vars(layer))
-  for name, value in own.items():
-    if not isinstance(value, int) or isinstance(value, bool) or value % units:
-      continue
-    counts_entries = any(word in name for word in ("dim", "size", "width", "features"))
-    of_heads = "head" in name
-    if of == "size":
-      follows = counts_entries and (of_heads or "qkv" in name or "inner" in name)
-    elif of == "heads":
-      follows = (of_heads and not counts_entries) or (counts_entries and "qkv" in name)
-    else:
-      of_keys = "kv" in name or "key" in name
-      of_group = value == units and any(word in name for word in ("group", "rep"))
-      follows = of_group or (of_heads and not counts_entries and not of_keys)
-    if follows:
-      setattr(layer, name, value // units * (units + more))
+  for path, layer in parts(model).modules.items():
+    if path in layers and not isinstance(layer, nnx.MultiHeadAttention):
+      units, more = next(
+        (dimension.size, more)
+        for dimension, more in plan.dimensions
+        if any(member.path[: len(path)] == path for member in dimension.members)
+      )
+      for name, value in attributes_of(layer).items():
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        if is_number and value % units == 0 and _follows(name, of, value == units):
+          setattr(layer, name, value // units * (units + more))
 
 
-def set_sizes(model: nnx.Module, sizes: Mapping[str, Any] | None) -> None:
+def _follows(name: str, of: str, is_number_of_units: bool) -> bool:
+  """Whether an attribute of an attention layer, by its name, is a number that grows with `of`."""
+  counts_entries = any(word in name for word in ("dim", "size", "width", "features"))
+  counts_heads = "head" in name and not counts_entries
+  if of == "size":
+    return counts_entries and any(word in name for word in ("head", "qkv", "inner"))
+  if of == "heads":
+    return counts_heads or (counts_entries and "qkv" in name)
+  if is_number_of_units and any(word in name for word in ("group", "rep")):
+    return True
+  return counts_heads and not any(word in name for word in ("kv", "key"))
+
+
+def _set_sizes(model: nnx.Module, sizes: Mapping[str, Any] | None) -> None:
   """Sets attributes in which classes of the user's hold sizes.
 
   Args:
@@ -149,7 +211,8 @@ def set_sizes(model: nnx.Module, sizes: Mapping[str, Any] | None) -> None:
   Raises:
     ValueError: If there is no such attribute.
   """
-  places = _attributes_of_users(model)
+  modules = _modules_of_users(model)
+  places = attributes(modules)
   for name, value in (sizes or {}).items():
     of_path = "/" in name
     matching = [
@@ -158,12 +221,10 @@ def set_sizes(model: nnx.Module, sizes: Mapping[str, Any] | None) -> None:
       if fnmatch.fnmatchcase(_paths.join((*path, attribute)) if of_path else attribute, name)
     ]
     if not matching:
-      raise ValueError(
-        f"sizes: no attribute {name!r}: expected one of"
-        f" {_paths.listed((*path, attribute) for path, attribute in _sizes_of_users(model))}"
-      )
+      known = [(*path, attribute) for path, attribute in _possible_sizes(modules)]
+      raise ValueError(f"sizes: no attribute {name!r}: expected one of {_paths.listed(known)}")
     for path, attribute in matching:
-      setattr(places[path, attribute][0], attribute, value)
+      setattr(modules[path], attribute, value)
 
 
 def sizes_to_name(model: nnx.Module, plan: Plan) -> str:
@@ -181,19 +242,20 @@ def sizes_to_name(model: nnx.Module, plan: Plan) -> str:
   for change in (c for c in plan.changes if not c.adds_axis):
     for axis in change.positions:
       numbers.setdefault((change.before or ())[axis], (change.after or ())[axis])
-  places = _sizes_of_users(model)
+  modules = _modules_of_users(model)
+  sizes = _possible_sizes(modules)
   values: dict[str, set[str]] = {}
-  for (_, name), (_, value) in places.items():
+  for (_, name), value in sizes.items():
     values.setdefault(name, set()).add(str(value))
   hints: dict[str, bool] = {}
-  for (path, name), (node, value) in places.items():
+  for (path, name), value in sizes.items():
     expected = _resized(value, numbers)
     if expected != value:
       # The name alone stands for the attributes of all modules.
       key = name if len(values[name]) == 1 else _paths.join((*path, name))
       hint = (
-        f"{type(node).__name__} holds {key!r}, {value}: if that is the size which has changed, pass"
-        f" sizes={{{key!r}: {expected}}}"
+        f"{type(modules[path]).__name__} holds {key!r}, {value}: if that is the size which has"
+        f" changed, pass sizes={{{key!r}: {expected}}}"
       )
       hints[hint] = value not in of_units if type(value) is int else True
   likely = sorted(hints, key=hints.__getitem__)  # first what is the number of units
@@ -207,32 +269,23 @@ def _resized(value: Any, numbers: Mapping[int, int]) -> Any:
   return numbers.get(value, value)
 
 
-def _sizes_of_users(model: nnx.Module) -> dict[tuple[_paths.Path, str], tuple[Any, Any]]:
-  """Attributes of the user's own modules that may be sizes: the module and the value, by place."""
+def _modules_of_users(model: nnx.Module) -> dict[_paths.Path, Any]:
+  """The modules of the user's own classes, by path: Flax's own are told their sizes by `_fit`."""
+  modules = parts(model).modules.items()
+  return {path: m for path, m in modules if not type(m).__module__.startswith("flax.")}
+
+
+def _possible_sizes(modules: Mapping[_paths.Path, Any]) -> dict[Place, Any]:
+  """The attributes of modules that may be a size, or several."""
   found = {}
-  for place, (node, value) in _attributes_of_users(model).items():
+  for place, value in attributes(modules).items():
     numbers = value if isinstance(value, tuple | list) else [value]
     if numbers and all(type(x) is int for x in numbers):
-      found[place] = (node, value)
+      found[place] = value
   return found
 
 
-def _attributes_of_users(model: nnx.Module) -> dict[tuple[_paths.Path, str], tuple[Any, Any]]:
-  """All attributes of the user's own modules but variables and modules, by place.
-
-  Flax's own layers are told their sizes by `fit`.
-  """
-  nodes: Any = (nnx.Variable, getattr(nnx, "Pytree", nnx.Object))
-  return {
-    (tuple(map(str, path)), name): (node, value)
-    for path, node in nnx.iter_graph(model)
-    if isinstance(node, nnx.Module) and not type(node).__module__.startswith("flax.")
-    for name, value in vars(node).items()
-    if not isinstance(value, nodes) and not name.startswith(("_pytree__", "_object__"))
-  }
-
-
-def pad_for_taps(model: nnx.Module, plan: Plan) -> None:
+def _pad_for_taps(model: nnx.Module, plan: Plan) -> None:
   """Makes convolutions whose padding is written out pad for kernels of another size.
 
   So the outputs stay where they were. What is padded by a rule ("SAME", "CAUSAL") follows it.
@@ -241,19 +294,18 @@ def pad_for_taps(model: nnx.Module, plan: Plan) -> None:
     model: The model, whose kernels the plan changes; it is changed in place.
     plan: The plan.
   """
-  modules = {tuple(map(str, path)): node for path, node in nnx.iter_graph(model)}
-  for change in plan.changes:
+  modules = parts(model).modules
+  for change in (change for change in plan.changes if change.taps):
     conv: Any = modules.get(change.path[:-1])
-    padding = getattr(conv, "padding", None)
-    by_rule = isinstance(padding, str) and (
-      padding != "VALID" or isinstance(conv, nnx.ConvTranspose)
-    )
-    if not change.taps or by_rule:
+    if not hasattr(conv, "padding"):  # a class of the user's, which pads in code of its own
+      continue
+    padding = conv.padding
+    if isinstance(padding, str) and (padding != "VALID" or isinstance(conv, nnx.ConvTranspose)):
       continue
     spatial = len(change.spatial)
     each = 0 if padding == "VALID" else padding
-    pairs: list[Any] = [each] * spatial if isinstance(each, int) else list(each or ())
-    dilation = conv.kernel_dilation or 1
+    pairs: list[Any] = [each] * spatial if isinstance(each, int) else list(each)
+    dilation = getattr(conv, "kernel_dilation", None) or 1
     dilations = [dilation] * spatial if isinstance(dilation, int) else list(dilation)
     sign = 1 if plan.grows else -1
     for i, axis in enumerate(change.spatial):
@@ -319,11 +371,10 @@ def _groups(change: LeafChange | None, grows: bool, groups: int) -> int:
   return after // (before // groups)
 
 
-def _conv(m: Any, groups: int) -> dict[str, Any]:
+def _conv(m: Any) -> dict[str, Any]:
+  """All but the number of its inputs, which depends on that of its groups."""
   shape = _own(m, m.kernel)
-  inputs, outputs = shape[-2:]  # the inputs are those of one group
-  sizes = {"kernel_shape": shape, "kernel_size": shape[:-2], "out_features": outputs}
-  return {**sizes, "in_features": inputs * groups, "feature_group_count": groups}
+  return {"kernel_shape": shape, "kernel_size": shape[:-2], "out_features": shape[-1]}
 
 
 def _conv_transpose(m: Any) -> dict[str, Any]:
@@ -372,6 +423,8 @@ _SIZES: dict[Any, Callable[[Any], dict[str, Any]]] = {
   nnx.Linear: _linear,
   nnx.LinearGeneral: _general,
   nnx.Einsum: _einsum,
+  nnx.Conv: _conv,
+  nnx.ConvTranspose: _conv_transpose,
   nnx.Embed: _embed,
   nnx.LoRA: _lora,
   nnx.BatchNorm: _features,

@@ -12,6 +12,7 @@ from optax_cadence import _paths
 from optax_cadence.growth import _trees
 from optax_cadence.growth._plan import Plan
 from optax_cadence.growth._plan import plan_for
+from optax_cadence.pruning import masking
 
 
 class PhaseInState(NamedTuple):
@@ -82,8 +83,7 @@ def phase_in(
   path = tuple(alpha.split("/"))
 
   def clock(count: Any) -> dict[str, Any]:
-    empty: dict[str, Any] = {}
-    return _trees.insert(empty, path, count)
+    return _trees.insert({}, path, count)
 
   def init(params: optax.Params) -> PhaseInState:
     has_gate = path in _trees.leaves(params)
@@ -142,7 +142,7 @@ def periods(plan: Plan, params: Any, *, old: Any, new: Any = 1) -> dict[str, Any
   """
   plan = plan_for(plan, params)
   changes = plan.by_path
-  result: dict[str, Any] = {}
+  cadences: dict[_paths.Path, Any] = {}
   for path, leaf in _paths.flatten_with_paths(params):
     change, value = changes.get(path), old
     if path == plan.alpha or (change is not None and change.before is None):
@@ -150,5 +150,5 @@ def periods(plan: Plan, params: Any, *, old: Any, new: Any = 1) -> dict[str, Any
     elif change is not None:
       value = np.full(np.shape(leaf), new)
       value[change.index] = old
-    result = _trees.insert(result, path, value)
-  return result
+    cadences[path] = value
+  return masking.nested(cadences)

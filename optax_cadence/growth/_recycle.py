@@ -18,6 +18,7 @@ import optax
 from optax_cadence import _control
 from optax_cadence import _paths
 from optax_cadence import _restart
+from optax_cadence import _window
 from optax_cadence.growth import _activity
 from optax_cadence.growth import _hidden
 from optax_cadence.growth import _trees
@@ -369,7 +370,7 @@ class _Recycling:
     for name, layer in self.layers.items():
       for taker, mean in zip(layer.takers, means[name], strict=True):
         weights = leaves[taker.weights]
-        weights = weights.astype(filling.wider(weights.dtype, mean.dtype))
+        weights = weights.astype(_window.wider(weights.dtype, mean.dtype))
         mean = jnp.where(gone[name], mean, jnp.zeros_like(mean)).astype(weights.dtype)
         member = next(m for m in layer.units.members if m.path == taker.weights)
         value = entries(member, mean, weights.shape)
@@ -384,20 +385,20 @@ class _Recycling:
     Raises:
       ValueError: If weights that make units, or read them, are not among them.
     """
-    leaves = _trees.leaves(params)
+    leaves, found = _trees.leaves(params), {}
     for layer in self.layers.values():
       for member in layer.units.members:
-        found = np.shape(leaves[member.path]) if member.path in leaves else None
-        if member.role == "follows" and found is None:  # running statistics
+        shape = np.shape(leaves[member.path]) if member.path in leaves else None
+        if member.role == "follows" and shape is None:  # running statistics
           continue
-        if found is None or found[member.axis] != len(member.labels):
+        if shape is None or shape[member.axis] != len(member.labels):
           raise ValueError(
             f"{_paths.join(member.path)!r}: expected {len(member.labels)} entries along axis"
             f" {member.axis} in the parameters, found"
-            f" {'no such leaf' if found is None else f'shape {found}'}"
+            f" {'no such leaf' if shape is None else f'shape {shape}'}"
           )
-    paths = {m.path: None for layer in self.layers.values() for m in layer.units.members}
-    return {path: leaves[path] for path in paths if path in leaves}
+        found[member.path] = leaves[member.path]
+    return found
 
   def _with_fresh(
     self,

@@ -48,7 +48,7 @@ def upcycling(
     A `Plan`. Of its fresh values only the routers' are read. `growth.undo` leaves the first expert.
 
   Raises:
-    ValueError: If there is no such MLP, or fewer than two experts.
+    ValueError: If there is no such MLP, one is named twice, or there are fewer than two experts.
 
   >>> import jax.numpy as jnp
   >>> from optax_cadence import growth
@@ -61,12 +61,15 @@ def upcycling(
   if not isinstance(experts, int | np.integer) or isinstance(experts, bool) or experts < 2:
     raise ValueError(f"experts must be an integer, 2 or more, found {experts!r}")
   shapes = _trees.shapes(variables)
-  changes, moved = [], {}
+  changes: list[LeafChange] = []
+  moved: dict[_paths.Path, _paths.Path] = {}
   for name in [mlps] if isinstance(mlps, str) else mlps:
     prefix = tuple(name.split("/"))
     under = [path for path in shapes if path[: len(prefix)] == prefix and path != prefix]
     if not under:
       raise ValueError(f"mlp {name!r}: expected what holds leaves of {_paths.listed(shapes)}")
+    if moved.keys() & set(under):
+      raise ValueError(f"mlp {name!r}: expected each once, and none in another")
     stacks = {shapes[path][:axis] for path in under}
     if len(stacks) != 1 or len(next(iter(stacks))) != axis:
       listed = ", ".join(f"{_paths.join(path)!r} of shape {shapes[path]}" for path in under)
@@ -120,7 +123,8 @@ def mixture_of_experts(
     [..., outputs].
 
   Raises:
-    ValueError: If there are fewer experts than `top_k`, or the router does not fit.
+    ValueError: If there are fewer experts than `top_k`, the router does not fit, or no expert has a
+      place.
 
   >>> import jax, jax.numpy as jnp
   >>> from optax_cadence import growth
@@ -136,6 +140,8 @@ def mixture_of_experts(
       f"router of shape {router.shape}: expected [{x.shape[-1]}, experts], with at least top_k ="
       f" {top_k} experts"
     )
+  if capacity is not None and not capacity > 0:
+    raise ValueError(f"capacity: expected a number above 0, or None, found {capacity!r}")
   tokens = x.reshape(-1, x.shape[-1])
   n = len(tokens)
   liked, chosen = jax.lax.top_k(_scores(router, tokens), top_k)  # [tokens, top_k]

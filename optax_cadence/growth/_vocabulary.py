@@ -54,6 +54,11 @@ def adding_tokens(
   axes = {table: 0}
   if head is not None:
     kernel = _trees.kernel(variables, tuple(head.split("/")))
+    if kernel == table:
+      raise ValueError(
+        f"head {_paths.join(kernel)!r} is the embedding: expected None for a tied head, or a layer"
+        " of its own"
+      )
     bias = (*kernel[:-1], "bias")
     for path in [kernel, bias] if bias in shapes else [kernel]:
       axes[path] = len(shapes[path]) - 1

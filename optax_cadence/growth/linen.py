@@ -111,14 +111,7 @@ def widen(
     raise ValueError(f"expected both producer= and by=, or neither, found {producer!r} and {by!r}")
   network = _linen_network.network_of(old, variables, inputs, kwargs, new, rngs)
   grown = _driver.widen(
-    network,
-    producer,
-    by,
-    axis=axis,
-    unit=unit,
-    blocks=blocks,
-    fresh=fresh,
-    alpha=alpha,
+    network, producer, by, axis=axis, unit=unit, blocks=blocks, fresh=fresh, alpha=alpha
   )
   return _linen_network.with_forward(old, new, grown, network, rngs)
 
@@ -146,14 +139,8 @@ def enlarge(
     ValueError: As `growth.enlarging` and `Plan.apply` do.
   """
   network = _linen_network.network_of(old, variables, inputs, kwargs, new, rngs)
-  grown = _driver.enlarge(
-    network,
-    network.kernel(tuple(conv.split("/"))),
-    kernel_size,
-    causal=causal,
-    fresh=fresh,
-    alpha=alpha,
-  )
+  path = tuple(conv.split("/"))
+  grown = _driver.enlarge(network, path, kernel_size, causal=causal, fresh=fresh, alpha=alpha)
   return _linen_network.with_forward(old, new, grown, network, rngs)
 
 
@@ -428,8 +415,7 @@ def recycle(
     names = ["params", *(of_call.get("rngs") or {})]
     rngs = dict(zip(names, jax.random.split(key, len(names)), strict=True))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
-    flags = {name: value for name, value in of_call.items() if name not in ("mutable", "rngs")}
-    return module.init(rngs, *zeros, **flags)["params"]
+    return module.init(rngs, *zeros, **_linen_network.of_init(of_call))["params"]
 
   settings["init"] = fresh if init is None else init
   return _recycle.recycle(module.apply, variables, *inputs, within="params", **settings)

@@ -24,6 +24,11 @@ class Router(nnx.Module):
     """Small random weights of a shape, as Komatsuzaki et al. have them."""
     self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
 
+  @property
+  def weights(self) -> jax.Array:
+    """Their array."""
+    return _nnx_model.get_array(self.kernel)
+
 
 class MixtureOfExperts(nnx.Module):
   """Experts, all of one kind, and a router that sends each token to some of them.
@@ -53,12 +58,12 @@ class MixtureOfExperts(nnx.Module):
     def run(tokens: Any) -> Any:
       return nnx.vmap(lambda expert, x: expert(x), in_axes=(0, 0))(self.experts, tokens)
 
-    kernel = _nnx_model.get_array(self.router.kernel)
-    return _upcycling.mixture_of_experts(run, kernel, x, top_k=self.top_k, capacity=self.capacity)
+    weights = self.router.weights
+    return _upcycling.mixture_of_experts(run, weights, x, top_k=self.top_k, capacity=self.capacity)
 
   def load_balance(self, x: Any) -> jax.Array:
     """How unevenly the experts are loaded by these tokens, see `growth.load_balance`."""
-    return _upcycling.load_balance(_nnx_model.get_array(self.router.kernel), x)
+    return _upcycling.load_balance(self.router.weights, x)
 
 
 def upcycle(
@@ -116,19 +121,15 @@ def upcycle(
   )
   rngs = nnx.Rngs(0) if rngs is None else rngs
   routers = {
-    (*path, "router", "kernel"): Router(*stack, features, experts, rngs=rngs).kernel
+    (*path, "router", "kernel"): Router(*stack, features, experts, rngs=rngs).weights
     for path in paths
   }
   values = {tuple(name.split("/")): value for name, value in (given or {}).items()}
   unknown = values.keys() - routers.keys()
   if unknown:
     raise ValueError(f"given {_paths.listed(unknown)}: expected some of {_paths.listed(routers)}")
-
-  def fresh(path: _paths.Path, shape: Any, dtype: Any) -> Any:
-    del shape, dtype
-    return jnp.asarray(values.get(path, _nnx_model.get_array(routers[path])))
-
-  grown = _driver.grow(network, plan, fresh)
+  routers |= values
+  grown = _driver.grow(network, plan, lambda path, shape, dtype: jnp.asarray(routers[path]))
 
   def mixture(inside: nnx.Module) -> nnx.Module:
     router = Router(*stack, features, experts, rngs=nnx.Rngs(0))
@@ -145,7 +146,7 @@ def _stack(mlp: Any) -> tuple[int, ...]:
   """The axes that the layers of an MLP have in front, as `nnx.vmap` has stacked them."""
   found = {
     tuple(node.kernel.shape[: -_nnx_model.rank(node, node.kernel)])
-    for _, node in nnx.iter_graph(mlp)
+    for node in _nnx_model.parts(mlp).modules.values()
     if isinstance(node, nnx.Linear | nnx.LinearGeneral)
   }
   if len(found) > 1:
@@ -165,17 +166,17 @@ def _features(mlp: Any, stacked: int) -> int:
   Raises:
     ValueError: If it runs on none, or several.
   """
-  one = nnx.clone(mlp)
-  leaves = _trees.leaves(_nnx_model.variables(one)).items()
-  tree = {path: jax.eval_shape(lambda x: x[(0,) * stacked], leaf) for path, leaf in leaves}
-  sizes = sorted({leaf.shape[-2] for leaf in tree.values() if len(leaf.shape) > 1})
-  run = _nnx_model.forward(one)
+  tree = _nnx_model.variables(mlp)
+  one = {  # without the axes in front
+    path: jax.eval_shape(lambda x: x[(0,) * stacked], leaf)
+    for path, leaf in _trees.leaves(tree).items()
+  }
+  sizes = sorted({leaf.shape[-2] for leaf in one.values() if len(leaf.shape) > 1})
+  network = _driver.Network(_nnx_model.forward(mlp), _trees.with_leaves(tree, one))
   found = []
   for n in sizes:
-    variables = _trees.with_leaves(_nnx_model.variables(one), tree)
-    network = _driver.Network(run, variables, [jax.ShapeDtypeStruct((1, n), "float32")])
     try:
-      _driver.check_runs(network, "")
+      _driver.check_runs(network._replace(inputs=[jax.ShapeDtypeStruct((1, n), "float32")]), "")
     except ValueError:
       continue
     found.append(n)

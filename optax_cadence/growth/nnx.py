@@ -5,6 +5,7 @@ A grown model stays the object it was, of its own class, with the gate as one mo
 at its new size. Arguments that several functions have are described at `widen`.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -160,14 +161,8 @@ def enlarge(
     ValueError: If the kernel would become smaller, or its padding does not keep the taps.
   """
   network = _nnx_live.network_of(model, inputs, kwargs, rngs)
-  grown = _driver.enlarge(
-    network,
-    network.kernel(_nnx_live.path_of(model, conv)),
-    kernel_size,
-    causal=getattr(conv, "padding", None) == "CAUSAL",
-    fresh=fresh,
-    alpha=alpha,
-  )
+  path, causal = _nnx_live.path_of(model, conv), getattr(conv, "padding", None) == "CAUSAL"
+  grown = _driver.enlarge(network, path, kernel_size, causal=causal, fresh=fresh, alpha=alpha)
   return _nnx_live.put(model, grown, network, optimizer, sizes=sizes)
 
 
@@ -199,16 +194,16 @@ def deepen(
   """
   network = _nnx_live.network_of(model, inputs, kwargs)
   copy = nnx.clone(model)
-  old = _nnx_model.paths_of_variables(copy)
+  old = _nnx_model.parts(copy).variables
   add(copy)
-  new = {id(variable): path for variable, path in _nnx_model.paths_of_variables(copy)}
-  gone = [path for variable, path in old if id(variable) not in new]
+  new = {id(variable): path for path, variable in _nnx_model.parts(copy).variables.items()}
+  gone = [path for path, variable in old.items() if id(variable) not in new]
   if gone:
     raise ValueError(
       f"add took {_paths.listed(gone)} out of {type(model).__name__}: expected it to keep all"
       " modules that were there, itself and not a copy, and to put new ones beside them"
     )
-  moved = {_paths.join(path): _paths.join(new[id(variable)]) for variable, path in old}
+  moved = {_paths.join(p): _paths.join(new[id(variable)]) for p, variable in old.items()}
   names = [_nnx_live.name_of(copy, module) for module in outgoing(copy)]
   deeper = _nnx_live.network_of(copy, inputs, kwargs)
   grown = _driver.deepen(network, deeper, outgoing=names, moved=moved, alpha=alpha)
@@ -290,12 +285,7 @@ def heads(
   names = _nnx_live.names_of(model, attn)
   grown = _driver.heads(network, names, by, of, fresh=fresh, alpha=alpha)
   layers = {path for name in names for path in _trees.layers(network.variables, name)}
-
-  def refit(model: nnx.Module) -> None:
-    for path, node in nnx.iter_graph(model):
-      if tuple(map(str, path)) in layers:
-        _nnx_model.fit_heads(node, tuple(map(str, path)), of, grown.plan)
-
+  refit = functools.partial(_nnx_model.fit_heads, layers=layers, of=of, plan=grown.plan)
   return _nnx_live.put(model, grown, network, optimizer, sizes=sizes, refit=refit)
 
 
@@ -379,12 +369,9 @@ def shrink(
       raise ValueError(
         f"the plan removes {_paths.listed(sorted(left))}: take the modules out with take_out="
       )
-    _nnx_model.set_variables(model, tree)
-    _nnx_model.fit(model, plan)
-    _nnx_model.set_sizes(model, sizes)
-    _nnx_model.pad_for_taps(model, plan)
+    _nnx_model.resize(model, tree, plan, sizes)
 
-  _nnx_live.carry_out(model, plan, change, change, network, optimizer)
+  _nnx_live.carry_out(model, plan, change, optimizer, network)
 
 
 def merge(model: nnx.Module, *, optimizer: nnx.Optimizer | None = None) -> None:
@@ -404,7 +391,7 @@ def merge(model: nnx.Module, *, optimizer: nnx.Optimizer | None = None) -> None:
     _nnx_gate.detach(model)
     _nnx_model.set_variables(model, tree)
 
-  _nnx_live.carry_out(model, plan, change, change, None, optimizer)
+  _nnx_live.carry_out(model, plan, change, optimizer)
 
 
 def undo(
@@ -429,8 +416,7 @@ def undo(
   Raises:
     ValueError: If there is no gate and no plan, or the model is not as the plan has left it.
   """
-  mark = _nnx_gate.mark_of(model)
-  if mark is None:
+  if _nnx_gate.mark_of(model) is None:
     if plan is None:
       raise ValueError(
         f"{type(model).__name__} has no gate, which would know the growth: expected plan=, by which"
@@ -449,17 +435,15 @@ def undo(
   tree = back.apply(_trees.remove(variables(model), plan.alpha))
 
   def change(model: nnx.Module) -> None:
-    gate = _nnx_gate.mark_of(model)
-    assert isinstance(gate, _nnx_gate.Gate)
-    gate.put_back(model)
+    _nnx_gate.gate_of(model).put_back(model)
     _nnx_model.set_variables(model, tree)
 
-  _nnx_live.carry_out(model, back, change, change, None, optimizer)
+  _nnx_live.carry_out(model, back, change, optimizer)
 
 
 def set_alpha(model: nnx.Module, alpha: float) -> None:
   """Sets the gate of a grown model by hand."""
-  plan_of(model)
+  _nnx_gate.gate_of(model)
   variable = getattr(model, _nnx_gate.ALPHA)
   dtype = _nnx_model.get_array(variable).dtype
   _nnx_model.set_array(variable, jnp.asarray(alpha, dtype))
@@ -467,10 +451,7 @@ def set_alpha(model: nnx.Module, alpha: float) -> None:
 
 def plan_of(model: nnx.Module) -> Plan:
   """The plan by which a model with a gate has grown."""
-  gate = _nnx_gate.mark_of(model)
-  if not isinstance(gate, _nnx_gate.Gate):
-    raise ValueError(f"{type(model).__name__} has no gate: it has not grown, or is merged already")
-  return gate.plan
+  return _nnx_gate.gate_of(model).plan
 
 
 def call(fn: Callable[..., Any], model: nnx.Module, *args: Any, **kwargs: Any) -> Any:

@@ -5,6 +5,7 @@ by their attributes, since importing their classes would take longer than all th
 What an operation does to the axes of its operands is in `primitives`.
 """
 
+import abc
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -148,22 +149,6 @@ def branch_results(
   return list(zip(*(run(b, list(inputs[1:])) for b in eqn.params["branches"]), strict=True))
 
 
-def while_step(
-  eqn: Any, inputs: Sequence[Any], run: Callable[[Any, list[Any]], list[Any]]
-) -> tuple[Callable[[list[Any]], list[Any]], list[Any]]:
-  """One iteration of a while loop, condition and body, as a function of its carry; and the carry.
-
-  The function returns the next carry; `run(program, inputs)` runs a program.
-  """
-  of_condition, of_body, carried = while_operands(eqn, inputs)
-
-  def step(carry: list[Any]) -> list[Any]:
-    run(eqn.params["cond_jaxpr"], of_condition + carry)
-    return run(eqn.params["body_jaxpr"], of_body + carry)
-
-  return step, carried
-
-
 def bind(eqn: Any, operands: Sequence[Any], **changed: Any) -> list[Any]:
   """Runs an operation on other operands, some of its parameters changed.
 
@@ -236,6 +221,74 @@ def walk(
     operands = [read(atoms) for atoms in _columns(eqns, "invars")]
     values.update(zip(results, operation(eqns, operands), strict=True))
   return [read(atoms) for atoms in _columns(jaxprs, "outvars")]
+
+
+class Reader(abc.ABC):
+  """Reads a program with all that is inside its operations, on values of any kind.
+
+  Calls, branches and loops are read here. A subclass says what is known of the rest: what a value
+  is, and what is to be found on the way, is its affair.
+  """
+
+  def run(self, program: Any, inputs: Sequence[Any]) -> list[Any]:
+    """The values of the results of a program."""
+    return walk([program], inputs, self._read, self.constant)
+
+  @abc.abstractmethod
+  def constant(self, numbers: tuple[Any, ...]) -> Any:
+    """The value of a constant or literal, of which `numbers` has one."""
+
+  @abc.abstractmethod
+  def operation(self, eqn: Any, inputs: list[Any]) -> list[Any]:
+    """The values of the results of an operation without a program inside."""
+
+  @abc.abstractmethod
+  def joined(self, values: Sequence[Any]) -> Any:
+    """The value of a result that is one of these, depending on the branch."""
+
+  @abc.abstractmethod
+  def loop(self, step: Callable[[list[Any]], list[Any]], carry: list[Any]) -> list[Any]:
+    """The results of a loop; those of `step`, one iteration, begin with the next carry."""
+
+  def sliced(self, value: Any) -> Any:
+    """What is known of an entry along axis 0."""
+    return value
+
+  def stacked(self, value: Any) -> Any:
+    """What is known of such values stacked on a new axis 0."""
+    return value
+
+  def _read(self, eqns: Eqns, inputs: list[Any]) -> list[Any]:
+    (eqn,) = eqns
+    name, inner = eqn.primitive.name, called(eqn)
+    if inner is not None:
+      return self.run(inner, inputs)
+    if name == "cond":
+      return list(map(self.joined, branch_results(eqn, inputs, self.run)))
+    if name == "scan":
+      return self._scan(eqn, inputs)
+    if name == "while":
+      return self._while(eqn, inputs)
+    return self.operation(eqn, inputs)
+
+  def _scan(self, eqn: Any, inputs: list[Any]) -> list[Any]:
+    consts, carried, xs = scan_operands(eqn, inputs)
+    slices, n = list(map(self.sliced, xs)), len(carried)
+
+    def step(carry: list[Any]) -> list[Any]:
+      return self.run(eqn.params["jaxpr"], consts + carry + slices)
+
+    outputs = self.loop(step, carried)
+    return outputs[:n] + list(map(self.stacked, outputs[n:]))
+
+  def _while(self, eqn: Any, inputs: list[Any]) -> list[Any]:
+    of_condition, of_body, carried = while_operands(eqn, inputs)
+
+    def step(carry: list[Any]) -> list[Any]:
+      self.run(eqn.params["cond_jaxpr"], of_condition + carry)
+      return self.run(eqn.params["body_jaxpr"], of_body + carry)
+
+    return self.loop(step, carried)
 
 
 def check_same_operations(jaxprs: Sequence[Any]) -> None:

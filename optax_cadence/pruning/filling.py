@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_cadence import _paths
+from optax_cadence import _window
 from optax_cadence.pruning import masking
 
 
@@ -114,7 +115,7 @@ def weights(fill: Fill, state: Any, step: jax.Array, leaves: masking.Arrays) -> 
   mean, deviation = masking.by_path(state.mean), masking.by_path(state.deviation)
   initializers, new = initializers_of(fill, leaves), {}
   for i, (path, x) in enumerate(leaves.items()):
-    key_of_leaf, wide = jax.random.fold_in(key, i), wider(x.dtype, jnp.float32)
+    key_of_leaf, wide = jax.random.fold_in(key, i), _window.wider(x.dtype, jnp.float32)
     if fill.initializer is None:
       # Cut off at two, a normal distribution has this standard deviation.
       drawn = jax.random.truncated_normal(key_of_leaf, -2, 2, x.shape, wide) / 0.87962566
@@ -138,13 +139,7 @@ def key_at(fill: Fill, state: FillState, step: jax.Array) -> jax.Array:
 
 def as_wide(update: jax.Array, param: jax.Array) -> jax.Array:
   """The update in a dtype that holds `-param` exactly, so that the parameter can become zero."""
-  return update.astype(wider(update.dtype, param.dtype))
-
-
-def wider(one: Any, other: Any) -> Any:
-  """The dtype that holds the numbers of both."""
-  with jax.numpy_dtype_promotion("standard"):
-    return jnp.promote_types(one, other)
+  return update.astype(_window.wider(update.dtype, param.dtype))
 
 
 def initializers_of(fill: Fill, leaves: masking.Arrays) -> dict[_paths.Path, Any]:
@@ -154,13 +149,14 @@ def initializers_of(fill: Fill, leaves: masking.Arrays) -> dict[_paths.Path, Any
   prefixes = dict(_paths.flatten_with_paths(fill.initializer))
   found = {}
   for path in leaves:
-    covering = [prefixes[path[:n]] for n in range(len(path) + 1) if path[:n] in prefixes]
-    if not covering or not callable(covering[0]):
+    prefix = _paths.covering(path, prefixes)
+    initializer = "none" if prefix is None else prefixes[prefix]
+    if not callable(initializer):
       raise ValueError(
         f"initializer of {_paths.join(path)!r}: expected a function (key, shape, dtype) -> array,"
-        f" found {covering[0] if covering else 'none'!r}"
+        f" found {initializer!r}"
       )
-    found[path] = covering[0]
+    found[path] = initializer
   return found
 
 

@@ -4,7 +4,7 @@ The program of the forward pass is walked, and of every value is known whether i
 data; if not, of which leaves it is made, and which of their axes run along each of its own.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,36 +28,24 @@ class Kernel(NamedTuple):
   stacked: bool = False
 
 
-class Kernels(Mapping[str, Kernel]):
+class Kernels(dict[str, Kernel]):
   """The kernels of a program by their `/`-joined path: what `kernels` returns.
 
   It is a `where` of `prune`, which then also knows which leaves hold layers that are stacked.
   """
 
-  def __init__(self, found: Mapping[str, Kernel]):
-    self._found = dict(found)
-
-  def __getitem__(self, path: str) -> Kernel:
-    return self._found[path]
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._found)
-
-  def __len__(self) -> int:
-    return len(self._found)
-
   def __repr__(self) -> str:
-    return f"Kernels({self._found})"
+    return f"Kernels({super().__repr__()})"
 
   def __call__(self, path: str, param: Any) -> bool:
     """Whether a leaf is a kernel."""
     del param
-    return path in self._found
+    return path in self
 
   def stacked(self, path: str, param: Any) -> bool:
     """Whether a leaf is a kernel that holds layers stacked on axis 0."""
     del param
-    return path in self._found and self._found[path].stacked
+    return path in self and self[path].stacked
 
 
 def kernels(fn: Callable[..., Any], params: Any, *args: Any) -> Kernels:
@@ -134,10 +122,10 @@ def _read(fn: Callable[..., Any], params: Any, *args: Any) -> dict[int, Kernel]:
     for i, shape in enumerate(shapes)
   ]
   data = [_DATA] * (len(program.jaxpr.invars) - len(weights))
-  walk = _Walk(shapes)
-  walk.run(program, weights + data)
-  found = {**walk.among_weights, **walk.with_data}
-  for leaf, inner in walk.among_weights.items():
+  reader = _Reader(shapes)
+  reader.run(program, weights + data)
+  found = {**reader.among_weights, **reader.with_data}
+  for leaf, inner in reader.among_weights.items():
     # In x @ (a @ b), what the inner product sums over is the output of a.
     kernel = found[leaf]
     output = {*kernel.output, *inner.contraction}.difference(kernel.contraction)
@@ -165,8 +153,8 @@ _DATA = _Value(True, {})
 _CONSTANT = _Value(False, {})
 
 
-class _Walk:
-  """Walks a program and collects the kernels, by the position of the leaf.
+class _Reader(reading.Reader):
+  """Reads a program and collects the kernels, by the position of the leaf.
 
   Attributes:
     shapes: The shape of each leaf.
@@ -179,17 +167,10 @@ class _Walk:
     self.with_data: dict[int, Kernel] = {}
     self.among_weights: dict[int, Kernel] = {}
 
-  def run(self, program: Any, inputs: list[_Value]) -> list[_Value]:
-    return reading.walk([program], inputs, self._operation, lambda numbers: _CONSTANT)
+  def constant(self, numbers: tuple[Any, ...]) -> _Value:
+    return _CONSTANT
 
-  def _operation(self, eqns: reading.Eqns, inputs: list[_Value]) -> list[_Value]:
-    (eqn,) = eqns
-    special = {"cond": self._cond, "scan": self._scan, "while": self._while}
-    if eqn.primitive.name in special:
-      return special[eqn.primitive.name](eqn, inputs)
-    inner = reading.called(eqn)
-    if inner is not None:
-      return self.run(inner, inputs)
+  def operation(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
     product = primitives.product(eqn)
     if product is not None:
       self._note(product, inputs)
@@ -218,30 +199,28 @@ class _Walk:
         found = self.among_weights if other.leaves else self.with_data
         found.setdefault(leaf, kernel)
 
-  def _cond(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
-    return list(map(_joined, reading.branch_results(eqn, inputs, self.run)))
+  def joined(self, values: Sequence[_Value]) -> _Value:
+    """What is known of a variable that is one of several values."""
+    if any(value.data for value in values):
+      return _DATA
+    leaves: dict[int, Axes] = {}
+    for value in values:
+      for leaf, axes in value.leaves.items():
+        leaves[leaf] = _merged(leaves.get(leaf, axes), axes)
+    return _Value(False, leaves)
 
-  def _scan(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
-    consts, carried, xs = reading.scan_operands(eqn, inputs)
-    slices = [_Value(x.data, {i: a[1:] for i, a in x.leaves.items()}) for x in xs]
-    outputs = self._loop(
-      lambda carry: self.run(eqn.params["jaxpr"], consts + carry + slices), carried
-    )
+  def sliced(self, value: _Value) -> _Value:
+    return _Value(value.data, {i: axes[1:] for i, axes in value.leaves.items()})
+
+  def stacked(self, value: _Value) -> _Value:
     nowhere: frozenset[int] = frozenset()
-    n = len(carried)
-    stacked = [_Value(x.data, {i: (nowhere, *a) for i, a in x.leaves.items()}) for x in outputs[n:]]
-    return outputs[:n] + stacked
+    return _Value(value.data, {i: (nowhere, *axes) for i, axes in value.leaves.items()})
 
-  def _while(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
-    return self._loop(*reading.while_step(eqn, inputs, self.run))
-
-  def _loop(
-    self, step: Callable[[list[_Value]], list[_Value]], carry: list[_Value]
-  ) -> list[_Value]:
+  def loop(self, step: Callable[..., list[_Value]], carry: list[_Value]) -> list[_Value]:
     """Runs the body until an iteration tells nothing new of what is carried."""
     while True:
       outputs = step(carry)
-      joined = [_joined(pair) for pair in zip(carry, outputs[: len(carry)], strict=True)]
+      joined = [self.joined(pair) for pair in zip(carry, outputs[: len(carry)], strict=True)]
       if joined == carry:
         return outputs
       carry = joined
@@ -286,18 +265,6 @@ def _sources(eqn: Any, operand: int, result: int) -> list[list[int]]:
       for r in [r for i, r in tie.results if i == result]:
         sources[r] += [a for a in axes if source[a] == target[r]]
   return sources
-
-
-def _joined(values: Iterable[_Value]) -> _Value:
-  """What is known of a variable that is one of several values."""
-  values = list(values)
-  if any(value.data for value in values):
-    return _DATA
-  leaves: dict[int, Axes] = {}
-  for value in values:
-    for leaf, axes in value.leaves.items():
-      leaves[leaf] = _merged(leaves.get(leaf, axes), axes)
-  return _Value(False, leaves)
 
 
 def _merged(axes: Axes, others: Axes) -> Axes:

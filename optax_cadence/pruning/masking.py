@@ -14,7 +14,7 @@ What a mask does to an update is in `transformation`.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ from optax_cadence import _paths
 from optax_cadence.pruning import allocation as allocations
 from optax_cadence.pruning import packing
 from optax_cadence.pruning import selection
+from optax_cadence.pruning import sparsity
 from optax_cadence.pruning import structure as structures
 from optax_cadence.pruning.criterion import Criterion
 from optax_cadence.pruning.regrowth import Regrowth
@@ -81,13 +82,13 @@ class MicroStep(NamedTuple):
   Attributes:
     step: Number of the micro-step: int32 scalar.
     params: Pruned leaves, as they are before the update.
-    grads: Their gradients; None if there is no inner optimizer.
+    grads: Their gradients; nothing if there is no inner optimizer.
     memory: What a criterion scores in place of the gradient: what it remembers or is given.
   """
 
   step: jax.Array
   params: Arrays
-  grads: Arrays | None
+  grads: Arrays
   memory: Arrays
 
 
@@ -124,60 +125,67 @@ def parts(path: _paths.Path, layers: Mapping[_paths.Path, int]) -> list[_paths.P
 
 @dataclasses.dataclass(frozen=True)
 class Masker:
-  """The settings that masks depend on.
+  """The settings that masks depend on, and, after `on`, what they are for the leaves of a tree.
 
   Attributes:
+    sparsity: What `prune` was given.
     criterion: How the weights are scored.
-    structure: What is pruned together; see `on` for the structure of each leaf.
+    structure: What is pruned together.
     allocation: How a sparsity is shared out over the leaves.
+    normalize: Whether the scores of each leaf are divided by their norm.
     regrow: Which pruned weights come back; None if nothing regrows.
     permanent: Whether a weight that has been pruned stays so.
+    stacked: `stacked(path, param)`: whether a leaf holds layers stacked on axis 0.
     packed: Whether masks are stored as one bit per weight.
-    normalize: Whether the scores of each leaf are divided by their norm.
-    layers: How many layers a leaf holds that is a stack of them on axis 0. Each is pruned by
-      itself, as if it were a leaf: a part.
+    sparsities: The sparsity of each leaf: a number, a traced scalar or a schedule.
+    layers: How many layers a leaf holds that is a stack of them. Each is pruned by itself, as if it
+      were a leaf: a part.
     structures: The structure of each part.
   """
 
+  sparsity: Any
   criterion: Criterion
   structure: Structure
   allocation: str
+  normalize: bool
   regrow: Regrowth | None
   permanent: bool
+  stacked: Callable[[str, Any], bool]
   packed: bool
-  normalize: bool = False
+  sparsities: Mapping[_paths.Path, Any] = dataclasses.field(default_factory=dict)
   layers: Mapping[_paths.Path, int] = dataclasses.field(default_factory=dict)
   structures: Mapping[_paths.Path, Structure] = dataclasses.field(default_factory=dict)
 
-  def on(self, params: Any, leaves: Mapping[_paths.Path, Any], stacked: Iterable[Any]) -> "Masker":
+  def on(self, params: Any, leaves: Mapping[_paths.Path, Any]) -> "Masker":
     """The same settings for the leaves of a tree.
 
     Args:
       params: All parameters.
       leaves: Those that are pruned, by path.
-      stacked: Paths of those that hold layers stacked on axis 0.
 
     Raises:
-      ValueError: If the structure does not fit a leaf.
+      ValueError: If the structure or the sparsity does not fit a leaf.
     """
     of_leaf = self.structure.by_leaf(params, leaves)
     layers: dict[_paths.Path, int] = {}
     for path in leaves:
-      shape, structure = jnp.shape(leaves[path]), of_leaf[path]
+      name, shape, structure = _paths.join(path), jnp.shape(leaves[path]), of_leaf[path]
+      is_stack = self.stacked(name, leaves[path])
       try:
-        if path in stacked:
+        if is_stack:
           if len(shape) < 2:
             raise ValueError(f"expected layers stacked on axis 0, found shape {shape}")
           structure.check(shape)
           layers[path], structure, shape = shape[0], structure.of_layer(len(shape)), shape[1:]
         structure.check(shape)
       except ValueError as error:
-        raise ValueError(f"structure of {_paths.join(path)!r}: {error}") from None
+        raise ValueError(f"structure of {name!r}: {error}") from None
       of_leaf[path] = structure
     if self.allocation == "global" and self.structure.single_weights and not self.normalize:
       layers = {}  # All weights are one pool, however they are divided.
     of_part = {part: of_leaf[path] for path in leaves for part in parts(path, layers)}
-    return dataclasses.replace(self, layers=layers, structures=of_part)
+    asked = sparsity.by_leaf(self.sparsity, self.structure, params, leaves)
+    return dataclasses.replace(self, sparsities=asked, layers=layers, structures=of_part)
 
   def dense(self, params: Mapping[_paths.Path, Any]) -> Leaves:
     """Stored masks that keep everything."""
@@ -186,56 +194,32 @@ class Masker:
   def _store(self, mask: jax.Array) -> jax.Array:
     return packing.pack(mask) if self.packed else mask
 
-  def next(
-    self, stored: Leaves, due: Any, sparsities: Mapping[_paths.Path, Any], micro_step: MicroStep
-  ) -> Leaves:
+  def next(self, stored: Leaves, due: Any, micro_step: MicroStep, first: bool = False) -> Leaves:
     """The stored masks after a micro-step. Where they are not due, nothing is computed.
 
     Args:
       stored: The stored masks before it.
       due: Whether new masks are due: a bool or a boolean scalar.
-      sparsities: A number, a traced scalar or a schedule for each leaf.
       micro_step: What new masks are made from.
+      first: Whether these are the masks to begin with, before the first update.
     """
-    if self.regrow is None:
-      return self._renew_if(due, self._prune, stored, sparsities, micro_step)
-    due = due & (micro_step.step > 1)
-    return self._renew_if(due, self._exchange, stored, sparsities, micro_step)
+    renew = self._prune
+    if self.regrow is not None and not first:
+      renew, due = self._exchange, due & (micro_step.step > 1)
 
-  def first(
-    self, stored: Leaves, due: Any, sparsities: Mapping[_paths.Path, Any], micro_step: MicroStep
-  ) -> Leaves:
-    """The stored masks to begin with, where there are some before the first update; see `next`."""
-    return self._renew_if(due, self._prune, stored, sparsities, micro_step)
-
-  def _renew_if(
-    self,
-    due: Any,
-    renew: Callable[..., Leaves],
-    stored: Leaves,
-    sparsities: Mapping[_paths.Path, Any],
-    micro_step: MicroStep,
-  ) -> Leaves:
     def renew_stored(stored: Leaves, micro_step: MicroStep) -> Leaves:
+      step, *arrays = micro_step
       old = {p: load(p, x, micro_step.params[p].shape) for p, x in stored.items()}
-      now = {
-        part: s(micro_step.step) if callable(s) else s
-        for p, s in sparsities.items()
+      sparsities = {
+        part: s(step) if callable(s) else s
+        for p, s in self.sparsities.items()
         for part in parts(p, self.layers)
       }
-      masks = self._joined(renew(self._divided(old), now, self._divided_all(micro_step)))
+      old_parts, *others = (Parts(leaves, self.layers) for leaves in (old, *arrays))
+      masks = self._joined(renew(old_parts, sparsities, MicroStep(step, *others)))
       return {p: self._store(mask) for p, mask in masks.items()}
 
     return _control.maybe(due, renew_stored, stored, micro_step)
-
-  def _divided(self, leaves: Mapping[_paths.Path, Any]) -> Mapping[_paths.Path, Any]:
-    """The arrays with an entry for each part."""
-    return Parts(leaves, self.layers) if self.layers else leaves
-
-  def _divided_all(self, micro_step: MicroStep) -> MicroStep:
-    grads = None if micro_step.grads is None else self._divided(micro_step.grads)
-    params, memory = self._divided(micro_step.params), self._divided(micro_step.memory)
-    return MicroStep(micro_step.step, params, grads, memory)
 
   def _joined(self, masks: Leaves) -> Leaves:
     """The masks of leaves from those of their parts."""
@@ -309,7 +293,7 @@ class Masker:
     if criterion.key is not None:
       key = jax.random.fold_in(jax.random.fold_in(criterion.key, micro_step.step), i)
     own = criterion.remembers or criterion.reads is not None
-    read = micro_step.memory if own else micro_step.grads or {}
+    read = micro_step.memory if own else micro_step.grads
     scores = criterion.score(param, read.get(path), key)
     if getattr(scores, "shape", None) != param.shape or jnp.iscomplexobj(scores):
       raise ValueError(

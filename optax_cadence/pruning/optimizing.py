@@ -1,6 +1,5 @@
 """The optimizer inside: which gradients it sees, when it rests, and what it forgets."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,66 +12,53 @@ from optax_cadence import _paths
 from optax_cadence import _restart
 
 
-@dataclasses.dataclass(frozen=True)
-class Optimizer:
-  """An optimizer around which `prune` stands.
+def updates(
+  inner: optax.GradientTransformationExtraArgs,
+  grads: optax.Updates,
+  state: optax.OptState,
+  params: optax.Params,
+  extra_args: Mapping[str, Any],
+  kept: Mapping[_paths.Path, jax.Array],
+  rests: Any = False,
+) -> tuple[optax.Updates, optax.OptState]:
+  """The updates of the optimizer, and its new state.
 
-  Attributes:
+  Args:
     inner: The optimizer.
-    sparse_gradients: Whether it sees 0 as the gradient of a pruned weight.
-    restarts: Whether it forgets what it knew of weights that are filled or grown.
+    grads: Gradients.
+    state: State of the optimizer.
+    params: Parameters.
+    extra_args: Further arguments of the optimizer.
+    kept: By path, the masks of the leaves of which it sees 0 as the gradient of a pruned weight.
+    rests: Whether it does nothing this time: a bool or a boolean scalar.
   """
 
-  inner: optax.GradientTransformationExtraArgs
-  sparse_gradients: bool
-  restarts: bool
+  def kept_of(path: _paths.Path, grad: jax.Array) -> jax.Array:
+    return jnp.where(kept[path], grad, jnp.zeros_like(grad)) if path in kept else grad
 
-  def update(
-    self,
-    grads: optax.Updates,
-    state: optax.OptState,
-    params: optax.Params,
-    kept: Mapping[_paths.Path, jax.Array],
-    extra_args: Mapping[str, Any],
-    rests: Any = False,
-  ) -> tuple[optax.Updates, optax.OptState]:
-    """The updates and the new state.
+  def update(grads: Any, state: Any) -> Any:
+    return inner.update(grads, state, params, **extra_args)
 
-    Args:
-      grads: Gradients.
-      state: State of the optimizer.
-      params: Parameters.
-      kept: By path, the masks of the weights; only read with `sparse_gradients`.
-      extra_args: Further arguments of the optimizer.
-      rests: Whether it does nothing this time: a bool or a boolean scalar.
-    """
-    if self.sparse_gradients:
-      by_path = dict(_paths.flatten_with_paths(grads))
-      for path, mask in kept.items():
-        by_path[path] = jnp.where(mask, by_path[path], jnp.zeros_like(by_path[path]))
-      grads = jax.tree.unflatten(jax.tree.structure(grads), list(by_path.values()))
+  grads = _paths.map_with_paths(kept_of, grads) if kept else grads
+  if rests is False:
+    return update(grads, state)
+  like, _ = jax.eval_shape(update, grads, state)
+  nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+  # Gradients are handed in, so that they are read only where it does not rest.
+  return _control.maybe(
+    jnp.logical_not(rests), lambda carry, grads: update(grads, carry[1]), (nothing, state), grads
+  )
 
-    def update(grads: Any, state: Any) -> Any:
-      return self.inner.update(grads, state, params, **extra_args)
 
-    if rests is False:
-      return update(grads, state)
-    updates, _ = jax.eval_shape(update, grads, state)
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), updates)
-    # Gradients are handed in, so that they are read only where it does not rest.
-    return _control.maybe(
-      jnp.logical_not(rests), lambda carry, grads: update(grads, carry[1]), (nothing, state), grads
-    )
+def restarted(
+  inner: optax.GradientTransformationExtraArgs,
+  state: optax.OptState,
+  params: optax.Params,
+  entries: Mapping[_paths.Path, jax.Array],
+) -> optax.OptState:
+  """The state of the optimizer without what it knew of these entries."""
 
-  def restarted(
-    self, state: optax.OptState, params: optax.Params, entries: dict[_paths.Path, jax.Array]
-  ) -> optax.OptState:
-    """The state; if `restarts`, without what it knew of these entries."""
-    if not self.restarts:
-      return state
-    new = [
-      entries.get(path, jnp.zeros(jnp.shape(x), bool))
-      for path, x in _paths.flatten_with_paths(params)
-    ]
-    new = jax.tree.unflatten(jax.tree.structure(params), new)
-    return _restart.restarted(self.inner, state, params, new)
+  def new(path: _paths.Path, x: Any) -> jax.Array:
+    return entries.get(path, jnp.zeros(jnp.shape(x), bool))
+
+  return _restart.restarted(inner, state, params, _paths.map_with_paths(new, params))

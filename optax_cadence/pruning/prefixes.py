@@ -29,20 +29,17 @@ def by_leaf(
   tree = tree(params) if isinstance(tree, ByPath) else tree
   by_prefix = dict(_paths.flatten_with_paths(tree, is_leaf=is_leaf))
   known = [path for path, _ in _paths.flatten_with_paths(params)]
+  used = {_paths.covering(path, by_prefix) for path in known}
   for prefix in by_prefix:
-    if not any(_covers(prefix, path) for path in known):
+    if prefix not in used:
       raise ValueError(
         f"{what} of {_paths.join(prefix)!r}: no parameter is there; expected a prefix of"
         f" {_paths.listed(known)}"
       )
   values = {}
   for path in paths:
-    covering = [prefix for prefix in by_prefix if _covers(prefix, path)]
-    if not covering:
+    covering = _paths.covering(path, by_prefix)
+    if covering is None:
       raise ValueError(f"{what} of {_paths.join(path)!r}: expected one in the tree, found none")
-    values[path] = by_prefix[covering[0]]
+    values[path] = by_prefix[covering]
   return values
-
-
-def _covers(prefix: _paths.Path, path: _paths.Path) -> bool:
-  return path[: len(prefix)] == prefix

@@ -93,7 +93,6 @@ class _ByFunction(Times):
   function: Callable[[Any], Any] = bool
 
   def due(self, t: Any) -> Any:
-    """See `Times`."""
     return self.function(t)
 
   def last(self) -> int | None:

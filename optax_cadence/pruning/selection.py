@@ -26,10 +26,6 @@ from optax_cadence import _control
 # cheap keys are computed from the data in the pass that counts them and are never stored.
 Keys = Callable[[], jax.Array]
 
-# Of 32 bits. Those of 64 stand at the same place in their range.
-_LOWEST = -(2**31)
-_HIGHEST = 2**31 - 1  # above every score
-
 _MAX_SIZE = 2**31 - 1
 _MIN_ROWS = 64  # enough for every core to have some
 _MAX_ROWS = 2**16
@@ -55,6 +51,10 @@ class Method:
   few_ways: int
   count: Callable[..., jax.Array]
   rows: Callable[[tuple[int, ...]], tuple[tuple[int, ...], int]]
+
+  def for_few(self) -> "Method":
+    """The same where there is little to read."""
+    return dataclasses.replace(self, ways=self.few_ways)
 
 
 def excluded(dtype: Any) -> int:
@@ -139,9 +139,8 @@ def _find(
   n_entries = sum(math.prod(shape) for pool in pools for shape in _shapes(pool))
 
   def by(method: Method) -> Callable[..., Any]:
-    if n_entries < _FEW_ENTRIES:
-      method = dataclasses.replace(method, ways=method.few_ways)
-    return lambda wanted: _cut(pools, wanted, method)
+    method = method.for_few() if n_entries < _FEW_ENTRIES else method
+    return functools.partial(_cut, pools, method=method)
 
   histogram = by(HISTOGRAM)
   return jax.lax.platform_dependent(wanted, cuda=histogram, rocm=histogram, default=by(COMPARE))
@@ -194,8 +193,7 @@ def _cut(
   stay, beyond = jnp.stack(in_row), jnp.array(sizes, jnp.int32) + 1
   any_stay = stay > 0
   top = jnp.where(any_stay, beyond, 1)
-  within = dataclasses.replace(method, ways=method.few_ways)
-  least, more, _ = _search(ranks, jnp.zeros_like(top), top, stay, within)
+  least, more, _ = _search(ranks, jnp.zeros_like(top), top, stay, method.for_few())
   # Where exactly as many as stay are above what was found, the least of them is the next number.
   least = jnp.where(more < stay, least, least + 1)
   ends = jnp.where(any_stay, jnp.stack(starts) + beyond - least, 0)
@@ -236,22 +234,21 @@ def _search(
     with the integer below it, which need not be a key.
   """
 
-  def width(low: jax.Array, high: jax.Array) -> jax.Array:
-    return _distance(high, low)
-
   def unfinished(carry: Any) -> jax.Array:
     low, high, *_ = carry
-    return (width(low, high) > 1).any()
+    return (_distance(high, low) > 1).any()
 
   def one_pass(carry: Any) -> Any:
     low, high, reached, above = carry
     # Without the barrier XLA would compute the keys ahead of the loop, and so store them.
     data, low = jax.lax.optimization_barrier((consts, low))
-    step = jnp.maximum((width(low, high) - 1) // method.ways + 1, 1)
+    step = jnp.maximum((_distance(high, low) - 1) // method.ways + 1, 1)
     new: list[tuple[Any, ...]] = []
     for g, pool in enumerate(all_keys(data)):
-      viewed = [_viewed(keys, method) for keys in pool]
-      counts = [method.count(*view, low[g], step[g], method.ways) for view in viewed]
+      counts = []
+      for keys in pool:
+        view, axes = method.rows(keys.shape)
+        counts.append(method.count(keys.reshape(view), axes, low[g], step[g], method.ways))
       new.append(_narrowed(low[g], high[g], step[g], kept[g], reached[g], above[g], counts))
     lows, highs, reached, above = zip(*new, strict=True)
     return jnp.stack(lows), jnp.stack(highs), list(reached), list(above)
@@ -286,12 +283,6 @@ def _hoisted(pools: Sequence[Sequence[Keys]]) -> tuple[Callable[[Any], Any], Any
   return all_keys, out, closed.consts
 
 
-def _viewed(keys: jax.Array, method: Method) -> tuple[jax.Array, int]:
-  """The keys in the shape in which they are counted, and how many axes of it count the rows."""
-  view, axes = method.rows(keys.shape)
-  return keys.reshape(view), axes
-
-
 def _narrowed(
   low: jax.Array,
   high: jax.Array,
@@ -323,22 +314,18 @@ def _narrowed(
     for r, a, c in zip(reached, above, counts, strict=True)
   ]
   totals = jnp.stack([b.sum(0, dtype=jnp.int32) for b in bounds]).sum(0, dtype=jnp.int32)[1:-1]
-  exact = inside & (totals == kept)
   part = (inside & (totals >= kept)).sum(dtype=jnp.int32)
   offset = part.astype(step.dtype) * step
-  new_low = low + offset.astype(low.dtype)
-  new_high = new_low + jnp.minimum(step, width - offset).astype(low.dtype)
-  # A threshold that splits off exactly as many as are kept ends the search.
-  ended = exact.any()
-  first = jnp.argmax(exact).astype(jnp.int32) + 1
-  split = low + (first.astype(step.dtype) * step).astype(low.dtype)
-  upper = jnp.where(ended, first, part + 1)
-  lower = jnp.where(ended, first, part)
+  start = low + offset.astype(low.dtype)
+  end = start + jnp.minimum(step, width - offset).astype(low.dtype)
+  # A threshold that exactly as many as are kept reach ends the search just below it.
+  ended = (inside & (totals == kept)).any()
+  upper = jnp.where(ended, part, part + 1)
   column = lambda b, i: jax.lax.dynamic_index_in_dim(b, i, 1, keepdims=False)  # noqa: E731
   return (
-    jnp.where(ended, split - 1, new_low),
-    jnp.where(ended, split, new_high),
-    [column(b, lower) for b in bounds],
+    jnp.where(ended, start - 1, start),
+    jnp.where(ended, start, end),
+    [column(b, part) for b in bounds],
     [column(b, upper) for b in bounds],
   )
 

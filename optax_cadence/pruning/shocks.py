@@ -18,7 +18,6 @@ class _Everything(Structure):
   makes_mask: ClassVar[bool] = True
 
   def mask(self, scores: jax.Array, sparsity: Any, allowed: jax.Array) -> jax.Array:
-    """See `Structure`."""
     return jnp.zeros(scores.shape, bool)
 
 

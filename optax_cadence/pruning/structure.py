@@ -54,7 +54,6 @@ class Structure:
     makes_mask: Whether the structure makes the mask itself, in `mask`. Otherwise `prune` keeps
       the units with the highest scores, by `unit_scores` and `weight_mask`.
     gradual: Whether a schedule may lead up to the sparsity that the structure implies.
-    fixed_sparsity: The sparsity that the structure implies; None if the user chooses it.
   """
 
   single_weights: ClassVar[bool] = False
@@ -128,13 +127,11 @@ class Block(Structure):
       _checks.integer("Block: a size in shape", size, 1)
 
   def check(self, shape: tuple[int, ...]) -> None:
-    """See `Structure`."""
     n = len(self.shape)
     if len(shape) < n or any(d % b for d, b in zip(shape[-n:], self.shape, strict=True)):
       raise ValueError(f"expected blocks of {self.shape} that divide its last axes, found {shape}")
 
   def unit_scores(self, scores: jax.Array) -> jax.Array:
-    """See `Structure`."""
     first = scores.ndim - len(self.shape)  # the first axis that is cut into blocks
     cut = [(d // b, b) for d, b in zip(scores.shape[first:], self.shape, strict=True)]
     blocks = scores.reshape(*scores.shape[:first], *(n for pair in cut for n in pair))
@@ -142,7 +139,6 @@ class Block(Structure):
     return wide(blocks).mean(within_block)
 
   def weight_mask(self, unit_mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """See `Structure`."""
     first = unit_mask.ndim - len(self.shape)
     for axis, b in enumerate(self.shape, start=first):
       unit_mask = jnp.repeat(unit_mask, b, axis=axis)
@@ -169,14 +165,10 @@ class _AlongAxes(Structure):
           )
 
   def by_leaf(self, params: Any, paths: Iterable[_paths.Path]) -> dict[_paths.Path, Structure]:
-    """See `Structure`."""
-    if _is_axes(self.axis):
-      return dict.fromkeys(paths, self)
     axes = prefixes.by_leaf("axis", self.axis, params, paths, is_leaf=_is_axes)
     return {path: self._along(axis) for path, axis in axes.items()}
 
   def of_layer(self, ndim: int) -> Structure:
-    """See `Structure`."""
     # Counted from the last, an axis of the leaf is the same one of the layer.
     axes = tuple(a if a < 0 else a - ndim for a in _listed(self.axis))
     if -ndim in axes:
@@ -184,7 +176,6 @@ class _AlongAxes(Structure):
     return self._along(axes)
 
   def check(self, shape: tuple[int, ...]) -> None:
-    """See `Structure`."""
     axes = _listed(self.axis)
     known = all(-len(shape) <= a < len(shape) for a in axes)
     if not axes or not known or len({a % len(shape) for a in axes}) < len(axes):
@@ -211,7 +202,6 @@ class Channel(_AlongAxes):
   axis: Axis = -1
 
   def unit_scores(self, scores: jax.Array) -> jax.Array:
-    """See `Structure`."""
     along = {axis % scores.ndim for axis in _listed(self.axis)}
     others = tuple(i for i in range(scores.ndim) if i not in along)
     return wide(scores).mean(others, keepdims=True)
@@ -256,11 +246,10 @@ class NM(_AlongAxes):
 
   @property
   def fixed_sparsity(self) -> float:
-    """See `Structure`."""
     return 1 - self.n / self.m
 
   def mask(self, scores: jax.Array, sparsity: Any, allowed: jax.Array) -> jax.Array:
-    """See `Structure`; ties go to the lower index."""
+    # Of equal scores the lower index goes first.
     kept = self.m - allocation.pruned(sparsity, self.m)
     keys = selection.order(scores)
     lowest = selection.excluded(keys.dtype)
@@ -291,7 +280,6 @@ class ByFunction(Structure):
   makes_mask: ClassVar[bool] = True
 
   def mask(self, scores: jax.Array, sparsity: Any, allowed: jax.Array) -> jax.Array:
-    """See `Structure`."""
     del allowed
     mask = jnp.asarray(self.fn(scores, sparsity))
     if mask.shape != scores.shape or mask.dtype != jnp.bool_:

@@ -136,25 +136,23 @@ def prune(
   structure = structures.as_structure(structure)
   times = schedules.as_times(every)
   filler = filling.as_fill(fill)
-  _check_choices(sparsity, criterion, structure, allocation, regrow, hold, straight_through, inner)
-  _check_companions(
-    allocation, normalize, hold, filler, straight_through, sparse_gradients, restart, inner
+  settings = masking.Masker(
+    sparsity=sparsity,
+    criterion=criterion,
+    structure=structure,
+    allocation=allocation,
+    normalize=normalize,
+    regrow=regrow,
+    permanent=hold and not straight_through and regrow is None,
+    stacked=stacked or getattr(where, "stacked", None) or (lambda path, param: False),
+    packed=packed,
   )
-  optimizer = None
-  if inner is not None:
-    extended = optax.with_extra_args_support(inner)
-    optimizer = optimizing.Optimizer(extended, sparse_gradients, restarts=restart is not False)
-  permanent = hold and not straight_through and regrow is None
-  settings = masking.Masker(criterion, structure, allocation, regrow, permanent, packed, normalize)
-  stacked = stacked or getattr(where, "stacked", None) or (lambda path, param: False)
-
-  def masker_of(params: Any, leaves: masking.Arrays) -> masking.Masker:
-    return settings.on(
-      params, leaves, [path for path, x in leaves.items() if stacked(_paths.join(path), x)]
-    )
+  _check_choices(settings, hold, filler, straight_through, sparse_gradients, restart, inner)
+  optimizer = None if inner is None else optax.with_extra_args_support(inner)
+  restarts = restart is not False
 
   def init_fn(params: optax.Params) -> PruneState:
-    inner_state = optax.EmptyState() if optimizer is None else optimizer.inner.init(params)
+    inner_state = optax.EmptyState() if optimizer is None else optimizer.init(params)
     # With a placeholder `optax.tree_utils.tree_map_params` asks which parts of the state are
     # trees of parameters.
     if type(params).__name__ == "_ParamsPlaceholder":
@@ -162,29 +160,23 @@ def prune(
       drawing = () if hold else filling.stand_in(filler)
       return PruneState(jnp.int32(0), jnp.int32(0) if hold else {}, memory, inner_state, drawing)
     leaves = _pruned_leaves(params, where)
-    masker = masker_of(params, leaves)
-    asked = sparsities.by_leaf(sparsity, structure, params, leaves)
+    masker = settings.on(params, leaves)
+    asked = masker.sparsities
     # Of leaves with the same sparsity the first stands for all.
     for path in {id(asked[path]): path for path in reversed(leaves)}.values():
       implied = structure.fixed_sparsity
-      sparsities.check(_paths.join(path), asked[path], times, not permanent, implied)
+      sparsities.check(_paths.join(path), asked[path], times, not masker.permanent, implied)
     if inner is None:
       for reader in [criterion, *([regrow.first, regrow.grow] if regrow else [])]:
         criteria.check_needs_no_gradient(reader, next(iter(leaves.values())), inner)
     memory = {}
     if criterion.remembers:
-      slots = [
-        jnp.zeros(x.shape, _memory_dtype(x)) if path in leaves else optax.MaskedNode()
-        for path, x in _by_path(params).items()
-      ]
-      memory = jax.tree.unflatten(jax.tree.structure(params), slots)
-    masks = masking.nested(first_masks(masker, leaves, asked)) if hold else {}
+      memory = _paths.map_with_paths(lambda path, _: _no_memory(leaves.get(path)), params)
+    masks = masking.nested(first_masks(masker, leaves)) if hold else {}
     drawing = () if hold else filling.init(filler, leaves)
     return PruneState(jnp.int32(0), masks, memory, inner_state, drawing)
 
-  def first_masks(
-    masker: masking.Masker, leaves: masking.Leaves, asked: dict[_paths.Path, Any]
-  ) -> masking.Leaves:
+  def first_masks(masker: masking.Masker, leaves: masking.Leaves) -> masking.Leaves:
     """The masks before any update; dense where they need one."""
     dense = masker.dense(leaves)
     if needs_an_update and regrow is None:
@@ -195,7 +187,8 @@ def prune(
     if due is not False:
       scored = regrow.first if regrow is not None else criterion
       criteria.check_needs_no_gradient(scored, next(iter(leaves.values())), inner)
-    return masker.first(dense, due, asked, masking.MicroStep(jnp.int32(step), leaves, None, {}))
+    micro_step = masking.MicroStep(jnp.int32(step), leaves, {}, {})
+    return masker.next(dense, due, micro_step, first=True)
 
   def update_fn(
     updates: optax.Updates, state: PruneState, params: Any = None, **extra_args: Any
@@ -205,125 +198,123 @@ def prune(
     _paths.check_same("gradient", "as the parameters have", params, updates)
     step = optax.safe_increment(state.step)
     leaves = _pruned_leaves(params, where)
-    masker = masker_of(params, leaves)
+    masker = settings.on(params, leaves)
 
     # The gradients are read before the inner optimizer turns them into updates.
-    grads, memory = None, masking.by_path(state.memory)
+    grads, memory = {}, masking.by_path(state.memory)
     if optimizer is not None:
       grads = {path: g for path, g in _by_path(updates).items() if path in leaves}
       memory = {
         path: criterion.remember(old, leaves[path], grads[path]) for path, old in memory.items()
       }
-    asked, due = sparsities.by_leaf(sparsity, structure, params, leaves), times.due(step)
     given = criteria.given(criterion, leaves, extra_args)
     micro_step = masking.MicroStep(step, leaves, grads, given or memory)
     remembered = jax.tree.unflatten(jax.tree.structure(state.memory), memory.values())
+    state = state._replace(step=step, memory=remembered)
+    pruned = held if hold else shocked
+    return pruned(updates, state, params, masker, micro_step, extra_args)
 
-    state = PruneState(step, state.masks, remembered, state.inner_state, state.fill)
-    if not hold:
-      if optimizer is not None:
-        updates, inner_state = optimizer.update(updates, state.inner_state, params, {}, extra_args)
-        state = state._replace(inner_state=inner_state)
-      return shocked(updates, state, params, due, asked, micro_step)
-
-    # New masks where they are due, else the old ones.
-    masks = masking.by_path(state.masks)
-    if set(masks) != set(leaves):
+  def held(
+    updates: optax.Updates,
+    state: PruneState,
+    params: optax.Params,
+    masker: masking.Masker,
+    micro_step: masking.MicroStep,
+    extra_args: dict[str, Any],
+  ) -> tuple[optax.Updates, PruneState]:
+    """The updates under masks that hold: new ones where they are due, else the old ones."""
+    leaves, due = micro_step.params, times.due(micro_step.step)
+    old = masking.by_path(state.masks)
+    if set(old) != set(leaves):
       raise ValueError(
-        f"state: expected masks of {_paths.listed(leaves)}, found {_paths.listed(masks)}"
+        f"state: expected masks of {_paths.listed(leaves)}, found {_paths.listed(old)}"
       )
-    if not straight_through:
-      masks = masker.next(masks, due, asked, micro_step)
+    masks = old if straight_through else masker.next(old, due, micro_step)
+
+    def without_grown(inner_state: Any, masks: tuple[masking.Leaves, masking.Leaves]) -> Any:
+      old, new = (loaded(each, leaves) for each in masks)
+      grown = {path: new[path] & ~old[path] for path in new}
+      return optimizing.restarted(optimizer, inner_state, params, grown)
+
     if optimizer is not None:
-      exchanging = due & (step > 1) if regrow else False
-      updates, inner_state = optimized(updates, state, params, masks, extra_args, exchanging)
+      inner_state, rests = state.inner_state, False
+      if regrow is not None:
+        exchanging = due & (micro_step.step > 1)
+        rests = exchanging if regrow.skip_step else False
+        if restarts:
+          inner_state = _control.maybe(exchanging, without_grown, inner_state, (old, masks))
+      kept = loaded(masks, leaves) if sparse_gradients else {}
+      updates, inner_state = optimizing.updates(
+        optimizer, updates, inner_state, params, extra_args, kept, rests
+      )
       state = state._replace(inner_state=inner_state)
     if straight_through:
       updates, after = _after(updates, leaves)
-      masks = masker.next(masks, due, asked, micro_step._replace(params=after))
+      masks = masker.next(old, due, micro_step._replace(params=after))
       return updates, state._replace(masks=masking.nested(masks))
 
     # The update makes pruned weights zero.
     by_path = _by_path(updates)
-    for path, mask in masks.items():
-      weights = masking.load(path, mask, leaves[path].shape)
-      by_path[path] = _zeroed(by_path[path], leaves[path], weights)
+    for path, mask in loaded(masks, leaves).items():
+      update = filling.as_wide(by_path[path], leaves[path])
+      by_path[path] = jnp.where(mask, update, -leaves[path].astype(update.dtype))
     updates = jax.tree.unflatten(jax.tree.structure(updates), by_path.values())
     return updates, state._replace(masks=masking.nested(masks))
-
-  def loaded(masks: masking.Leaves, leaves: masking.Arrays) -> masking.Leaves:
-    return {path: masking.load(path, mask, leaves[path].shape) for path, mask in masks.items()}
-
-  def optimized(
-    updates: optax.Updates,
-    state: PruneState,
-    params: optax.Params,
-    masks: masking.Leaves,
-    extra_args: dict[str, Any],
-    exchanging: Any,
-  ) -> tuple[optax.Updates, optax.OptState]:
-    """What the inner optimizer makes of gradients under new masks, and its state."""
-    assert optimizer is not None
-    leaves, inner_state = _pruned_leaves(params, where), state.inner_state
-    if regrow is not None and optimizer.restarts:
-
-      def restarted(inner_state: Any, masks: tuple[masking.Leaves, masking.Leaves]) -> Any:
-        old, new = (loaded(each, leaves) for each in masks)
-        return optimizer.restarted(inner_state, params, {p: new[p] & ~old[p] for p in new})
-
-      old = masking.by_path(state.masks)
-      inner_state = _control.maybe(exchanging, restarted, inner_state, (old, masks))
-    rests = exchanging if regrow is not None and regrow.skip_step else False
-    kept = loaded(masks, leaves) if sparse_gradients else {}
-    return optimizer.update(updates, inner_state, params, kept, extra_args, rests)
 
   def shocked(
     updates: optax.Updates,
     state: PruneState,
     params: optax.Params,
-    due: Any,
-    asked: dict[_paths.Path, Any],
+    masker: masking.Masker,
     micro_step: masking.MicroStep,
+    extra_args: dict[str, Any],
   ) -> tuple[optax.Updates, PruneState]:
     """The updates, where a shock is due such that it fills what new masks leave out."""
-    leaves, by_path = micro_step.params, _by_path(updates)
-    masker = masker_of(params, leaves)
+    leaves, inner_state = micro_step.params, state.inner_state
+    if optimizer is not None:
+      updates, inner_state = optimizer.update(updates, inner_state, params, **extra_args)
 
     def hit(carry: tuple[Any, Any], _: Any) -> tuple[Any, Any]:
       updates, inner_state = carry
-      kept = loaded(masker.next(masker.dense(leaves), True, asked, micro_step), leaves)
+      kept = loaded(masker.next(masker.dense(leaves), True, micro_step), leaves)
       filled = filling.weights(filler, state.fill, micro_step.step, leaves)
-      updates = {
-        path: _moved(update, leaves[path], filled[path], kept[path])
-        for path, update in updates.items()
-      }
-      if optimizer is not None:
-        after = _by_path(params)
-        for path, mask in kept.items():
-          after[path] = jnp.where(mask, leaves[path], filled[path])
-        after = jax.tree.unflatten(jax.tree.structure(params), after.values())
-        inner_state = optimizer.restarted(inner_state, after, {p: ~m for p, m in kept.items()})
-      return updates, inner_state
+      moved = {}
+      for path, update in updates.items():
+        move = filled[path].astype(update.dtype) - leaves[path].astype(update.dtype)
+        moved[path] = jnp.where(kept[path], update, move)
+      if optimizer is not None and restarts:
+        after = {path: jnp.where(kept[path], x, filled[path]) for path, x in leaves.items()}
+        new = {path: ~mask for path, mask in kept.items()}
+        params_after = _paths.map_with_paths(after.get, params)
+        inner_state = optimizing.restarted(optimizer, inner_state, params_after, new)
+      return moved, inner_state
 
+    by_path, due = _by_path(updates), times.due(micro_step.step)
     wide = {path: filling.as_wide(by_path[path], x) for path, x in leaves.items()}
-    wide, inner_state = _control.maybe(due, hit, (wide, state.inner_state), ())
+    wide, inner_state = _control.maybe(due, hit, (wide, inner_state), ())
     updates = jax.tree.unflatten(jax.tree.structure(updates), (by_path | wide).values())
     return updates, state._replace(inner_state=inner_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def loaded(masks: masking.Leaves, leaves: masking.Arrays) -> masking.Leaves:
+  """The stored masks of leaves."""
+  return {path: masking.load(path, mask, leaves[path].shape) for path, mask in masks.items()}
+
+
 def _check_choices(
-  sparsity: Any,
-  criterion: criteria.Criterion,
-  structure: structures.Structure,
-  allocation: str,
-  regrow: Regrowth | None,
+  settings: masking.Masker,
   hold: bool,
+  fill: filling.Fill,
   straight_through: bool,
+  sparse_gradients: bool,
+  restart: bool | None,
   inner: optax.GradientTransformation | None,
 ) -> None:
-  """Raises if two of the choices do not go together."""
+  """Raises if two of the choices do not go together, or one has nothing that it could change."""
+  sparsity, criterion, structure = settings.sparsity, settings.criterion, settings.structure
+  allocation, regrow = settings.allocation, settings.regrow
   if allocation not in allocations.NAMES:
     raise ValueError(f"allocation: expected one of {allocations.NAMES}, found {allocation!r}")
   if structure.makes_mask and (regrow is not None or allocation != "uniform"):
@@ -347,20 +338,7 @@ def _check_choices(
         f"{reader.name} reads gradients, which do not reach the end of a chain: expected"
         " prune(..., inner=optimizer), found inner=None"
       )
-
-
-def _check_companions(
-  allocation: str,
-  normalize: bool,
-  hold: bool,
-  fill: filling.Fill,
-  straight_through: bool,
-  sparse_gradients: bool,
-  restart: bool | None,
-  inner: optax.GradientTransformation | None,
-) -> None:
-  """Raises if a choice has nothing that it could change."""
-  if normalize and allocation != "global":
+  if settings.normalize and allocation != "global":
     raise ValueError(f"normalize: expected allocation='global', found {allocation!r}")
   if hold and (fill.keep, fill.fresh) != (0, 0):
     raise ValueError("fill: expected hold=False, or 'zero', since pruned weights are held at 0")
@@ -398,23 +376,14 @@ def _by_path(tree: Any) -> dict[_paths.Path, Any]:
   }
 
 
-def _memory_dtype(param: jax.Array) -> Any:
-  return jnp.float64 if param.dtype == jnp.float64 else jnp.float32
+def _no_memory(leaf: jax.Array | None) -> Any:
+  """What a criterion remembers of a leaf to begin with; nothing of one that is not pruned."""
+  if leaf is None:
+    return optax.MaskedNode()
+  return jnp.zeros(leaf.shape, jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32)
 
 
-def _zeroed(update: jax.Array, param: jax.Array, kept: jax.Array) -> jax.Array:
-  """The update; for a weight that is not kept, the one that makes it zero."""
-  update = filling.as_wide(update, param)
-  return jnp.where(kept, update, -param.astype(update.dtype))
-
-
-def _moved(update: jax.Array, param: jax.Array, to: jax.Array, kept: jax.Array) -> jax.Array:
-  """The update; for a weight that is not kept, the one that turns it into `to`."""
-  update = filling.as_wide(update, param)
-  return jnp.where(kept, update, to.astype(update.dtype) - param.astype(update.dtype))
-
-
-def _after(updates: Any, leaves: masking.Leaves) -> tuple[Any, masking.Leaves]:
+def _after(updates: Any, leaves: masking.Arrays) -> tuple[Any, masking.Leaves]:
   """The updates, and what `optax.apply_updates` will make of these leaves."""
   # Behind the barrier the updates are numbers, not a formula of which the compiler may make
   # something else, rounded in another way, here than where they are applied.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from optax_cadence import _checks
 from optax_cadence import _paths
+from optax_cadence import _state
 from optax_cadence.pruning import masking
 from optax_cadence.pruning import packing
 from optax_cadence.pruning.transformation import PruneState
@@ -18,14 +19,10 @@ def find(state: Any) -> list[PruneState]:
   Raises:
     ValueError: If there is none.
   """
-  found = [node for node in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(node)]
+  found = _state.states_of(state, PruneState)
   if not found:
     raise ValueError("state: expected the state of a prune in it, found none")
   return [_paths.without_variables(node) for node in found]
-
-
-def _is_state(node: Any) -> bool:
-  return isinstance(node, PruneState)
 
 
 def by_path(params: Any, state: Any) -> masking.Leaves:
@@ -55,11 +52,11 @@ def masks(params: Any, state: Any) -> Any:
   one, as by everything here that takes the state.
   """
   found = by_path(params, state)
-  leaves = [
-    found[path] if path in found else jnp.ones(jnp.shape(x), bool)
-    for path, x in _paths.flatten_with_paths(params)
-  ]
-  return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+  def mask(path: _paths.Path, x: Any) -> jax.Array:
+    return found[path] if path in found else jnp.ones(jnp.shape(x), bool)
+
+  return _paths.map_with_paths(mask, params)
 
 
 def with_masks(state: Any, new: Any, params: Any = None) -> Any:
@@ -104,7 +101,7 @@ def with_masks(state: Any, new: Any, params: Any = None) -> Any:
     _paths.check_same("mask", "as the parameters have", params, new)
 
   def replace(node: Any) -> Any:
-    if not _is_state(node):
+    if not isinstance(node, PruneState):
       return node
     stored = {
       path: masks[path] if old.dtype == jnp.bool_ else packing.pack(masks[path])
@@ -114,7 +111,7 @@ def with_masks(state: Any, new: Any, params: Any = None) -> Any:
     arrays = jax.tree.leaves(masking.nested(stored))
     return node._replace(masks=jax.tree.unflatten(jax.tree.structure(node.masks), arrays))
 
-  return jax.tree.map(replace, state, is_leaf=_is_state)
+  return jax.tree.map(replace, state, is_leaf=lambda node: isinstance(node, PruneState))
 
 
 def masked(params: Any, state: Any) -> Any:

@@ -373,11 +373,8 @@ def _match(cadences: Cadences, paths: Sequence[_paths.Path], tree: Any) -> list[
   given, used, result = cadences.by_path, set(), []
   assert given is not None
   for i, path in enumerate(paths):
-    n = 0
-    while n < len(path) and path[:n] not in given:
-      n += 1
-    prefix = path[:n]
-    if prefix not in given:
+    prefix = _paths.covering(path, given)
+    if prefix is None:
       name = repr(_paths.names(paths)[i]) if path else "the parameter"
       raise ValueError(
         f"no cadence for {name}: expected every to be a prefix of the parameters, found"

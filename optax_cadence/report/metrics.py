@@ -12,12 +12,11 @@ from optax_cadence import _paths
 from optax_cadence._state import cadence_states
 from optax_cadence._state import CadenceState
 from optax_cadence._state import GroupState
+from optax_cadence._state import states_of
 from optax_cadence.confidence.noise_scale import MeasuredGroup
 from optax_cadence.confidence.noise_scale import NoiseScaleState
 from optax_cadence.confidence.statistics import Estimate
 from optax_cadence.report.gradient_norm import GradientNormState
-
-_STATES = (CadenceState, NoiseScaleState)
 
 
 def metrics(state: Any, by: Literal["region", "group"] = "region") -> dict[str, Any]:
@@ -77,7 +76,7 @@ def metrics(state: Any, by: Literal["region", "group"] = "region") -> dict[str, 
     raise ValueError(f"metrics: by must be 'region' or 'group', found {_checks.shown(by)}")
   if by == "group":
     return _by_group(cadence_states(state), state)
-  nodes = [x for x in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(x)]
+  nodes = states_of(state, CadenceState, NoiseScaleState)
   if not nodes:
     raise ValueError(f"metrics: expected a cadence in the state, found {type(state).__name__}")
   small, xp = _fetched(
@@ -171,10 +170,6 @@ def has_updated(state: Any) -> dict[str, Any]:
     for name, group in node.groups.items():
       fired[_paths.unused(name, fired)] = _paths.without_variables(group.fired) > 0
   return fired
-
-
-def _is_state(node: Any) -> bool:
-  return isinstance(node, _STATES)
 
 
 class _Group(NamedTuple):

@@ -1,7 +1,6 @@
 """`by_depth`: from the depth of a parameter in the network to its period."""
 
 import math
-import operator
 from typing import Any
 
 import jax
@@ -69,9 +68,7 @@ def _log2_period(name: str, period: Any) -> float:
 
 
 def _whole_number(value: Any, expected: str) -> int:
-  try:
-    if isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", "") == "b":
-      raise TypeError("a truth value counts nothing")
-    return operator.index(value)
-  except TypeError:
-    raise ValueError(f"by_depth: expected {expected}, found {_checks.shown(value)}") from None
+  number = _checks.whole(value)
+  if number is None:
+    raise ValueError(f"by_depth: expected {expected}, found {_checks.shown(value)}")
+  return number

@@ -4,7 +4,7 @@ An abstract interpretation of the forward pass: every value has a level, the num
 of contractions with parameters behind it. Nothing here is about time or optimizers.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -65,11 +65,11 @@ def forward_order(fn: Callable[..., Any], params: Any, *args: Any) -> Any:
   program = reading.trace(fn, params, *args)
   pending = [_Value(None, frozenset([i])) for i in range(len(leaves))]
   data = [_Value(0, frozenset())] * (len(program.jaxpr.invars) - len(leaves))
-  walk = _Walk()
-  walk.run(program, pending + data)
-  _check_all_placed(params, walk.levels)
-  rank = {level: i for i, level in enumerate(sorted(set(walk.levels.values())))}
-  return jax.tree.unflatten(structure, [rank[walk.levels[i]] for i in range(len(leaves))])
+  reader = _Reader()
+  reader.run(program, pending + data)
+  _check_all_placed(params, reader.levels)
+  rank = {level: i for i, level in enumerate(sorted(set(reader.levels.values())))}
+  return jax.tree.unflatten(structure, [rank[reader.levels[i]] for i in range(len(leaves))])
 
 
 def _check_all_placed(params: Any, levels: Mapping[int, int]) -> None:
@@ -97,8 +97,8 @@ _NEUTRAL = _Value(None, frozenset())
 _LOOP_PASSES = 3
 
 
-class _Walk:
-  """Walks a program by the rules of `forward_order`.
+class _Reader(reading.Reader):
+  """Reads a program by the rules of `forward_order`.
 
   Attributes:
     levels: The level of each parameter that has met data; 0 until an operation places it.
@@ -107,41 +107,27 @@ class _Walk:
   def __init__(self) -> None:
     self.levels: dict[int, int] = {}
 
-  def run(self, program: Any, inputs: list[_Value]) -> list[_Value]:
-    return reading.walk([program], inputs, self._operation, _constant)
+  def constant(self, numbers: tuple[Any, ...]) -> _Value:
+    """An array that the program holds is data; a scalar is neutral."""
+    return _Value(0, frozenset()) if np.ndim(numbers[0]) else _NEUTRAL
 
-  def _operation(self, eqns: reading.Eqns, inputs: list[_Value]) -> list[_Value]:
-    (eqn,) = eqns
-    special = {"cond": self._cond, "scan": self._scan, "while": self._while}
-    if eqn.primitive.name in special:
-      return special[eqn.primitive.name](eqn, inputs)
-    inner = reading.called(eqn)
-    if inner is not None:
-      return self.run(inner, inputs)
-    return [self._combine(inputs, _contracts(eqn))] * len(eqn.outvars)
-
-  def _combine(self, inputs: list[_Value], contraction: bool) -> _Value:
-    """The result of an operation; places what is pending in its operands (rule 3)."""
+  def operation(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
     operands = [value for value in inputs if value != _NEUTRAL]
-    level, pending = joined = _join(operands)
-    if level is None or not pending or len(operands) == 1:
-      return joined
-    level += contraction
-    for i in pending:
-      self.levels[i] = self.levels.get(i) or level
-    return _Value(level, frozenset()) if level else joined
+    level, pending = result = self.joined(operands)
+    if level is not None and pending and len(operands) > 1:  # rule 3
+      level += _contracts(eqn)
+      for i in pending:
+        self.levels[i] = self.levels.get(i) or level
+      result = _Value(level, frozenset()) if level else result
+    return [result] * len(eqn.outvars)
 
-  def _cond(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
-    return list(map(_join, reading.branch_results(eqn, inputs, self.run)))
+  def joined(self, values: Sequence[_Value]) -> _Value:
+    """What is known of something that depends on all of these values."""
+    levels = [value.level for value in values if value.level is not None]
+    pending = frozenset().union(*(value.pending for value in values))
+    return _Value(max(levels, default=None), pending)
 
-  def _scan(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
-    consts, carried, xs = reading.scan_operands(eqn, inputs)
-    return self._loop(lambda carry: self.run(eqn.params["jaxpr"], consts + carry + xs), carried)
-
-  def _while(self, eqn: Any, inputs: list[_Value]) -> list[_Value]:
-    return self._loop(*reading.while_step(eqn, inputs, self.run))
-
-  def _loop(self, step: Callable, carry: list[_Value]) -> list[_Value]:
+  def loop(self, step: Callable[..., list[_Value]], carry: list[_Value]) -> list[_Value]:
     # A parameter may meet data only in a later iteration, through the carry. A pass that
     # places nothing is dropped, so that the levels after a loop are those of one iteration.
     outputs = latest = step(carry)
@@ -150,18 +136,6 @@ class _Walk:
       latest = step(latest[: len(carry)])
       outputs = latest if self.levels != before else outputs
     return outputs
-
-
-def _constant(numbers: tuple[Any, ...]) -> _Value:
-  """An array that the program holds is data; a scalar is neutral."""
-  return _Value(0, frozenset()) if np.ndim(numbers[0]) else _NEUTRAL
-
-
-def _join(values: Iterable[_Value]) -> _Value:
-  """What is known of something that depends on all of these values."""
-  levels = [value.level for value in values if value.level is not None]
-  pending = frozenset().union(*(value.pending for value in values))
-  return _Value(max(levels, default=None), pending)
 
 
 def _contracts(eqn: Any) -> bool:
