@@ -70,7 +70,7 @@ def mismatch(expected: Any, found: Any) -> str | None:
   paths = list(want | have)
   for path, name in zip(paths, names(paths), strict=True):
     if want.get(path) != have.get(path):
-      return f"{name!r}: expected {_shown(want.get(path))}, found {_shown(have.get(path))}"
+      return f"{name!r}: expected {described(want.get(path))}, found {described(have.get(path))}"
   return None
 
 
@@ -78,7 +78,8 @@ def _shapes(tree: Any) -> dict[Path, tuple[int, ...]]:
   return {path: np.shape(leaf) for path, leaf in flatten_with_paths(tree)}
 
 
-def _shown(shape: tuple[int, ...] | None) -> str:
+def described(shape: tuple[int, ...] | None) -> str:
+  """A shape, or that there is none, for an error."""
   return "nothing there" if shape is None else f"shape {shape}"
 
 

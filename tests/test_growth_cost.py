@@ -31,14 +31,14 @@ def stream(params, x):
 def looked_at(monkeypatch, producer):
   """How often the search looks at an operation, over the number of operations."""
   times = itertools.count()
-  spread = _couple._spread_through
+  spread = _couple._spread_along
 
-  def counting(operation):
+  def counting(link):
     next(times)
-    return spread(operation)
+    return spread(link)
 
   with monkeypatch.context() as patch:
-    patch.setattr(_couple, "_spread_through", counting)
+    patch.setattr(_couple, "_spread_along", counting)
     units = growth.couple(stream, STREAM, X, producer=producer)
   return units, next(times) / len(_graph.read(stream, STREAM, X).operations)
 

@@ -128,21 +128,14 @@ class _Run:
       return jax.checkpoint(run, policy=p["policy"], prevent_cse=p["prevent_cse"])(operands)
     if name != "scan":
       return self(program, operands, at)
-    consts, carried = reading.scan_counts(eqn)
+    consts, carried, scanned = reading.scan_operands(eqn, operands)
 
     def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], Any]:
-      outputs, found = self(program, [*operands[:consts], *carry, *xs], at)
-      return outputs[:carried], (outputs[carried:], found)
+      outputs, found = self(program, [*consts, *carry, *xs], at)
+      return outputs[: len(carry)], (outputs[len(carry) :], found)
 
-    first = consts + carried  # the first operand that is read slice by slice
-    carry, (stacked, found) = jax.lax.scan(
-      step,
-      operands[consts:first],
-      operands[first:],
-      length=p["length"],
-      reverse=p["reverse"],
-      unroll=p["unroll"],
-    )
+    settings = {name: p[name] for name in ("length", "reverse", "unroll")}
+    carry, (stacked, found) = jax.lax.scan(step, carried, scanned, **settings)
     for layer in found:
       if self.layers[layer].stack is None:
         found[layer] = jax.tree.map(lambda x: x.mean(0), found[layer])

@@ -28,7 +28,6 @@ from optax_cadence.growth._graph import Node
 from optax_cadence.growth._graph import Operation
 from optax_cadence.growth._graph import Pair
 from optax_cadence.programs import primitives
-from optax_cadence.programs import reading
 
 
 def couple(
@@ -89,12 +88,7 @@ def couple(
 
 
 def of_labels(graph: Graph, units: int, operations: Sequence[Operation]) -> Dimension:
-  """The dimension that the labels on a program describe.
-
-  Args:
-    graph: The program.
-    units: The number of units.
-    operations: The operations that they go through.
+  """The dimension that labels of so many units describe, which go through some operations.
 
   Raises:
     ValueError: If no product sums over them.
@@ -114,9 +108,11 @@ def of_labels(graph: Graph, units: int, operations: Sequence[Operation]) -> Dime
       f"nothing uses the units of {_paths.listed(m.path for m in members)}: no product sums over"
       f" them, so widening would change the output{_ends(graph)}"
     )
-  of_weights = all(any(node.origin for node, _ in ends) for _, ends in sums)
-  extrema = any(map(_loses, operations))
-  folds = of_weights and not extrema and all(m.role != "both" for m in members)
+  folds = (
+    all(any(node.origin for node, _ in ends) for _, ends in sums)
+    and all(m.role != "both" for m in members)
+    and not any(map(_loses, operations))
+  )
   for operation in operations:
     _check_counts(operation, units)
   contractions = tuple(_contractions(graph))
@@ -129,7 +125,7 @@ def _ends(graph: Graph) -> str:
   ends = [
     f"{operation.name} of shapes {[node.shape for node in operation.operands if node is not None]}"
     for operation in graph.operations
-    if operation.name not in ("concatenate", "reshape", "slice", "split") and _loses(operation)
+    if _loses(operation)
   ]
   ends += [
     f"a loop over the first axis of shape {pair.outer.shape}"
@@ -180,13 +176,7 @@ def _regroups(operation: Operation) -> bool:
 
 
 def check_layout(graph: Graph, dimension: Dimension, what: str) -> None:
-  """Raises `ValueError` unless a program has the units where a dimension says.
-
-  Args:
-    graph: The program.
-    dimension: The dimension, as it is in this program.
-    what: What it is called in errors.
-  """
+  """Raises `ValueError` unless a program has the units of `what` where the dimension says."""
   spread(graph, dimension, what)
   expected = {(m.path, m.axis): m.labels for m in dimension.members}
   for path, leaf in graph.leaves.items():
@@ -255,19 +245,7 @@ def outputs_of(graph: Graph, members: Sequence[Member]) -> Iterator[Output]:
 
 
 def spread(graph: Graph, units: Dimension, what: str) -> list[Operation]:
-  """Labels the members of a dimension, and all axes of the program that run over its units.
-
-  Args:
-    graph: The program, whose nodes get the labels.
-    units: The dimension.
-    what: What the dimension is called in errors.
-
-  Returns:
-    The operations that the units go through.
-
-  Raises:
-    ValueError: If the units cannot be followed.
-  """
+  """As `spread_from`, from the members of a dimension, which errors call `what`."""
   for member in units.members:
     graph.leaves[member.path].put(member.axis, member.labels, what)
   return spread_from(graph, [graph.leaves[member.path] for member in units.members])
@@ -278,10 +256,6 @@ def spread_from(graph: Graph, nodes: Sequence[Node]) -> list[Operation]:
 
   Only what touches an axis with new labels is looked at again: in the order of the program, and
   then from its start.
-
-  Args:
-    graph: The program.
-    nodes: The nodes that have labels.
 
   Returns:
     The operations that the units go through, in the order of the program.
@@ -296,7 +270,7 @@ def spread_from(graph: Graph, nodes: Sequence[Node]) -> list[Operation]:
     turn, i = heapq.heappop(queue)
     waiting.discard(i)
     link = graph.links[i]
-    changed = _spread_through(link) if isinstance(link, Operation) else _spread_between(link)
+    changed = _spread_along(link)
     touched = {j for node in link.nodes for j in graph.links_of[id(node)]} if changed else set()
     for j in touched - waiting:
       heapq.heappush(queue, (turn if j > i else turn + 1, j))
@@ -306,83 +280,89 @@ def spread_from(graph: Graph, nodes: Sequence[Node]) -> list[Operation]:
   return [link for link in links if isinstance(link, Operation)]
 
 
-def _spread_between(pair: Pair) -> bool:
-  """Spreads labels between two nodes of which one lies in the other."""
-  where, changed = "a loop" if pair.shift else "a branch or loop", False
-  for a in range(len(pair.inner.shape)):
-    changed |= _spread_among([(pair.outer, a + pair.shift), (pair.inner, a)], where)
+def _spread_along(link: Operation | Pair) -> bool:
+  """Spreads labels along a link; returns whether any is new."""
+  if not any(node.labels for node in link.nodes):
+    return False
+  where, changed = link.where, False
+  for node, axis, labels in _known(link, where):
+    changed |= node.put(axis, labels, where)
   return changed
 
 
-def _spread_through(operation: Operation) -> bool:
-  """Spreads labels through an operation; returns whether any is new."""
-  nodes = operation.nodes
-  if not any(node.labels for node in nodes):
-    return False
-  where = f"{operation.name} of shapes {[node.shape for node in nodes]}"
-  ties = primitives.ties(operation.eqn)
+# What is known of the labels along an axis of a node.
+Known = tuple[Node, int, np.ndarray]
+
+
+def _known(link: Operation | Pair, where: str) -> Iterator[Known]:
+  """What the labels of a link say of its axes; later ones may follow from those put before."""
+  if isinstance(link, Pair):
+    for a in range(len(link.inner.shape)):
+      yield from _known_among([(link.outer, a + link.shift), (link.inner, a)])
+    return
+  ties = primitives.ties(link.eqn)
   if ties is None:
     raise ValueError(
       f"the units cannot be followed through {where}: {primitives.WANTED}; or grow by hand what"
       " lies before it"
     )
-  changed = False
   for tie in ties:
-    ends = operation.ends(tie)
-    changed |= _spread_among(ends, where) if tie.groups == 1 else _spread_groups(tie, ends, where)
-  if operation.name == "reshape" and len(nodes) == 2:
-    source, target = nodes
+    ends = link.ends(tie)
+    yield from _known_among(ends) if tie.groups == 1 else _known_of_groups(tie, ends, where)
+  if link.name == "reshape" and len(link.nodes) == 2:
+    source, target = link.nodes
     for ins, outs in primitives.reshape_groups(source.shape, target.shape):
-      changed |= _regroup(source, ins, target, outs, where)
-      changed |= _regroup(target, outs, source, ins, where)
-  for whole, part, axis, at in _cuts(operation):
-    if whole is not None and part is not None:
-      changed |= _spread_to_part(whole, part, axis, at, where)
-  return changed
+      yield from _known_of_reshape(source, ins, target, outs, where)
+      yield from _known_of_reshape(target, outs, source, ins, where)
+  for whole, part, axis, at in _cuts(link):
+    if axis in part.labels:
+      labels = np.full(whole.shape[axis], NO_UNIT)
+      labels[at] = part.labels[axis]
+      yield whole, axis, labels
+    if axis in whole.labels:
+      yield part, axis, whole.labels[axis][at]
 
 
-def _spread_among(ends: list[tuple[Node, int]], where: str) -> bool:
-  """Spreads labels among axes that run over the same units; returns whether any is new."""
-  changed = False
+def _known_among(ends: list[tuple[Node, int]]) -> Iterator[Known]:
+  """What is known of axes that run over the same units."""
   for (source, a), (target, b) in itertools.permutations(ends, 2):
     if a in source.labels and source.shape[a] == target.shape[b]:
-      changed |= target.put(b, source.labels[a], where)
-  return changed
+      yield target, b, source.labels[a]
 
 
-def _spread_groups(tie: primitives.Tie, ends: list[tuple[Node, int]], where: str) -> bool:
-  """Spreads labels among axes that are cut into groups, as those of a grouped convolution are."""
-  changed = False
+def _known_of_groups(
+  tie: primitives.Tie, ends: list[tuple[Node, int]], where: str
+) -> Iterator[Known]:
+  """What is known of axes that are cut into groups, as those of a grouped convolution are."""
   for (source, a), (target, b) in itertools.permutations(ends, 2):
     if a not in source.labels:
       continue
     labels, size = source.labels[a], target.shape[b]
     if tie.summed and (source, a) == ends[1]:
-      changed |= target.put(b, np.tile(labels, tie.groups), where)
+      yield target, b, np.tile(labels, tie.groups)
       continue
     pieces = labels.reshape(tie.groups, -1)
     alike = (pieces == pieces[:1]).all()  # the units lie in every piece
     if tie.summed and alike:
-      changed |= target.put(b, pieces[0].copy(), where)
+      yield target, b, pieces[0].copy()
     elif not tie.summed and (pieces == pieces[:, :1]).all():
-      changed |= target.put(b, np.repeat(pieces[:, 0], size // tie.groups), where)
+      yield target, b, np.repeat(pieces[:, 0], size // tie.groups)
     elif not tie.summed and not alike:
       raise ValueError(
         f"{where} is in {tie.groups} groups of {pieces.shape[1]} positions: expected every unit to"
         f" be a whole group, unit={pieces.shape[1]} (more groups), or to lie in all of them,"
         f" blocks={tie.groups} (wider ones)"
       )
-  return changed
 
 
-def _regroup(source: Node, ins: list[int], target: Node, outs: list[int], where: str) -> bool:
-  """Spreads labels through a reshape that makes the axes `outs` of the axes `ins`."""
-  changed = False
+def _known_of_reshape(
+  source: Node, ins: list[int], target: Node, outs: list[int], where: str
+) -> Iterator[Known]:
+  """What is known of the axes `outs`, which a reshape makes of the axes `ins`."""
+  before, after = [source.shape[i] for i in ins], [target.shape[o] for o in outs]
   for a in ins:
     if a not in source.labels:
       continue
-    before = [source.shape[i] for i in ins]
-    after = [target.shape[o] for o in outs]
     along_a = source.labels[a].reshape([-1 if i == a else 1 for i in ins])
     labels = np.broadcast_to(along_a, before).reshape(after)  # of every entry
     # A single unit has an axis of size 1; further ones are put in front of it to broadcast.
@@ -390,7 +370,7 @@ def _regroup(source: Node, ins: list[int], target: Node, outs: list[int], where:
     for k, o in order if labels.size > 1 else order[::-1]:
       rows = np.moveaxis(labels, k, 0).reshape(after[k], -1)
       if (rows == rows[:, :1]).all() and (after[k] > 1 or labels.size == 1):
-        changed |= target.put(o, rows[:, 0].copy(), where)
+        yield target, o, rows[:, 0].copy()
         break
     else:
       raise ValueError(
@@ -398,36 +378,21 @@ def _regroup(source: Node, ins: list[int], target: Node, outs: list[int], where:
         f" piece; say which are the units with unit={after[-1]} (whole groups are added) or"
         f" blocks={after[0]} (every group grows)"
       )
-  return changed
 
 
-def _cuts(operation: Operation) -> Iterator[tuple[Node | None, Node | None, int, np.ndarray]]:
+def _cuts(operation: Operation) -> Iterator[tuple[Node, Node, int, np.ndarray]]:
   """Of a slice, split or concatenate: the whole, a part, the axis, and where it lies along it."""
-  eqn, operands, results = operation.eqn, operation.operands, operation.results
-  p = eqn.params
+  operands: Any = operation.operands
+  results, p = operation.results, operation.eqn.params
   if operation.name == "slice":
-    sizes = reading.shape(eqn.outvars[0])
-    strides = p["strides"] or (1,) * len(sizes)
-    for axis, (start, size, step) in enumerate(
-      zip(p["start_indices"], sizes, strides, strict=True)
-    ):
-      yield operands[0], results[0], axis, start + step * np.arange(size)
+    (whole,), (part,) = operands, results
+    for axis, start in enumerate(p["start_indices"]):
+      step = p["strides"][axis] if p["strides"] else 1
+      yield whole, part, axis, start + step * np.arange(part.shape[axis])
   elif operation.name in ("concatenate", "split"):
     joined = operation.name == "concatenate"
     whole, parts = (results[0], operands) if joined else (operands[0], results)
     axis = p["dimension"] if joined else p["axis"]
-    lengths = [reading.shape(v)[axis] for v in (eqn.invars if joined else eqn.outvars)]
-    for part, size, end in zip(parts, lengths, np.cumsum(lengths), strict=True):
-      yield whole, part, axis, np.arange(end - size, end)
-
-
-def _spread_to_part(whole: Node, part: Node, axis: int, at: np.ndarray, where: str) -> bool:
-  """Spreads labels from an array to a part of it, and back."""
-  changed = False
-  if axis in part.labels:
-    labels = np.full(whole.shape[axis], NO_UNIT)
-    labels[at] = part.labels[axis]
-    changed |= whole.put(axis, labels, where)
-  if axis in whole.labels:
-    changed |= part.put(axis, whole.labels[axis][at], where)
-  return changed
+    ends = np.cumsum([part.shape[axis] for part in parts])
+    for part, end in zip(parts, ends, strict=True):
+      yield whole, part, axis, np.arange(end - part.shape[axis], end)

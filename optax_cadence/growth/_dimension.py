@@ -167,35 +167,21 @@ def _count(path: _paths.Path, shape: tuple[int, ...], axis: Axis) -> int:
   return size // (outer * inner)
 
 
-def extended(labels: np.ndarray, units: int, more: int) -> np.ndarray:
-  """The labels along an axis to which units are added, after the last one wherever it is.
-
-  >>> import numpy as np
-  >>> from optax_cadence.growth import _dimension
-  >>> print(_dimension.extended(np.array([0, 0, 1, 1, -1, 0, 0, 1, 1]), units=2, more=1))
-  [ 0  0  1  1  2  2 -1  0  0  1  1  2  2]
-  """
-  return extended_together([labels], [units], [more])[0]
-
-
 def extended_together(
   labels: Sequence[Labels], units: Sequence[int], more: Sequence[int]
 ) -> list[Labels]:
   """The labels of several dimensions along one axis, at which each is given more units.
 
-  Args:
-    labels: For each dimension its labels along the axis.
-    units: For each the number of its units.
-    more: For each how many units it gets.
-
-  Returns:
-    For each its labels along the axis as it is then.
+  These stand behind its last unit, wherever that is. Of each dimension the arguments have its
+  labels along the axis, the number of its units, and how many more it gets.
 
   >>> import numpy as np
   >>> from optax_cadence.growth import _dimension
   >>> labels = np.array([0, 1, -1, -1]), np.array([-1, -1, 0, 1])
   >>> print(*_dimension.extended_together(labels, units=[2, 2], more=[1, 2]))
   [ 0  1  2 -1 -1 -1 -1] [-1 -1 -1  0  1  2  3]
+  >>> print(*_dimension.extended_together([np.array([0, 0, 1, 1, -1, 0, 1])], [2], [1]))
+  [ 0  0  1  1  2  2 -1  0  1  2]
   """
   together = np.stack(labels)
   pieces, start, n = [], 0, together.shape[1]

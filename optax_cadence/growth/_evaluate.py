@@ -24,7 +24,6 @@ import numpy as np
 
 from optax_cadence.growth import _values
 from optax_cadence.growth._values import Value
-from optax_cadence.growth._values import whole
 from optax_cadence.programs import reading
 
 
@@ -47,14 +46,14 @@ class Evaluator:
     self.apart = 0
     self.made: dict[Any, Any] = {}
 
-  def run(self, old: Any, new: Any, inputs: list[Value]) -> list[Value]:
-    """The outputs of the programs.
+  def run(self, programs: Sequence[Any], inputs: list[Value]) -> list[Value]:
+    """The outputs of the programs, at the old size and at the new one.
 
     Raises:
       ValueError: If the programs do not have the same operations.
     """
     try:
-      return reading.walk([old, new], inputs, self._operation, self._constant, dead=False)
+      return reading.walk(programs, inputs, self._operation, self._constant, dead=False)
     except reading.DifferentProgramsError as error:
       raise ValueError(
         f"the programs before and after must have the same operations, found {error}; change one"
@@ -72,14 +71,14 @@ class Evaluator:
         " among the variables, so that the plan can say which of its entries are new"
       )
     if _equal(old, new):
-      return whole(old)
+      return Value(old)
     return self._between(old, new)
 
   def _between(self, old: Any, new: Any) -> Value:
     """What is one number in the old program and another in the new one."""
     dtype = jnp.result_type(old)
     if not jnp.issubdtype(dtype, jnp.floating):
-      return Value(old, {}, new=new)
+      return Value(old, new=new)
     self.mixes += 1
     if isinstance(old, jax.core.Tracer) or isinstance(new, jax.core.Tracer) or np.ndim(old):
       key: Any = id(old), id(new)
@@ -88,7 +87,7 @@ class Evaluator:
 
     def between() -> Value:
       a, b = jnp.asarray(old, dtype), jnp.asarray(new, dtype)
-      return whole(a + self.alpha.astype(dtype) * (b - a))
+      return Value(a + self.alpha.astype(dtype) * (b - a))
 
     return self._made_once(key, (old, new), between)
 
@@ -107,18 +106,15 @@ class Evaluator:
     There is nothing between two integers. But what is computed of them may be the same again, as
     an index counted from either end is, or a number of another kind.
     """
-    pairs = [x.old_and_new for x in operands]
     if any(x.old for x in operands) or not _same(old, new):
-      (found,) = [pair for x, pair in zip(operands, pairs, strict=True) if x.new is not None][:1]
+      found = next(x.old_and_new for x in operands if x.new is not None)
       raise ValueError(
         f"{old.primitive.name} goes by an integer that is {found[0]} in the program before and"
         f" {found[1]} in the one after: expected one for both, as there is none between them"
       )
-    results = zip(
-      *(_folded(eqn, xs) for eqn, xs in zip((old, new), zip(*pairs, strict=True), strict=True)),
-      strict=True,
-    )
-    return [whole(a) if _equal(a, b) else self._between(a, b) for a, b in results]
+    before, after = zip(*(x.old_and_new for x in operands), strict=True)
+    results = zip(_folded(old, before), _folded(new, after), strict=True)
+    return [Value(a) if _equal(a, b) else self._between(a, b) for a, b in results]
 
   def _operation(self, eqns: reading.Eqns, operands: list[Value]) -> list[Value]:
     old, new = eqns
@@ -129,25 +125,22 @@ class Evaluator:
       if not opens:
         return self._of_two(old, new, operands)
     elif not any(x.old for x in operands) and _same(old, new):
-      return [whole(y) for y in _folded(old, [x.array for x in operands])]
-    if name == "scan":
-      return self._scan(old, new, operands)
-    if name == "while":
-      return self._while(old, new, operands)
-    if name == "cond":
-      return self._cond(old, new, operands)
+      return [Value(y) for y in _folded(old, _arrays(operands))]
+    special = {"cond": self._cond, "scan": self._scan, "while": self._while}
+    if name in special:
+      return special[name](old, new, operands)
     if name == "custom_linear_solve":
       (before, taken), (after, _) = reading.solver(old), reading.solver(new)
-      return self._custom(old, new, (before, after), operands, [operands[i] for i in taken])
+      return self._custom(eqns, (before, after), operands, [operands[i] for i in taken])
     if inner[0] is None or inner[1] is None:
       return self._single(old, new, operands)
     if name.startswith("custom_"):
-      return self._custom(old, new, inner, operands)
+      return self._custom(eqns, inner, operands, operands)
     if name.startswith(("remat", "checkpoint")):
       body = _Body(self, inner, operands)
       policy = old.params.get("policy")
       return body.results(jax.checkpoint(body, policy=policy)(_arrays(operands)))
-    return self.run(inner[0], inner[1], operands)
+    return self.run(inner, operands)
 
   def _single(self, old: Any, new: Any, operands: list[Value]) -> list[Value]:
     """An operation without programs inside."""
@@ -189,34 +182,29 @@ class Evaluator:
       i = min(telling, key=lambda i: arrays[i].size)
       arrays[i] = self._scaled(old, axes, operands, i, axes.kept)
       return _values.bind(old, new, operands, arrays)
-    ungated = _values.bind(old, new, operands, arrays)
+    (ungated,) = _values.bind(old, new, operands, arrays)
     arrays[1] = self._scaled(old, axes, operands, 1, [])
-    gated = _values.bind(old, new, operands, arrays)
-    pairs = zip(old.outvars, new.outvars, ungated, gated, strict=True)
-    return [
-      jnp.where(_values.new_entries(y.shape, grown, list(grown)), x, y)
-      for a, b, x, y in pairs
-      for grown in [_values.grown_axes(a, b)]
-    ]
+    (gated,) = _values.bind(old, new, operands, arrays)
+    return [_values.where_new(old, new, ungated, gated)]
 
   def _scaled(
     self, old: Any, axes: _values.Axes, operands: list[Value], i: int, kept: Sequence[int]
   ) -> Any:
     """An operand with the gate on its entries that are summed over, and new along no kept axis."""
-    x, offset = operands[i], operands[i].offset
-    summed, ungated = sorted(axes.along(i, axes.summed)), sorted(axes.along(i, kept))
+    x, shape = operands[i], operands[i].array.shape
+    summed = {a: range(x.old[a]) for a in sorted(axes.along(i, axes.summed))}
+    if x.offset:
+      summed |= _values.old_taps(old, x.offset)
+    ungated = {a: range(x.old[a]) for a in sorted(axes.along(i, kept))}
     exact = jnp.issubdtype(x.array.dtype, jnp.inexact)
     dtype = jnp.promote_types(x.array.dtype, self.alpha.dtype) if exact else x.array.dtype
-    sizes = [(a, x.old[a], x.array.shape[a]) for a in (*summed, *ungated)]
-    taps = (offset, reading.shape(old.invars[i]), x.array.shape) if offset else ()
-    which = x.array.ndim, tuple(sizes), len(summed), taps, dtype
+    sizes = tuple(n if a in summed or a in ungated else 1 for a, n in enumerate(shape))
+    which = sizes, tuple(summed.items()), tuple(ungated.items()), dtype
 
     def gate() -> Any:
-      is_new = _values.new_entries(x.array.shape, x.old, summed)
-      if offset:
-        is_new |= _values.new_taps(old, x.array, offset)
+      is_new = _values.new_entries(shape, summed)
       if ungated:
-        is_new &= ~_values.new_entries(x.array.shape, x.old, ungated)
+        is_new &= ~_values.new_entries(shape, ungated)
       return jnp.where(is_new, self.alpha.astype(dtype), jnp.ones((), dtype))
 
     factor = self._made_once(which, None, gate)
@@ -225,27 +213,21 @@ class Evaluator:
     )
 
   def _custom(
-    self,
-    old: Any,
-    new: Any,
-    inner: Any,
-    operands: list[Value],
-    inside_operands: list[Value] | None = None,
+    self, eqns: reading.Eqns, inner: Any, operands: list[Value], taken: list[Value]
   ) -> list[Value]:
     """A function with a derivative of its own, in which old and new entries must not meet.
 
-    `inner` are the programs of the function, of these operands or of some of them.
+    `inner` are the programs of the function, of the operands in `taken`.
     """
-    name = old.primitive.name
+    (old, new), name = eqns, eqns[0].primitive.name
     if any(x.offset for x in operands):
       raise ValueError(f"a kernel whose taps grow goes through {name}")
     inside = Evaluator(self.alpha, self.counts)
-    taken = operands if inside_operands is None else inside_operands
     jax.eval_shape(_Body(inside, inner, taken), _arrays(taken))
     if not inside.mixes and not inside.apart:
       return _grown(old, new, reading.bind(new, _arrays(operands)))
     if reading.has_true_derivative(old):
-      return self.run(inner[0], inner[1], operands)
+      return self.run(inner, operands)
     does = "combines" if inside.mixes else "rearranges"
     raise ValueError(
       f"{name} {old.params.get('name', '')} {does} old and new entries, and its own derivative"
@@ -259,43 +241,31 @@ class Evaluator:
     return branches[-1].results(jax.lax.switch(index, branches, _arrays(rest)))
 
   def _while(self, old: Any, new: Any, operands: list[Value]) -> list[Value]:
-    head, body = reading.while_counts(old)
-    of_head, of_body, carry = operands[:head], operands[head : head + body], operands[head + body :]
+    of_condition, of_body, carry = reading.while_operands(old, operands)
     condition, step = (
       _Body(self, (old.params[which], new.params[which]), carry)
       for which in ("cond_jaxpr", "body_jaxpr")
     )
-
-    def goes_on(arrays: Any) -> Any:
-      return condition(arrays, of_head)[0]
-
-    def once(arrays: Any) -> Any:
-      return step(arrays, of_body)
-
-    return step.results(jax.lax.while_loop(goes_on, once, _arrays(carry)))
+    results = jax.lax.while_loop(
+      lambda arrays: condition(arrays, of_condition)[0],
+      lambda arrays: step(arrays, of_body),
+      _arrays(carry),
+    )
+    return step.results(results)
 
   def _scan(self, old: Any, new: Any, operands: list[Value]) -> list[Value]:
-    p = old.params
-    consts, carried = reading.scan_counts(old)
-    first = consts + carried  # the first operand that is read slice by slice
-    slices = [_moved(x, -1) for x in operands[first:]]
-    programs = p["jaxpr"], new.params["jaxpr"]
-    body = _Body(self, programs, [*operands[consts:first], *slices])
+    consts, carried, scanned = reading.scan_operands(old, operands)
+    slices, n = [_moved(x, -1) for x in scanned], len(carried)
+    body = _Body(self, (old.params["jaxpr"], new.params["jaxpr"]), [*carried, *slices])
 
     def step(carry: Any, xs: Any) -> Any:
-      outputs = body([*carry, *xs], operands[:consts])
-      return outputs[:carried], outputs[carried:]
+      outputs = body([*carry, *xs], consts)
+      return outputs[:n], outputs[n:]
 
-    carry, stacked = jax.lax.scan(
-      step,
-      _arrays(operands[consts:first]),
-      _arrays(operands[first:]),
-      length=p["length"],
-      reverse=p["reverse"],
-      unroll=p["unroll"],
-    )
+    settings = {name: old.params[name] for name in ("length", "reverse", "unroll")}
+    carry, stacked = jax.lax.scan(step, _arrays(carried), _arrays(scanned), **settings)
     results = body.results([*carry, *stacked])
-    return results[:carried] + [_moved(y, 1) for y in results[carried:]]
+    return results[:n] + [_moved(y, 1) for y in results[n:]]
 
 
 def _grown(old: Any, new: Any, results: Sequence[Any]) -> list[Value]:
@@ -325,7 +295,7 @@ class _Body:
     inputs = [*constants, *_with_arrays(self.inputs, arrays)]
     # What was computed outside may be used inside, but not the other way round.
     outside, self.evaluator.made = self.evaluator.made, dict(self.evaluator.made)
-    outputs = self.evaluator.run(self.programs[0], self.programs[1], inputs)
+    outputs = self.evaluator.run(self.programs, inputs)
     self.evaluator.made = outside
     # Without the arrays, which are of the transformation's own tracing.
     self.outputs = [x._replace(array=None) for x in outputs]

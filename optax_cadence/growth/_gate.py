@@ -114,12 +114,12 @@ def _run(fn: Any, old: Any, plan: Plan, alpha: Any, variables: Any, args: Any, k
   except ValueError as error:
     raise _does_not_run(plan, variables, error) from error
   inputs = [
-    _values.ordered(leaves[path], changes[path]) if path in changes else _values.whole(leaves[path])
+    _values.ordered(leaves[path], changes[path]) if path in changes else _values.Value(leaves[path])
     for path in after.paths
   ]
-  inputs += map(_values.whole, after.arrays)
+  inputs += map(_values.Value, after.arrays)
   counts = all(dimension.contractions is not None for dimension, _ in plan.dimensions)
-  outputs = Evaluator(alpha, counts).run(before.program, after.program, inputs)
+  outputs = Evaluator(alpha, counts).run([before.program, after.program], inputs)
   for x in outputs:
     if x.new is not None:
       raise ValueError(

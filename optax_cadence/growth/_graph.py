@@ -106,6 +106,11 @@ class Operation(NamedTuple):
     return [node for node in (*self.operands, *self.results) if node is not None]
 
   @property
+  def where(self) -> str:
+    """What it is called in errors."""
+    return f"{self.name} of shapes {[node.shape for node in self.nodes]}"
+
+  @property
   def flops(self) -> int:
     """Multiplications and additions, if it is a product."""
     if self.name not in primitives.PRODUCTS:
@@ -127,12 +132,10 @@ class Operation(NamedTuple):
   def labelled(self) -> Iterator[tuple[primitives.Tie, list[tuple[Node, int]]]]:
     """Its ties that have labels, and the axes that have them."""
     ties = primitives.ties(self.eqn) or []
-    groups = [tie for tie in ties if tie.groups > 1 and not tie.summed]
-    if groups:  # the units are groups, or they lie in every group
-      are_groups = all(self._in_pieces(groups[0].groups, *end) for end in self.ends(groups[0]))
-      others = [tie for tie in ties if not tie.summed and tie.results != groups[0].results]
-      within = [tie for tie in ties if tie not in groups]
-      ties = others + groups if are_groups else within
+    for groups in [tie for tie in ties if tie.groups > 1 and not tie.summed]:
+      # The units are groups, or they lie in every group.
+      whole = all(self._in_pieces(groups.groups, *end) for end in self.ends(groups))
+      ties = primitives.of_groups(ties, whole)
     for tie in ties:
       ends = [(node, a) for node, a in self.ends(tie) if a in node.labels]
       if ends:
@@ -165,6 +168,11 @@ class Pair(NamedTuple):
     """Both."""
     return [self.outer, self.inner]
 
+  @property
+  def where(self) -> str:
+    """What it is called in errors."""
+    return "a loop" if self.shift else "a branch or loop"
+
 
 class Graph:
   """The flat form of a traced program.
@@ -184,13 +192,12 @@ class Graph:
     self.operations: list[Operation] = []
     self.slices: list[Pair] = []
     self.same: list[Pair] = []
-    nodes = []
-    for i, var in enumerate(reading.opened(program)[0].invars):
-      if i < len(paths):
-        nodes.append(Node(reading.shape(var), repr(_paths.join(paths[i])), paths[i]))
-      else:
-        nodes.append(Node(reading.shape(var), f"argument {i - len(paths)}", fixed=True))
-    self.leaves = dict(zip(paths, nodes, strict=False))
+    shapes = [reading.shape(var) for var in reading.opened(program)[0].invars]
+    named = zip(paths, shapes, strict=False)  # the arguments come after the leaves
+    nodes = [Node(shape, repr(_paths.join(path)), path) for path, shape in named]
+    self.leaves = dict(zip(paths, nodes, strict=True))
+    arguments = enumerate(shapes[len(paths) :])
+    nodes += [Node(shape, f"argument {i}", fixed=True) for i, shape in arguments]
     self.outputs = [node or Node(()) for node in self._flatten(program, nodes, 1, ())]
 
   def flops(self, factor: Callable[[_paths.Path], float] = lambda path: 1.0) -> tuple[int, int]:
@@ -237,11 +244,7 @@ class Graph:
   def _flatten(
     self, program: Any, inputs: list[Any], repeat: int, at: tuple[int, ...]
   ) -> list[Any]:
-    """Adds the operations of a program that stands at `at` and runs `repeat` times.
-
-    Returns:
-      The nodes of its results.
-    """
+    """The nodes of a program's results; adds its operations, which run `repeat` times."""
     numbers = itertools.count()
 
     def operation(eqns: reading.Eqns, operands: list[Any]) -> list[Any]:
@@ -275,39 +278,22 @@ class Graph:
     return reading.walk([program], inputs, operation, constant)
 
   def _flatten_scan(
-    self,
-    eqn: Any,
-    operands: list[Any],
-    results: list[Node],
-    repeat: int,
-    at: tuple[int, ...],
+    self, eqn: Any, operands: list[Any], results: list[Node], repeat: int, at: tuple[int, ...]
   ) -> None:
-    consts, carried = reading.scan_counts(eqn)
-    body, _ = reading.opened(eqn.params["jaxpr"])
-    first = consts + carried  # the first operand that is read slice by slice
-    inside: list[Any] = list(operands[:first])
-    for var, outside in zip(body.invars[first:], operands[first:], strict=True):
-      node = Node(reading.shape(var))
-      if outside is not None:
-        node.origin = outside.origin
-        self.slices.append(Pair(outside, node, 1))
-      inside.append(node)
-    outputs = self._flatten(eqn.params["jaxpr"], inside, repeat * eqn.params["length"], at)
-    self._add_same(outputs[:carried], results[:carried])
-    self._add_same(operands[consts:first], results[:carried])
-    pairs = zip(results[carried:], outputs[carried:], strict=True)
+    consts, carry, xs = reading.scan_operands(eqn, operands)
+    slices = [Node(x.shape[1:], origin=x.origin) for x in xs]
+    self.slices += [Pair(x, node, 1) for x, node in zip(xs, slices, strict=True)]
+    inside, times = [*consts, *carry, *slices], repeat * eqn.params["length"]
+    outputs, n = self._flatten(eqn.params["jaxpr"], inside, times, at), len(carry)
+    self._add_same(outputs[:n], results[:n])
+    self._add_same(carry, results[:n])
+    pairs = zip(results[n:], outputs[n:], strict=True)
     self.slices += [Pair(result, node, 1) for result, node in pairs if node is not None]
 
   def _flatten_while(
-    self,
-    eqn: Any,
-    operands: list[Any],
-    results: list[Node],
-    repeat: int,
-    at: tuple[int, ...],
+    self, eqn: Any, operands: list[Any], results: list[Node], repeat: int, at: tuple[int, ...]
   ) -> None:
-    head, body = reading.while_counts(eqn)
-    of_head, of_body, carry = operands[:head], operands[head : head + body], operands[head + body :]
+    of_head, of_body, carry = reading.while_operands(eqn, operands)
     self._flatten(eqn.params["cond_jaxpr"], of_head + carry, repeat, (*at, 0))
     outputs = self._flatten(eqn.params["body_jaxpr"], of_body + carry, repeat, (*at, 1))
     self._add_same(outputs, results)

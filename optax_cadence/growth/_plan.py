@@ -128,12 +128,9 @@ class Plan:
         along.setdefault(place, []).append((dimension, more, member))
     members: dict[Dimension, list[Any]] = {dimension: [] for dimension, _ in self.dimensions}
     for described in along.values():
-      labels = extended_together(
-        [member.labels for _, _, member in described],
-        [dimension.size for dimension, _, _ in described],
-        [more for _, more, _ in described],
-      )
-      for (dimension, _, member), new in zip(described, labels, strict=True):
+      dimensions, numbers, old = zip(*described, strict=True)
+      labels = extended_together([m.labels for m in old], [d.size for d in dimensions], numbers)
+      for dimension, member, new in zip(dimensions, old, labels, strict=True):
         members[dimension].append(dataclasses.replace(member, labels=new))
     return [
       dataclasses.replace(dimension, size=dimension.size + more, members=tuple(members[dimension]))
@@ -149,15 +146,16 @@ class Plan:
     """
     if (self.grows, self.gate, self.alpha) != (other.grows, other.gate, other.alpha):
       raise ValueError("plans can be added if both grow, or both shrink, and the gate is one")
-    changes = joined([*self.changes, *other.changes])
     flops = None
     if self.flops and other.flops and self.flops[0] == other.flops[0]:
       flops = (self.flops[0], self.flops[1] + other.flops[1] - self.flops[0])
-    dimensions = self.dimensions + other.dimensions
-    moved = {**self.moved, **other.moved}
-    notes = tuple(dict.fromkeys(self.notes + other.notes))
-    return Plan(
-      changes, self.grows, self.alpha, flops, dimensions, moved, notes=notes, gate=self.gate
+    return dataclasses.replace(
+      self,
+      changes=joined([*self.changes, *other.changes]),
+      flops=flops,
+      dimensions=self.dimensions + other.dimensions,
+      moved={**self.moved, **other.moved},
+      notes=tuple(dict.fromkeys(self.notes + other.notes)),
     )
 
   def __str__(self) -> str:
@@ -233,8 +231,7 @@ class Plan:
       for c in self.changes
     )
     flops = self.flops and self.flops[::-1]
-    dimensions = self.dimensions
-    return Plan(tuple(changes), False, self.alpha, flops, dimensions, self.moved, gate=self.gate)
+    return dataclasses.replace(self, changes=tuple(changes), grows=False, flops=flops, notes=())
 
   def check(self, variables: Any, when: str) -> None:
     """Raises `ValueError` unless the leaves have their shapes "before" or "after"."""
@@ -245,8 +242,8 @@ class Plan:
       want, have = getattr(change, when), shapes.get(change.path)
       if have != want:
         raise ValueError(
-          f"{_paths.join(change.path)!r}: the plan expected {described(want)}, found"
-          f" {described(have)}"
+          f"{_paths.join(change.path)!r}: the plan expected {_paths.described(want)}, found"
+          f" {_paths.described(have)}"
         )
 
 
@@ -297,11 +294,6 @@ def _shown(shape: Shape | None) -> str:
   return "-" if shape is None else "x".join(map(str, shape)) or "scalar"
 
 
-def described(shape: Shape | None) -> str:
-  """A shape, or that there is none, for an error."""
-  return "nothing there" if shape is None else f"shape {shape}"
-
-
 def _added(change: LeafChange) -> int:
   before, after = (0 if s is None else math.prod(s) for s in (change.before, change.after))
   return after - before
@@ -316,7 +308,7 @@ def _reader(fresh: Any, old: Mapping[_paths.Path, Any]) -> Callable[..., Any]:
     if leaf is None or tuple(np.shape(leaf)) != shape:
       raise ValueError(
         f"fresh values of {_paths.join(path)!r}: expected shape {shape}, found"
-        f" {described(None if leaf is None else tuple(np.shape(leaf)))}"
+        f" {_paths.described(None if leaf is None else tuple(np.shape(leaf)))}"
       )
     return leaf if path not in old else jnp.asarray(leaf, dtype)
 
@@ -374,9 +366,9 @@ def copied(change: LeafChange, old: Any, axis: int | None = None) -> Any:
 
 def _smaller(change: LeafChange, leaf: Any) -> Any:
   """A leaf at its new shape, which is smaller."""
-  what = repr(_paths.join(change.path))
   if not change.positions:
     return leaf
+  what = repr(_paths.join(change.path))
   return _trees.taken(leaf, change.index, what, axis=next(iter(change.positions)))
 
 

@@ -12,7 +12,6 @@ from optax_cadence import _paths
 from optax_cadence.growth import _graph
 from optax_cadence.growth import _plan
 from optax_cadence.growth import _trees
-from optax_cadence.growth._dimension import Contraction
 from optax_cadence.growth._dimension import Dimension
 from optax_cadence.growth._dimension import extended_together
 from optax_cadence.growth._dimension import Member
@@ -57,21 +56,14 @@ def widening(
   numbers = dimensions if isinstance(dimensions, Mapping) else {dimensions: by}
   shapes = _trees.shapes(variables)
   along: dict[tuple[_paths.Path, int], list[tuple[Member, int, int]]] = {}
-  flops = []
   for dimension, more in numbers.items():
     if not isinstance(more, int | np.integer) or isinstance(more, bool) or more < 1:
       raise ValueError(f"by must be a positive integer, found {more!r}")
     for member in dimension.members:
       along.setdefault((member.path, member.axis), []).append((member, dimension.size, int(more)))
-    flops.append(_flops(dimension.contractions, more))
-  changes = [_widened(described, shapes) for described in along.values()]
-  total = None
-  known = [f for f in flops if f is not None]
-  if known and len(known) == len(flops):
-    before = known[0][0]
-    total = before, before + sum(n - m for m, n in known)
-  path = tuple(alpha.split("/"))
-  return Plan(_plan.joined(changes), True, path, total, tuple(numbers.items()))  # type: ignore[arg-type]
+  changes = _plan.joined(_widened(described, shapes) for described in along.values())
+  growing: Any = tuple(numbers.items())
+  return Plan(changes, True, tuple(alpha.split("/")), _flops(growing), growing)
 
 
 def _widened(
@@ -136,7 +128,7 @@ def shrinking(
     members.append(dataclasses.replace(member, labels=number[member.labels[at]]))
   smaller = dataclasses.replace(dimension, size=len(kept), members=tuple(members))
   less = dimension.size - len(kept)
-  flops = _flops(dimension.contractions, -less)
+  flops = _flops([(dimension, -less)])
   return Plan(_plan.joined(changes), False, flops=flops, dimensions=((smaller, less),))
 
 
@@ -164,22 +156,26 @@ def _change(
   if before is None or before[member.axis] != len(member.labels):
     raise ValueError(
       f"{_paths.join(member.path)!r}: expected {len(member.labels)} entries along axis"
-      f" {member.axis}, found {_plan.described(before)}"
+      f" {member.axis}, found {_paths.described(before)}"
     )
   after = (*before[: member.axis], size, *before[member.axis + 1 :])
   outgoing = (member.axis,) if member.role == "outgoing" else ()
   return LeafChange(member.path, before, after, member.role, {member.axis: at}, outgoing=outgoing)
 
 
-def _flops(contractions: Iterable[Contraction] | None, more: int) -> tuple[int, int] | None:
-  """FLOPs of some products before and after there are `more` units."""
-  if contractions is None:
-    return None
-  before, after = 0, 0.0
-  for flops, shares in contractions:
-    before += flops
-    after += flops * math.prod((size + more * unit) / size for size, unit in shares)
-  return before, round(after)
+def _flops(growing: Iterable[tuple[Dimension, int]]) -> tuple[int, int] | None:
+  """FLOPs of a program now, and with so many more units of each dimension; None if not known."""
+  total = None
+  for dimension, more in growing:
+    if dimension.contractions is None:
+      return None
+    now, then = 0, 0.0
+    for flops, shares in dimension.contractions:
+      now += flops
+      then += flops * math.prod((size + more * unit) / size for size, unit in shares)
+    before, after = total or (now, now)
+    total = before, after + round(then) - now
+  return total
 
 
 def enlarging(
@@ -217,10 +213,8 @@ def enlarging(
   gate: alpha
   """
   shapes = _trees.shapes(variables)
-  changes = [
-    _more_taps(path, shapes[path], size, causal)
-    for path, size in ((_trees.find(shapes, name), size) for name, size in sizes.items())
-  ]
+  kernels = {_trees.find(shapes, name): size for name, size in sizes.items()}
+  changes = [_more_taps(path, shapes[path], size, causal) for path, size in kernels.items()]
   flops = None
   if fn is not None:
     factors = {c.path: math.prod(c.after or ()) / math.prod(c.before or ()) for c in changes}
@@ -309,8 +303,7 @@ def deepening(
   added = [path for path in new if path not in old]
   scaled: set[_paths.Path] = set()
   for name in outgoing:
-    prefix = tuple(name.split("/"))
-    under = [p for p in added if p[: len(prefix)] == prefix]
+    under = _trees.under(added, name)
     if not under:
       raise ValueError(
         f"outgoing {name!r}: expected it to be new, one of {_paths.listed(added)}; if another"
@@ -331,14 +324,13 @@ def _moves(old: Iterable[_paths.Path], moved: Mapping[str, str]) -> dict[_paths.
   """
   moves = {}
   for source, target in moved.items():
-    prefix = tuple(source.split("/"))
-    under = [path for path in old if path[: len(prefix)] == prefix]
+    under = _trees.under(old, source)
     if not under:
       raise ValueError(
         f"moved {source!r}: expected one of {_paths.listed(old)}, found no such leaf"
       )
     for path in under:
-      moves[path] = (*target.split("/"), *path[len(prefix) :])
+      moves[path] = (*target.split("/"), *path[len(source.split("/")) :])
   return {path: target for path, target in moves.items() if path != target}
 
 

@@ -46,21 +46,20 @@ def pruned_units(variables: Any, units: Dimension) -> jax.Array:
   [ True False]
   """
   leaves = _trees.leaves(variables)
-  alive, found = jnp.zeros(units.size, bool), False
-  for member in units.members:
-    if member.role == "incoming" and member.path in leaves:
-      found = True
-      leaf = leaves[member.path]
-      others = tuple(i for i in range(leaf.ndim) if i != member.axis)
-      # Positions without a unit go into one entry more, which is dropped.
-      labels = np.where(member.labels < 0, units.size, member.labels)
-      used = jnp.zeros(units.size + 1, bool).at[labels].max((leaf != 0).any(others))
-      alive |= used[:-1]
-  if not found:
+  makers = [m for m in units.members if m.role == "incoming" and m.path in leaves]
+  if not makers:
     raise ValueError(
       f"expected weights that make the units among {_paths.listed(leaves)}, found the members"
       f" {_paths.listed(m.path for m in units.members)}"
     )
+  alive = jnp.zeros(units.size, bool)
+  for member in makers:
+    leaf = leaves[member.path]
+    others = tuple(i for i in range(leaf.ndim) if i != member.axis)
+    # Positions without a unit go into one entry more, which is dropped.
+    labels = np.where(member.labels < 0, units.size, member.labels)
+    used = jnp.zeros(units.size + 1, bool).at[labels].max((leaf != 0).any(others))
+    alive |= used[:-1]
   return ~alive
 
 
@@ -170,11 +169,7 @@ def _constants(
 ) -> dict[_paths.Path, tuple[_paths.Path, jax.Array]]:
   """For each weight the bias that is added to its product, and the product of a part of the weight.
 
-  Args:
-    fn: The forward pass.
-    variables: Its variables.
-    args: Its further arguments.
-    alone: The parts of weights, by their path.
+  `alone` has these parts, by the paths of the weights.
   """
   traced = _graph.trace(fn, variables, *args)
   found: dict[_paths.Path, tuple[_paths.Path, jax.Array]] = {}

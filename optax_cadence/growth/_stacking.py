@@ -6,7 +6,7 @@ that grows. New layers are copies of old ones (depthwise stacking, Du et al. 202
 arXiv:2405.15319), or fresh.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -78,8 +78,7 @@ def stacking(
   names = list(outgoing)
   scaled: set[_paths.Path] = set()
   for name in names:
-    prefix = tuple(name.split("/"))
-    under = [path for path in stack if path[: len(prefix)] == prefix and _is_float(stack[path])]
+    under = [path for path in _trees.under(stack, name) if _is_float(stack[path])]
     if not under:
       raise ValueError(f"outgoing {name!r}: expected one of the layers, {_paths.listed(stack)}")
     scaled.update(under)
@@ -101,15 +100,15 @@ def stacking(
   return Plan(tuple(changes), True, tuple(alpha.split("/")), flops, gate=bool(names))
 
 
-def _stacked(variables: Any, layers: str | Sequence[str]) -> Mapping[_paths.Path, Any]:
+def _stacked(variables: Any, layers: str | Sequence[str]) -> dict[_paths.Path, Any]:
   """The leaves of a stack, by path, which all have as many layers."""
-  leaves, stack = _trees.leaves(variables), {}
+  leaves = _trees.leaves(variables)
+  stack: dict[_paths.Path, Any] = {}
   for name in [layers] if isinstance(layers, str) else layers:
-    prefix = tuple(name.split("/"))
-    under = {path: leaf for path, leaf in leaves.items() if path[: len(prefix)] == prefix}
+    under = _trees.under(leaves, name)
     if not under:
       raise ValueError(f"layers {name!r}: expected one of {_paths.listed(leaves)}")
-    stack.update(under)
+    stack.update((path, leaves[path]) for path in under)
   floats = {path: np.shape(leaf) for path, leaf in stack.items() if _is_float(leaf)}
   sizes = {shape[:1] for shape in floats.values()}
   if len(sizes) != 1 or () in sizes:

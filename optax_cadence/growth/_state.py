@@ -88,10 +88,8 @@ def grow_state(
   before, after = _trees.shapes(params), _trees.shapes(new_params)
   plan = plan_for(plan, params)
   changes, sources = plan.by_path, _sources(plan, before, after)
-  key_paths = [keys for keys, _ in jax.tree_util.tree_flatten_with_path(new_params)[0]]
-  parameters: dict[Keys, _paths.Path] = dict(zip(key_paths, after, strict=True))
-  old_key_paths = [keys for keys, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-  old_keys: dict[_paths.Path, Keys] = dict(zip(before, old_key_paths, strict=True))
+  parameters = dict(zip(_keys(new_params), after, strict=True))
+  old_keys = dict(zip(before, _keys(params), strict=True))
 
   def carried(keys: Keys, new: Any) -> Any:
     """The value of a leaf that `init` makes as `new`."""
@@ -121,27 +119,18 @@ def grow_state(
     more_layers = change is not None and change.layers and not change.adds_axis
     some_layers = more_layers and _is_cut(old_value, before[source])
     if old_value is not None and not (in_regions and change) and (packed or not some_layers):
-      value = packing.unpack(old_value, before[source]) if packed else old_value
-      new = packing.unpack(new, after[path]) if packed else new
-      index = _index(change, np.shape(value), np.shape(new), plan.grows)
-      axis = _copied_axis(change, np.shape(value), np.shape(new), plan.grows)
-      if axis is not None:
-        assert change is not None
-        value = copied(change, value, axis)
-      elif index is not None:
-        if plan.grows:
-          value = _trees.placed(new, index, value, where)
-        else:
-          axes = change.positions if change is not None else {}
-          value = _trees.taken(value, index, where, axis=next(iter(axes), 0))
-      if np.shape(value) == np.shape(new):
+      values = old_value, new
+      if packed:
+        values = packing.unpack(old_value, before[source]), packing.unpack(new, after[path])
+      value = _resized(change, *values, plan.grows, where)
+      if value is not None:
         return packing.pack(jnp.asarray(value)) if packed else value
     if some_layers:
       raise ValueError(
         f"{where} of {_paths.join(path)!r} is that of {np.shape(old_value)[0]} of"
         f" {before[source][0]} layers: {_LAYERS_OF_PERIODS}"
       )
-    shapes = ["nothing there" if x is None else f"shape {np.shape(x)}" for x in (old_value, new)]
+    shapes = [_paths.described(None if x is None else np.shape(x)) for x in (old_value, new)]
     raise ValueError(
       f"{where} of {_paths.join(path)!r} has {shapes[0]} before and {shapes[1]} after, which the"
       " plan does not explain: a cadence that cuts the leaf into regions (channels, quadrants,"
@@ -151,6 +140,29 @@ def grow_state(
     )
 
   return jax.tree_util.tree_map_with_path(carried, fresh)
+
+
+def _keys(tree: Any) -> list[Keys]:
+  return [keys for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def _resized(change: LeafChange | None, old: Any, new: Any, grows: bool, where: str) -> Any:
+  """`old` at the shape of `new`, of which new entries are; None if the plan does not explain it."""
+  shapes = np.shape(old), np.shape(new)
+  if shapes[0] == shapes[1]:
+    return old
+  if change is None:
+    return None
+  axis = _copied_axis(change, *shapes) if grows else None
+  if axis is not None:
+    value = copied(change, old, axis)
+    return value if value.shape == shapes[1] else None
+  index = _index(change, *shapes, grows)
+  if index is None:
+    return None
+  if grows:
+    return _trees.placed(new, index, old, where)
+  return _trees.taken(old, index, where, axis=next(iter(change.positions), 0))
 
 
 def _fresh_state(tx: optax.GradientTransformation, params: Any, plan: Plan) -> Any:
@@ -167,19 +179,15 @@ def _sources(
   plan: Plan, before: Collection[_paths.Path], after: Iterable[_paths.Path]
 ) -> dict[_paths.Path, _paths.Path | None]:
   """For the path of each parameter the one that it had before; None for one that is new."""
-  growing = plan.grows and plan.alpha not in before  # otherwise it is the merge of that plan
-  moved: Mapping[_paths.Path, _paths.Path] = {}
-  if growing:
-    moved = {new: path for path, new in plan.moved.items()}
-  elif not plan.grows:
-    moved = plan.moved
-  added = {change.path for change in plan.changes if change.before is None} if growing else set()
-
-  def source(path: _paths.Path) -> _paths.Path | None:
-    origin = moved.get(path, path)
-    return origin if origin in before and path not in added else None
-
-  return {path: source(path) for path in after}
+  if plan.grows and plan.alpha in before:  # the merge of that plan
+    return {path: path if path in before else None for path in after}
+  moved = {new: path for path, new in plan.moved.items()} if plan.grows else plan.moved
+  added = {change.path for change in plan.changes if change.before is None}
+  origins = {path: moved.get(path, path) for path in after}
+  return {
+    path: origin if origin in before and path not in added else None
+    for path, origin in origins.items()
+  }
 
 
 def _named(keys: Keys) -> tuple[str, ...]:
@@ -228,15 +236,11 @@ def _is_packed(keys: Keys, leaf: Any, path: _paths.Path, shape: tuple[int, ...])
   return of_masks and leaf.dtype == jnp.uint8 and leaf.shape == packing.packed_shape(shape)
 
 
-def _index(
-  change: LeafChange | None, old: tuple[int, ...], new: tuple[int, ...], grows: bool
-) -> Any:
+def _index(change: LeafChange, old: tuple[int, ...], new: tuple[int, ...], grows: bool) -> Any:
   """Where the smaller of two arrays lies in the larger; None if the plan does not say.
 
   The arrays have the shapes of the parameter, or only some of its axes (factored moments).
   """
-  if change is None or old == new:
-    return None
   if change.adds_axis:
     larger, smaller = (new, old) if grows else (old, new)
     (axis,) = change.positions
@@ -266,22 +270,19 @@ def _is_cut(leaf: Any, shape: tuple[int, ...]) -> bool:
   return same and found[0] != shape[0]
 
 
-def _copied_axis(
-  change: LeafChange | None, old: tuple[int, ...], new: tuple[int, ...], grows: bool
-) -> int | None:
+def _copied_axis(change: LeafChange, old: tuple[int, ...], new: tuple[int, ...]) -> int | None:
   """Along which axis what is kept of a parameter is copied with it; None if it is not."""
-  if not grows or change is None or change.sources is None or not change.copies_state:
+  if change.sources is None or not change.copies_state:
     return None
-  more = len(change.sources)
   if change.adds_axis:
     (added,) = change.positions
     return added if len(new) > added and _without(new, added) == old else None
   if len(old) != len(new):
     return None
   assert change.before is not None
-  different = [a for a, (n, m) in enumerate(zip(old, new, strict=True)) if n != m]
-  fits = len(different) == 1 and (old[different[0]], new[different[0]]) == (change.before[0], more)
-  return different[0] if fits else None
+  sizes = change.before[0], len(change.sources)
+  axes = [a for a, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1]]
+  return axes[0] if [(old[a], new[a]) for a in axes] == [sizes] else None
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

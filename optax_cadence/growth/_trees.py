@@ -1,7 +1,7 @@
 """Trees of variables: finding leaves by path, putting new ones in, telling arrays from flags."""
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -23,9 +23,8 @@ def leaves(tree: Any) -> dict[_paths.Path, Any]:
 
 def with_leaves(tree: Any, new: Mapping[_paths.Path, Any]) -> Any:
   """The tree with the leaves of some paths replaced."""
-  flat, structure = jax.tree.flatten(tree)
-  paths = [path for path, _ in _paths.flatten_with_paths(tree)]
-  return jax.tree.unflatten(structure, [new.get(p, x) for p, x in zip(paths, flat, strict=True)])
+  flat = [new.get(path, leaf) for path, leaf in _paths.flatten_with_paths(tree)]
+  return jax.tree.unflatten(jax.tree.structure(tree), flat)
 
 
 def find(known: Any, name: str) -> _paths.Path:
@@ -38,6 +37,12 @@ def find(known: Any, name: str) -> _paths.Path:
   if path not in known:
     raise ValueError(f"no leaf {name!r}: expected one of {_paths.listed(known)}")
   return path
+
+
+def under(paths: Iterable[_paths.Path], name: str) -> list[_paths.Path]:
+  """Those of some paths that are written `name`, or stand below it."""
+  prefix = tuple(name.split("/"))
+  return [path for path in paths if path[: len(prefix)] == prefix]
 
 
 def layers(tree: Any, name: str) -> list[_paths.Path]:

@@ -33,7 +33,7 @@ class Value(NamedTuple):
   """
 
   array: Any
-  old: Mapping[int, int]
+  old: Mapping[int, int] = {}
   offset: tuple[int, ...] = ()
   new: Any = None
 
@@ -41,11 +41,6 @@ class Value(NamedTuple):
   def old_and_new(self) -> tuple[Any, Any]:
     """A value that has not grown, as it is in the old program and in the new one."""
     return self.array, self.array if self.new is None else self.new
-
-
-def whole(x: Any) -> Value:
-  """A value that has not grown."""
-  return Value(x, {})
 
 
 def empty(old: Any, new: Any) -> Value:
@@ -68,12 +63,7 @@ def ordered(leaf: Any, change: LeafChange) -> Value:
 
 
 def in_place(x: Value, positions: Mapping[int, np.ndarray]) -> Any:
-  """The array of a value with its entries where the network has them.
-
-  Args:
-    x: The value.
-    positions: For each axis that has grown, where its old entries lie.
-  """
+  """The array of a value, with its old entries along each axis at these positions."""
   array = x.array
   for axis in sorted(x.old):
     if axis not in positions:
@@ -97,12 +87,13 @@ def grown_axes(old: Any, new: Any) -> dict[int, int]:
   before, after = reading.shape(old), reading.shape(new)
   if len(before) != len(after):
     raise ValueError(f"the programs before and after differ: shapes {before} and {after}")
-  for axis, (n, m) in enumerate(zip(before, after, strict=True)):
-    if m < n:
+  grown = {a: n for a, (n, m) in enumerate(zip(before, after, strict=True)) if n != m}
+  for axis, size in grown.items():
+    if after[axis] < size:
       raise ValueError(
         f"axis {axis} of a value shrinks from {before} to {after}: expected it to grow"
       )
-  return {a: n for a, (n, m) in enumerate(zip(before, after, strict=True)) if n != m}
+  return grown
 
 
 class Axes:
@@ -181,7 +172,7 @@ def _tied(old: Any, new: Any) -> Iterator[primitives.Tie]:
     raise ValueError(f"{name} cannot be run with new entries behind old: {primitives.WANTED}")
   if name == "conv_general_dilated":
     more_groups = old.params["feature_group_count"] != new.params["feature_group_count"]
-    yield from _ties_of_groups(primitives.ties(new) or [], more_groups)
+    yield from primitives.of_groups(primitives.ties(new) or [], more_groups)
   else:
     yield from ties
   if name in EXTREMA:
@@ -222,39 +213,31 @@ def _ties_of_reshape(old: Any, new: Any) -> Iterator[tuple[primitives.Tie, bool]
       yield primitives.Tie(((0, a[0]),), ((0, b[0]),)), all(n == 1 for n in outer)
 
 
-def _ties_of_groups(ties: list[primitives.Tie], more_groups: bool) -> Iterator[primitives.Tie]:
-  """The ties of a convolution that gets more groups, or else wider ones, if it has any."""
-  groups = [tie for tie in ties if tie.groups > 1 and not tie.summed]
-  for tie in ties:
-    of_groups = tie in groups
-    within = bool(groups) and not of_groups and (tie.summed or tie.results == groups[0].results)
-    if not (within if more_groups else of_groups):
-      yield tie
+def new_entries(shape: Sequence[int], old: Mapping[int, range]) -> Any:
+  """Which entries of an array are outside of the old ones along any axis that has some.
 
-
-def new_entries(shape: Sequence[int], old: Mapping[int, int], axes: Sequence[int]) -> Any:
-  """Which entries of an array are new along any of some axes; its other axes have size 1."""
-  found: Any = jnp.zeros((1,) * len(shape), bool)
-  for axis in axes:
-    along = [n if a == axis else 1 for a, n in enumerate(shape)]
-    found |= jax.lax.broadcasted_iota(jnp.int32, along, axis) >= old[axis]
-  return found
-
-
-def new_taps(eqn: Any, kernel: Any, offset: tuple[int, ...]) -> Any:
-  """Which taps of a kernel a convolution at the old size has not; its other axes have size 1.
-
-  Args:
-    eqn: The convolution at the old size.
-    kernel: The kernel at the new size.
-    offset: For each spatial axis where the old taps begin.
+  The other axes of the result have size 1.
   """
-  found: Any = jnp.zeros((1,) * kernel.ndim, bool)
-  for axis, start in zip(eqn.params["dimension_numbers"].rhs_spec[2:], offset, strict=True):
-    along = [n if a == axis else 1 for a, n in enumerate(kernel.shape)]
-    tap = jax.lax.broadcasted_iota(jnp.int32, along, axis)
-    found |= (tap < start) | (tap >= start + reading.shape(eqn.invars[1])[axis])
+  found: Any = jnp.zeros((1,) * len(shape), bool)
+  for axis, places in old.items():
+    along = [n if a == axis else 1 for a, n in enumerate(shape)]
+    place = jax.lax.broadcasted_iota(jnp.int32, along, axis)
+    found |= place >= places.stop
+    if places.start:
+      found |= place < places.start
   return found
+
+
+def where_new(old: Any, new: Any, x: Any, y: Any) -> Any:
+  """The result of an operation: of `x` the new entries, of `y` the old ones."""
+  grown = grown_axes(old.outvars[0], new.outvars[0])
+  return jnp.where(new_entries(y.shape, {a: range(n) for a, n in grown.items()}), x, y)
+
+
+def old_taps(eqn: Any, offset: tuple[int, ...]) -> dict[int, range]:
+  """Along each spatial axis of a larger kernel the taps of a convolution at the old size."""
+  axes, sizes = eqn.params["dimension_numbers"].rhs_spec[2:], reading.shape(eqn.invars[1])
+  return {a: range(start, start + sizes[a]) for a, start in zip(axes, offset, strict=True)}
 
 
 def bind(old: Any, new: Any, operands: list[Value], arrays: Sequence[Any]) -> list[Any]:
@@ -300,8 +283,7 @@ def extremum(old: Any, new: Any, axes: Axes, x: Value, alpha: Any) -> Any:
     between = jnp.where(near, before + alpha.astype(before.dtype) * way, far)
   else:
     between = jnp.where(alpha >= 1, everywhere, before)
-  grown = grown_axes(old.outvars[0], new.outvars[0])
-  return jnp.where(new_entries(between.shape, grown, list(grown)), everywhere, between)
+  return where_new(old, new, everywhere, between)
 
 
 def run_apart(old: Any, new: Any, axes: Axes, operands: list[Value]) -> list[Any]:

@@ -26,7 +26,6 @@ from optax_cadence.growth import _vocabulary
 from optax_cadence.growth._dimension import Dimension
 from optax_cadence.growth._linen_experts import MixtureOfExperts
 from optax_cadence.growth._linen_network import Grown
-from optax_cadence.growth._plan import described
 from optax_cadence.growth._plan import Plan
 from optax_cadence.growth._recycle import Recycle
 
@@ -334,7 +333,7 @@ def upcycle(
     if len(shapes.get(place, ())) < 2:
       raise ValueError(
         f"mlp {_paths.join(path)!r}: expected {_paths.join(place)!r} in the new module, the weights"
-        f" of a router [features, experts], found {described(shapes.get(place))}"
+        f" of a router [features, experts], found {_paths.described(shapes.get(place))}"
       )
     *stack, features, experts = shapes[place]
     plans.append(

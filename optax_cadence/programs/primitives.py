@@ -2,7 +2,7 @@
 
 Every reader of programs asks it: masks (is an operation elementwise?), forward order (does it
 contract?), growth (which axes have to grow together?). To add a primitive, add its name to one of
-the sets, or a line to `_RULES`. Nothing here knows about parameters.
+the sets, or to a line of `_RULES`. Nothing here knows about parameters.
 """
 
 from collections.abc import Callable
@@ -77,7 +77,9 @@ _REDUCTIONS = frozenset(
 )
 # What costs one pass over memory.
 ONE_PASS = ELEMENTWISE | REARRANGEMENTS | PARTS | _REDUCTIONS
+# Operands and results have the same axes, but for those that this parameter names.
 _ALONG = {
+  "concatenate": "dimension",
   "cumlogsumexp": "axis",
   "cummax": "axis",
   "cummin": "axis",
@@ -85,6 +87,7 @@ _ALONG = {
   "cumsum": "axis",
   "rev": "dimensions",
   "sort": "dimension",
+  "split": "axis",
 }
 
 
@@ -129,9 +132,11 @@ def product(eqn: Any) -> Product | None:
     batched = lhs, (*rhs, *numbers.rhs_group_dimensions)
   else:
     return None
-  sides = list(zip(eqn.invars[:2], summed, batched, strict=True))
-  left, right = (tuple(_rest(var, *taken)) for var, *taken in sides)
-  return Product(_pair(summed), _pair(batched), (left, right))
+  free = [
+    [a for a in range(len(shape(var))) if a not in (*in_sum, *in_batch)]
+    for var, in_sum, in_batch in zip(eqn.invars[:2], summed, batched, strict=True)
+  ]
+  return Product(_pair(summed), _pair(batched), _pair(free))
 
 
 def _pair(axes: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -158,6 +163,7 @@ def _each(eqn: Any) -> list[Tie]:
 
 
 def _reduce(eqn: Any) -> list[Tie]:
+  """Some axes go, and the others stay in their order."""
   params = eqn.params
   axes = set(params["axes"] if "axes" in params else params["dimensions"])
   kept = [a for a in range(len(shape(eqn.invars[0]))) if a not in axes]
@@ -167,18 +173,15 @@ def _reduce(eqn: Any) -> list[Tie]:
   return tied
 
 
-def _dot_general(eqn: Any) -> list[Tie]:
-  (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
-  tied = [Tie(((0, a), (1, b)), summed=True) for a, b in zip(lhs_sum, rhs_sum, strict=True)]
-  batch = list(zip(lhs_batch, rhs_batch, strict=True))
+def _dot(eqn: Any) -> list[Tie]:
+  axes = product(eqn)
+  assert axes is not None
+  tied = [Tie(((0, a), (1, b)), summed=True) for a, b in zip(*axes.summed, strict=True)]
+  # The second operand of `ragged_dot` has an axis of groups besides.
+  batch = list(zip(*axes.batched, strict=False))
   tied += [Tie(((0, a), (1, b)), ((0, i),)) for i, (a, b) in enumerate(batch)]
-  free = [(0, a) for a in _rest(eqn.invars[0], lhs_sum, lhs_batch)]
-  free += [(1, b) for b in _rest(eqn.invars[1], rhs_sum, rhs_batch)]
+  free = [(i, a) for i, side in enumerate(axes.free) for a in side]
   return tied + [Tie((pair,), ((0, len(batch) + i),)) for i, pair in enumerate(free)]
-
-
-def _rest(var: Any, *taken: Any) -> list[int]:
-  return [a for a in range(len(shape(var))) if all(a not in axes for axes in taken)]
 
 
 def _conv(eqn: Any) -> list[Tie]:
@@ -196,6 +199,19 @@ def _conv(eqn: Any) -> list[Tie]:
   return tied
 
 
+def of_groups(ties: list[Tie], whole: bool) -> list[Tie]:
+  """The ties of a grouped convolution if units are whole groups, or else if they lie in each.
+
+  All others stay as they are.
+  """
+  groups = [tie for tie in ties if tie.groups > 1 and not tie.summed]
+  if not groups:
+    return ties
+  within = [tie for tie in ties if tie.summed or tie.results == groups[0].results]
+  left_out = [tie for tie in within if tie not in groups] if whole else groups
+  return [tie for tie in ties if tie not in left_out]
+
+
 def _broadcast_in_dim(eqn: Any) -> list[Tie]:
   source, target = shape(eqn.invars[0]), shape(eqn.outvars[0])
   pairs = enumerate(eqn.params["broadcast_dimensions"])
@@ -206,22 +222,10 @@ def _transpose(eqn: Any) -> list[Tie]:
   return [Tie(((0, a),), ((0, i),)) for i, a in enumerate(eqn.params["permutation"])]
 
 
-def _squeeze(eqn: Any) -> list[Tie]:
-  gone = eqn.params["dimensions"]
-  kept = [a for a in range(len(shape(eqn.invars[0]))) if a not in gone]
-  return [Tie(((0, a),), ((0, i),)) for i, a in enumerate(kept)]
-
-
 def _whole_axes(eqn: Any) -> list[Tie]:
   """Axes that keep their size."""
   source, target = shape(eqn.invars[0]), shape(eqn.outvars[0])
   return [Tie(((0, a),), ((0, a),)) for a in range(len(source)) if source[a] == target[a]]
-
-
-def _concatenate(eqn: Any) -> list[Tie]:
-  along = eqn.params["dimension"]
-  axes = [a for a in range(len(shape(eqn.outvars[0]))) if a != along]
-  return [Tie(tuple((i, a) for i in range(len(eqn.invars))), ((0, a),)) for a in axes]
 
 
 def _stack(eqn: Any) -> list[Tie]:
@@ -234,11 +238,6 @@ def _unstack(eqn: Any) -> list[Tie]:
   gone, results = eqn.params["axis"], range(len(eqn.outvars))
   axes = range(len(shape(eqn.outvars[0])))
   return [Tie(((0, a + (a >= gone)),), tuple((i, a) for i in results)) for a in axes]
-
-
-def _split(eqn: Any) -> list[Tie]:
-  axes = [a for a in range(len(shape(eqn.invars[0]))) if a != eqn.params["axis"]]
-  return [Tie(((0, a),), tuple((i, a) for i in range(len(eqn.outvars)))) for a in axes]
 
 
 def _gather(eqn: Any) -> list[Tie]:
@@ -313,17 +312,9 @@ def _tridiagonal_solve(eqn: Any) -> list[Tie]:
 
 def _ragged_dot(eqn: Any) -> list[Tie]:
   """Rows [n, k], which fall into groups, times matrices [groups, k, m]."""
-  numbers = eqn.params["ragged_dot_dimension_numbers"]
-  (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = numbers.dot_dimension_numbers
-  groups = numbers.rhs_group_dimensions
-  batch = list(zip(lhs_batch, rhs_batch, strict=True))
-  if len(groups) != 1:  # what only a derivative does: sums over a group alone
-    return []
-  tied = [Tie(((0, a), (1, b)), summed=True) for a, b in zip(lhs_sum, rhs_sum, strict=True)]
-  tied += [Tie(((0, a), (1, b)), ((0, i),)) for i, (a, b) in enumerate(batch)]
-  free = [(0, a) for a in _rest(eqn.invars[0], lhs_sum, lhs_batch)]
-  free += [(1, b) for b in _rest(eqn.invars[1], rhs_sum, rhs_batch, groups)]
-  return tied + [Tie((pair,), ((0, len(batch) + i),)) for i, pair in enumerate(free)]
+  groups = eqn.params["ragged_dot_dimension_numbers"].rhs_group_dimensions
+  # Without that axis it sums over each group alone, as only a derivative does.
+  return _dot(eqn) if len(groups) == 1 else []
 
 
 def _top_k(eqn: Any) -> list[Tie]:
@@ -347,64 +338,37 @@ def _none(eqn: Any) -> list[Tie]:
   return []
 
 
+# The operations of each rule.
 _RULES: dict[str, Callable[[Any], list[Tie]]] = {
-  "approx_top_k": _top_k,
-  "argmax": _reduce,
-  "argmin": _reduce,
-  "broadcast_in_dim": _broadcast_in_dim,
-  "cholesky": _matrix,
-  "concatenate": _concatenate,
-  "conv_general_dilated": _conv,
-  "device_put": _each,
-  "dot_general": _dot_general,
-  "dynamic_slice": _whole_axes,
-  "dynamic_update_slice": _dynamic_update_slice,
-  "eig": _matrix,
-  "eigh": _matrix,
-  "fft": _fft,
-  "gather": _gather,
-  "hessenberg": _matrix,
-  "householder_product": _matrix,
-  "iota": _none,
-  "lu": _matrix,
-  "mesh_cast": _same_shape,
-  "optimization_barrier": _each,
-  "pad": _whole_axes,
-  "qr": _matrix,
-  "ragged_dot": _ragged_dot,
-  "ragged_dot_general": _ragged_dot,
-  "random_bits": _none,
-  "random_fold_in": _none,
-  "random_seed": _none,
-  "random_split": _none,
-  "random_unwrap": _none,
-  "random_wrap": _none,
-  "reduce": _reduce,
-  "reduce_window_max": _reduce_window,
-  "reduce_window_min": _reduce_window,
-  "reduce_window_sum": _reduce_window,
-  "reshard": _same_shape,
-  "reshape": _none,  # its axes merge and split: see `reshape_groups`
-  "scatter": _scatter,
-  "scatter-add": _scatter,
-  "scatter-max": _scatter,
-  "scatter-min": _scatter,
-  "scatter-mul": _scatter,
-  "scatter-sub": _scatter,
-  "schur": _matrix,
-  "sharding_constraint": _same_shape,
-  "slice": _whole_axes,
-  "split": _split,
-  "squeeze": _squeeze,
-  "stack": _stack,
-  "svd": _matrix,
-  "tile": _whole_axes,
-  "top_k": _top_k,
-  "transpose": _transpose,
-  "triangular_solve": _triangular_solve,
-  "tridiagonal": _matrix,
-  "tridiagonal_solve": _tridiagonal_solve,
-  "unstack": _unstack,
+  name: rule
+  for rule, names in (
+    (_broadcast_in_dim, "broadcast_in_dim"),
+    (_conv, "conv_general_dilated"),
+    (_dot, "dot_general"),
+    (_dynamic_update_slice, "dynamic_update_slice"),
+    (_each, "device_put optimization_barrier"),
+    (_fft, "fft"),
+    (_gather, "gather"),
+    (_matrix, "cholesky eig eigh hessenberg householder_product lu qr schur svd tridiagonal"),
+    # The axes of a reshape merge and split: see `reshape_groups`.
+    (
+      _none,
+      "iota random_bits random_fold_in random_seed random_split random_unwrap random_wrap reshape",
+    ),
+    (_ragged_dot, "ragged_dot ragged_dot_general"),
+    (_reduce, "argmax argmin reduce squeeze"),
+    (_reduce_window, "reduce_window_max reduce_window_min reduce_window_sum"),
+    (_same_shape, "mesh_cast reshard sharding_constraint"),
+    (_scatter, "scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub"),
+    (_stack, "stack"),
+    (_top_k, "approx_top_k top_k"),
+    (_transpose, "transpose"),
+    (_triangular_solve, "triangular_solve"),
+    (_tridiagonal_solve, "tridiagonal_solve"),
+    (_unstack, "unstack"),
+    (_whole_axes, "dynamic_slice pad slice tile"),
+  )
+  for name in names.split()
 }
 
 

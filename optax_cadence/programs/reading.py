@@ -111,23 +111,27 @@ def has_true_derivative(eqn: Any) -> bool:
   return getattr(info, "func_name", "") == "_softmax"
 
 
-def scan_counts(eqn: Any) -> tuple[int, int]:
-  """How many operands of a scan are constants, and how many are carried.
+def scan_operands(eqn: Any, operands: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+  """The operands of a scan: its constants, what is carried, and what is scanned over.
 
-  From the shapes, as the parameters that hold these numbers differ between JAX versions.
+  Or whatever stands for each of them. They are known by their shapes, as the parameters that hold
+  their numbers differ between JAX versions.
   """
   body, _ = opened(eqn.params["jaxpr"])
 
   def stacked(outside: list[Any], inside: list[Any]) -> int:
     return sum(len(shape(o)) != len(shape(i)) for o, i in zip(outside, inside, strict=True))
 
-  carried = len(eqn.outvars) - stacked(eqn.outvars, body.outvars)
-  return len(eqn.invars) - stacked(eqn.invars, body.invars) - carried, carried
+  end = len(eqn.invars) - stacked(eqn.invars, body.invars)
+  start = end - (len(eqn.outvars) - stacked(eqn.outvars, body.outvars))
+  return list(operands[:start]), list(operands[start:end]), list(operands[end:])
 
 
-def while_counts(eqn: Any) -> tuple[int, int]:
-  """How many operands of a while loop are constants of its condition, and how many of its body."""
-  return eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+def while_operands(eqn: Any, operands: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+  """The operands of a `while`: constants of its condition, those of its body, what is carried."""
+  start = eqn.params["cond_nconsts"]
+  end = start + eqn.params["body_nconsts"]
+  return list(operands[:start]), list(operands[start:end]), list(operands[end:])
 
 
 def solver(eqn: Any) -> tuple[Any, list[int]]:
@@ -268,25 +272,23 @@ class Reader(abc.ABC):
     return self.operation(eqn, inputs)
 
   def _scan(self, eqn: Any, inputs: list[Any]) -> list[Any]:
-    consts, carried = scan_counts(eqn)
-    first = consts + carried  # the first operand that is read slice by slice
-    slices = list(map(self.sliced, inputs[first:]))
+    consts, carried, xs = scan_operands(eqn, inputs)
+    slices, n = list(map(self.sliced, xs)), len(carried)
 
     def step(carry: list[Any]) -> list[Any]:
-      return self.run(eqn.params["jaxpr"], inputs[:consts] + carry + slices)
+      return self.run(eqn.params["jaxpr"], consts + carry + slices)
 
-    outputs = self.loop(step, inputs[consts:first])
-    return outputs[:carried] + list(map(self.stacked, outputs[carried:]))
+    outputs = self.loop(step, carried)
+    return outputs[:n] + list(map(self.stacked, outputs[n:]))
 
   def _while(self, eqn: Any, inputs: list[Any]) -> list[Any]:
-    of_condition, of_body = while_counts(eqn)
-    first = of_condition + of_body  # the first operand that is carried
+    of_condition, of_body, carried = while_operands(eqn, inputs)
 
     def step(carry: list[Any]) -> list[Any]:
-      self.run(eqn.params["cond_jaxpr"], inputs[:of_condition] + carry)
-      return self.run(eqn.params["body_jaxpr"], inputs[of_condition:first] + carry)
+      self.run(eqn.params["cond_jaxpr"], of_condition + carry)
+      return self.run(eqn.params["body_jaxpr"], of_body + carry)
 
-    return self.loop(step, inputs[first:])
+    return self.loop(step, carried)
 
 
 def check_same_operations(jaxprs: Sequence[Any]) -> None:
@@ -341,30 +343,27 @@ def hoisted(program: Any) -> tuple[Any, list[Any]]:
   return jax.make_jaxpr(run)(consts, program.in_avals), consts
 
 
-def evaluate(program: Any, inputs: Sequence[Any], all_branches: bool = False) -> list[Any]:
-  """Runs a program; calls inside are inlined, but for those with a custom derivative.
+def traced(fn: Callable[..., Any], *args: Any) -> Any:
+  """The program of a function of trees of arrays: calls inlined, branches replaced by selects.
 
-  Args:
-    program: The program.
-    inputs: Its arguments.
-    all_branches: Whether every branch of a `cond` is run, and the results of one selected.
+  Functions with a custom derivative are left as they are.
   """
+  program = jax.make_jaxpr(fn)(*args)
+  return jax.make_jaxpr(lambda *flat: _flat(program, flat))(*program.in_avals)
+
+
+def _flat(program: Any, inputs: Sequence[Any]) -> list[Any]:
+  """Runs a program; see `traced`."""
 
   def operation(eqns: Eqns, operands: list[Any]) -> list[Any]:
     (eqn,) = eqns
-    if all_branches and eqn.primitive.name == "cond":
-      results = branch_results(eqn, operands, lambda branch, inputs: evaluate(branch, inputs, True))
+    if eqn.primitive.name == "cond":
+      results = branch_results(eqn, operands, _flat)
       return [jax.lax.select_n(operands[0], *values) for values in results]
     inner = None if eqn.primitive.name.startswith("custom_") else called(eqn)
-    return bind(eqn, operands) if inner is None else evaluate(inner, operands, all_branches)
+    return bind(eqn, operands) if inner is None else _flat(inner, operands)
 
   return walk([program], inputs, operation, lambda numbers: numbers[0])
-
-
-def traced(fn: Callable[..., Any], *args: Any) -> Any:
-  """The program of a function of trees of arrays: calls inlined, branches replaced by selects."""
-  program = jax.make_jaxpr(fn)(*args)
-  return jax.make_jaxpr(lambda *flat: evaluate(program, flat, True))(*program.in_avals)
 
 
 def part(program: Any, arguments: Sequence[int], results: Sequence[int]) -> Part:

@@ -47,9 +47,8 @@ def read_by_scans(program: Any) -> tuple[frozenset[int], frozenset[int]]:
       for operand in operands:
         uses.update(operand)
     if name == "scan":
-      consts, carried = reading.scan_counts(eqn)
-      rows = operands[consts + carried :]
-      found.update(*operands[:consts], *rows)
+      consts, _, rows = reading.scan_operands(eqn, operands)
+      found.update(*consts, *rows)
       if plainly:
         for operand in rows:
           by_rows.update(operand)
@@ -97,11 +96,10 @@ class Cut:
       return self._run(reading.called(eqn), operands)
     arrays = [x for x, _ in operands]
     if eqn.primitive.name == "scan":
-      consts, carried = reading.scan_counts(eqn)
-      if any(argument in self.runs for _, argument in operands[consts + carried :]):
-        start = consts + carried
-        results = self._scan(eqn, arrays[:consts], arrays[consts:start], operands[start:])
-        return [(x, None) for x in results]
+      consts, carry, _ = reading.scan_operands(eqn, arrays)
+      xs = operands[len(consts) + len(carry) :]
+      if any(argument in self.runs for _, argument in xs):
+        return [(x, None) for x in self._scan(eqn, consts, carry, xs)]
     return [(x, None) for x in reading.bind(eqn, arrays)]
 
   def _scan(
@@ -168,10 +166,7 @@ def for_references(program: Any, referred: Sequence[bool]) -> Any:
 
   It mixes up the operands of a scan unless those with references stand before the others, and
   cannot transpose a slice without strides. For later versions the program stays as it is.
-
-  Args:
-    program: The program.
-    referred: For each argument whether it has a reference.
+  `referred` says of each argument whether it has a reference.
   """
   if jax.__version_info__ >= (0, 12):
     return program
@@ -190,11 +185,10 @@ def _for_references(eqn: Any, referred: list[bool]) -> Any:
     strides = (1,) * len(eqn.params["start_indices"])
     return eqn.replace(params=eqn.params | {"strides": strides})
   if eqn.primitive.name == "scan":
-    consts, carried = reading.scan_counts(eqn)
-    start = consts + carried
-    inside = [*referred[:consts], *[False] * carried, *referred[start:]]
+    consts, carry, xs = reading.scan_operands(eqn, referred)
+    inside = [*consts, *[False] * len(carry), *xs]
     # Constants first, what is carried in its order, then what is scanned over.
-    rank = [0] * consts + [1] * carried + [2] * (len(inside) - start)
+    rank = [0] * len(consts) + [1] * len(carry) + [2] * len(xs)
     order = sorted(range(len(inside)), key=lambda i: (rank[i], not inside[i]))
     body, _ = reading.opened(eqn.params["jaxpr"])
     body = body.replace(invars=[body.invars[i] for i in order])
