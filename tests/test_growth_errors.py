@@ -28,6 +28,17 @@ def test_sizes_that_do_not_agree():
     growth.dimension(PARAMS, {"one": -1, "two": 1})
 
 
+def test_layers_and_units_of_the_same_leaves_are_not_added_at_once():
+  p = {"up": jnp.ones((2, 3, 4)), "down": jnp.ones((2, 4, 3))}
+  plans = [
+    growth.stacking(p, ["up", "down"], by=1, outgoing=["down"]),
+    growth.widening(p, growth.dimension(p, {"up": 2, "down": 1}), by=2),
+  ]
+  for one, other in (plans, plans[::-1]):
+    with pytest.raises(ValueError, match="in both plans, and in one of them grows by whole layers"):
+      one + other
+
+
 def test_a_consumer_that_does_not_match():
   model = nets.make(nets.Mlp)
   with pytest.raises(ValueError, match=r"consumer 'one/kernel' of shape \(16, 8\) has 16 inputs"):

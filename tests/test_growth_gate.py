@@ -190,7 +190,7 @@ def test_layers_in_a_scan_and_under_remat():
   }
 
   def fn(p, x):
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def layer(x, w):
       return x + jnp.tanh(x @ w["up"]) @ w["down"], x.sum()
 
@@ -201,6 +201,7 @@ def test_layers_in_a_scan_and_under_remat():
   units = growth.couple(fn, params, x, producer="layers/up")
   plan = growth.widening(params, units, 2)
   bigger = plan.apply(params, lambda path, shape, dtype: jnp.full(shape, 0.1, dtype))
+  assert "prevent_cse=True" not in str(jax.make_jaxpr(growth.gated(fn, plan))(bigger, x))
   forward = jax.jit(lambda p: jax.value_and_grad(lambda p: growth.gated(fn, plan)(p, x).sum())(p))
   close(forward(bigger)[0], jax.jit(fn)(params, x).sum())
   one = {**bigger, "alpha": jnp.float32(1)}

@@ -138,8 +138,8 @@ class Evaluator:
       return self._custom(eqns, inner, operands, operands)
     if name.startswith(("remat", "checkpoint")):
       body = _Body(self, inner, operands)
-      policy = old.params.get("policy")
-      return body.results(jax.checkpoint(body, policy=policy)(_arrays(operands)))
+      options = {name: new.params[name] for name in ("policy", "prevent_cse")}
+      return body.results(jax.checkpoint(body, **options)(_arrays(operands)))
     return self.run(inner, operands)
 
   def _single(self, old: Any, new: Any, operands: list[Value]) -> list[Value]:

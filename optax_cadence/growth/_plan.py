@@ -142,7 +142,7 @@ class Plan:
 
     Raises:
       ValueError: If one grows and one shrinks, the gates are two, or a leaf is in both along
-        the same axis.
+        the same axis or by whole layers.
     """
     if (self.grows, self.gate, self.alpha) != (other.grows, other.gate, other.alpha):
       raise ValueError("plans can be added if both grow, or both shrink, and the gate is one")
@@ -251,12 +251,17 @@ def joined(changes: Iterable[LeafChange]) -> tuple[LeafChange, ...]:
   """One change for each leaf: those along several axes of it become one.
 
   Raises:
-    ValueError: If two changes of a leaf are along the same axis.
+    ValueError: If two changes of a leaf are along the same axis, or one is by whole layers.
   """
   by_path: dict[_paths.Path, LeafChange] = {}
   for change in changes:
     other = by_path.get(change.path)
     if other is not None:
+      if other.layers or change.layers:
+        raise ValueError(
+          f"{_paths.join(other.path)!r} is in both plans, and in one of them grows by whole layers:"
+          " expected one plan at a time, the next when the gate of the first is merged"
+        )
       shared = other.positions.keys() & change.positions.keys()
       if shared or other.before != change.before or other.before is None:
         raise ValueError(
