@@ -72,15 +72,8 @@ def keep(when: Any, fn: Callable[[Any, Any], Any], carry: Any, consts: Any) -> A
   computes from it further on reads the selected one. A select at the end instead would
   keep the old and the new value of every array alive, and so copy it.
 
-  Args:
-    when: A boolean scalar, or a tree prefix of `carry` with such scalars, of which some may be
-      True.
-    fn: As in `maybe`.
-    carry: Tree of arrays.
-    consts: Tree of arrays that `fn` reads.
-
-  Returns:
-    A tree like `carry`.
+  Arguments and result are those of `maybe`, but `when` may also be a tree prefix of `carry` with a
+  boolean scalar, or True, for each part.
   """
   each = jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), when, carry)
   if not is_traced((when, carry, consts)):
@@ -118,16 +111,7 @@ def apart(fn: Callable[[Any, Any], Any], carry: Any, consts: Any, count: jax.Arr
 
   There XLA runs an operation that computes and writes a part of an array on one core, and
   copies the array where it is reshaped on the way. The means is a loop that always runs
-  once, which the compiler cannot know.
-
-  Args:
-    fn: As in `maybe`.
-    carry: Tree of arrays.
-    consts: Tree of arrays that `fn` reads.
-    count: int32 scalar that is never negative.
-
-  Returns:
-    A tree like `carry`.
+  once, which the compiler cannot know: `count` is an int32 scalar that is never negative.
   """
 
   def cast(carry: Any, consts: Any) -> Any:
@@ -152,17 +136,7 @@ def first_part_first(
   Where that part is computed from what the rest overwrites, XLA would copy the rest: which of two
   operations in one loop comes first it does not know, of two loops where one waits for the other
   it does. What both need is computed twice, so that it is `maybe` where there is more in it than
-  passes over memory (products of matrices, say).
-
-  Args:
-    when: As in `maybe`.
-    fn: As in `maybe`.
-    carry: A tuple of trees of arrays.
-    consts: As in `maybe`.
-    count: int32 scalar that is never negative.
-
-  Returns:
-    A tuple like `carry`.
+  passes over memory (products of matrices, say). The carry is a tuple; `count` is as in `apart`.
   """
   if not is_traced((carry, consts)) or jax.default_backend() != "cpu":
     return maybe(when, fn, carry, consts)

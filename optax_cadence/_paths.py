@@ -44,6 +44,14 @@ def listed(paths: Iterable[Path]) -> str:
   return ", ".join(shown[:8] + ["…"] * (len(shown) > 8)) or "nothing"
 
 
+def prefix_of(path: Path, given: Collection[Path]) -> Path | None:
+  """The shortest prefix of a path that is among these, as in a tree prefix; None if none is."""
+  for n in range(len(path) + 1):
+    if path[:n] in given:
+      return path[:n]
+  return None
+
+
 def unused(name: str, names: Collection[str]) -> str:
   """The name, with a number where it is taken."""
   numbered = (f"{name}#{i}" for i in itertools.count(2))
@@ -98,6 +106,11 @@ def flatten_with_paths(tree: Any, is_leaf: Any = None) -> list[tuple[Path, Any]]
   for path, leaf in flat:
     rows.append((tuple(map(_name, path[:-1] if path[:-1] in wrapped else path)), leaf))
   return rows
+
+
+def by_keys(tree: Any) -> dict[Any, Any]:
+  """The leaves of a tree by their key paths, which are those of its kinds of containers alone."""
+  return dict(jax.tree_util.tree_flatten_with_path(tree)[0])
 
 
 def arrays(tree: Any) -> list[Any]:

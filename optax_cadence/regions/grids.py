@@ -1,6 +1,7 @@
 """Rectangular partitions of a leaf: `Grid` and its three short forms."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -82,17 +83,17 @@ class Grid(Partition):
         raise ValueError(f"{cells} bands are finer than axis {axis}, which has {length} entries")
       if axis in found:
         raise ValueError(f"axes {tuple(self.axes)} name one axis of the leaf twice")
-      start, along = 0, []
-      for i in range(cells):
-        stop = start + length // cells + (i < length % cells)
-        along.append((start, stop))
-        start = stop
-      found[axis] = along
+      widths = (length // cells + (i < length % cells) for i in range(cells))
+      found[axis] = list(itertools.pairwise(itertools.accumulate(widths, initial=0)))
     return found
 
 
+def _is_sequence(x: Any) -> bool:
+  return isinstance(x, list | tuple) or is_mask(x)
+
+
 def _integers(axes: Any) -> tuple[int, ...]:
-  if not (isinstance(axes, list | tuple) or is_mask(axes)):
+  if not _is_sequence(axes):
     raise ValueError(f"axes must be a sequence of integers, found {_checks.shown(axes)}")
   return tuple(_checks.integer("each of axes", axis) for axis in axes)
 
@@ -104,7 +105,7 @@ def _cells(periods: Any, depth: int) -> np.ndarray:
   shape: list[int] = []
   row = periods
   for _ in range(depth):
-    if not (isinstance(row, list | tuple) or is_mask(row)) or len(row) == 0:
+    if not _is_sequence(row) or len(row) == 0:
       raise ValueError(
         f"periods must be non-empty sequences nested {depth} deep, one level per axis,"
         f" found {_checks.shown(periods)}"
@@ -119,12 +120,12 @@ def _cells(periods: Any, depth: int) -> np.ndarray:
 
 def _cell(periods: Any, index: tuple[int, ...], shape: list[int]) -> Any:
   for i, n in zip(index, shape, strict=True):
-    if not (isinstance(periods, list | tuple) or is_mask(periods)) or len(periods) != n:
+    if not _is_sequence(periods) or len(periods) != n:
       raise ValueError(
         f"periods must not be ragged: expected {n} cells, found {_checks.shown(periods)}"
       )
     periods = periods[i]
-  if isinstance(periods, list | tuple) or is_mask(periods):
+  if _is_sequence(periods):
     raise ValueError(
       f"periods are nested deeper than there are axes: found {_checks.shown(periods)}"
     )
