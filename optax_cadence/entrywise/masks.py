@@ -222,7 +222,8 @@ def advance(
       inner_state = _step.state_of(call, group, turn.state.inner_state, turn.window, micro_step)
       states[group.name] = _paths.by_keys(inner_state)
       if reads:
-        inner, has_params = call.inner.of(group.every), call.params is not None
+        inner = call.inner.of(group.every, turn.window.length)
+        has_params = call.params is not None
         programs[group.name] = proof.trace(
           inner, call.layout, group, call.dtypes, call.extra_args, has_params
         )
@@ -449,7 +450,7 @@ def _fire_now(
   state = jax.tree_util.tree_map_with_path(
     lambda path, _: arrays[path], jax.eval_shape(call.inner.any.init, grads)
   )
-  inner = _step.inner_of(call, group, whole=True)
+  inner = _step.inner_of(call, group, turn.window.length, whole=True)
   values = None if call.params is None else layout.tree_of(params)
   updates, state = _step.updated(call, inner, grads, state, values)
   slots, new = layout.treedef.flatten_up_to(updates), dict(held)
