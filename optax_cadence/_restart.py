@@ -38,11 +38,11 @@ def restarted(
   if hasattr(owner, "restarted"):
     return owner.restarted(state, params, new)
 
-  def follow(part: Any) -> _Followed:
-    return _Followed(jax.tree.map(lambda mask, x: jax.tree.map(as_part(mask), x), new, part))
+  def of_leaf(mask: jax.Array, kept: Any) -> Any:
+    return jax.tree.map(lambda x: mask if jnp.shape(x) == mask.shape else mask.all(), kept)
 
-  def as_part(mask: jax.Array) -> Any:
-    return lambda x: mask if jnp.shape(x) == mask.shape else mask.all()
+  def follow(part: Any) -> _Followed:
+    return _Followed(jax.tree.map(of_leaf, new, part))
 
   flags = _inner.mapped("restart=True:", inner, state, follow, lambda _: _OTHER)
   return _merged(flags, inner.init(params), state)

@@ -103,33 +103,29 @@ def _cells(periods: Any, depth: int) -> np.ndarray:
   if is_mask(periods) and not isinstance(periods, jax.core.Tracer):
     periods = np.asarray(periods)
   shape: list[int] = []
-  row = periods
+  rows = [periods]
   for _ in range(depth):
-    if not _is_sequence(row) or len(row) == 0:
+    if not _is_sequence(rows[0]) or len(rows[0]) == 0:
       raise ValueError(
         f"periods must be non-empty sequences nested {depth} deep, one level per axis,"
         f" found {_checks.shown(periods)}"
       )
-    shape.append(len(row))
-    row = row[0]
-  cells = np.empty(shape, object)
-  for index in np.ndindex(*shape):
-    cells[index] = _cell(periods, index, shape)
-  return cells
-
-
-def _cell(periods: Any, index: tuple[int, ...], shape: list[int]) -> Any:
-  for i, n in zip(index, shape, strict=True):
-    if not _is_sequence(periods) or len(periods) != n:
+    n = len(rows[0])
+    for row in rows:
+      if not _is_sequence(row) or len(row) != n:
+        raise ValueError(
+          f"periods must not be ragged: expected {n} cells, found {_checks.shown(row)}"
+        )
+    shape.append(n)
+    rows = [row[i] for row in rows for i in range(n)]
+  cells = np.empty(len(rows), object)
+  for i, cell in enumerate(rows):
+    if _is_sequence(cell):
       raise ValueError(
-        f"periods must not be ragged: expected {n} cells, found {_checks.shown(periods)}"
+        f"periods are nested deeper than there are axes: found {_checks.shown(cell)}"
       )
-    periods = periods[i]
-  if _is_sequence(periods):
-    raise ValueError(
-      f"periods are nested deeper than there are axes: found {_checks.shown(periods)}"
-    )
-  return periods
+    cells[i] = cell
+  return cells.reshape(shape)
 
 
 def channels(periods: Sequence[Any], axis: int = -1) -> Grid:
