@@ -293,18 +293,18 @@ def layout(every: Any, tree: Any, known: Cadences | None = None) -> Layout:
   Raises:
     ValueError: If a leaf has no cadence, a cadence no leaf, or one does not fit.
   """
-  treedef, rows = jax.tree.structure(tree), _paths.flatten_with_paths(tree)
-  paths, leaves = zip(*rows, strict=True) if rows else ((), ())
+  rows = _paths.flatten_with_paths(tree)
+  paths = tuple(path for path, _ in rows)
+  shapes = tuple(np.shape(leaf) for _, leaf in rows)
   resolved = known
   if known is None or known.by_path is None:
     resolved = cadences_of(_called(every, tree) if callable(every) else every)
     known = known or resolved
   assert known is not None
   assert resolved is not None
-  shapes, scattered = [], False
+  scattered = False
   tensors: dict[Hashable, list[Tensor]] = {}
-  for i, (leaf, cadence) in enumerate(zip(leaves, _match(resolved, paths, tree), strict=True)):
-    shapes.append(np.shape(leaf))
+  for i, cadence in enumerate(_match(resolved, paths, tree)):
     if isinstance(cadence, Every):
       tensors.setdefault(cadence.key, []).append(Tensor(i, cuts.Whole()))
       continue
@@ -325,7 +325,8 @@ def layout(every: Any, tree: Any, known: Cadences | None = None) -> Layout:
       )
     cadence = known.everys.get(key) or resolved.everys[key]
     groups.append(Group(known.names[key], cadence, tuple(tensors.get(key, ()))))
-  return Layout(treedef, tuple(paths), tuple(shapes), tuple(groups), known.has_masks, scattered)
+  treedef = jax.tree.structure(tree)
+  return Layout(treedef, paths, shapes, tuple(groups), known.has_masks, scattered)
 
 
 def check_cuts(layout: Layout) -> None:
