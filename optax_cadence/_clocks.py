@@ -37,10 +37,7 @@ def check(inner: optax.GradientTransformation) -> None:
     if id(node) in seen:
       continue
     seen[id(node)] = node
-    if _is_of_optax(node):
-      waiting += _parts_without_schedules(node)
-    else:
-      waiting += _parts(node)
+    waiting += _parts_without_schedules(node) if _is_of_optax(node) else _parts(node)
 
 
 def _is_of_optax(node: Any) -> bool:

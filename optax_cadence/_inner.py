@@ -15,6 +15,11 @@ from optax_cadence import _checks
 from optax_cadence import _paths
 from optax_cadence.schedules.every import Every
 
+_EXPECTED = (
+  "inner must be an optax.GradientTransformation, or a function of a window's length that returns"
+  " one"
+)
+
 
 class Inner:
   """The inner optimizer of each group: the same one, or what a function of the window gives.
@@ -28,15 +33,12 @@ class Inner:
     self._make: Any = given
     self.follows_window = not is_transformation(given)
     if not self.follows_window:
-      self.any = self._checked(given, None)
+      self.any = optax.with_extra_args_support(given)
       return
     of_optax = getattr(getattr(given, "func", given), "__module__", None) or ""
     if not callable(given) or of_optax.split(".")[0] == "optax":
-      raise ValueError(
-        "inner must be an optax.GradientTransformation, or a function of a window's length that"
-        f" returns one, found {_checks.shown(given)}"
-      )
-    self.any = self._checked(given(1), 1)
+      raise ValueError(f"{_EXPECTED}, found {_checks.shown(given)}")
+    self.any = self._made(1)
 
   def of(self, every: Every, length: Any = None) -> optax.GradientTransformationExtraArgs:
     """The inner optimizer of a group with this cadence; of a static one the period is the length.
@@ -47,13 +49,13 @@ class Inner:
     if not self.follows_window or (length is None and not every.static):
       return self.any
     n = every.period if every.static else jnp.max(jnp.asarray(length))
-    return self._checked(self._make(n), n)
+    return self._made(n)
 
-  def _checked(self, made: Any, n: Any) -> optax.GradientTransformationExtraArgs:
+  def _made(self, n: Any) -> optax.GradientTransformationExtraArgs:
+    made = self._make(n)
     if not is_transformation(made):
       raise ValueError(
-        "inner must be an optax.GradientTransformation, or a function of a window's length that"
-        f" returns one, found a function that returns {_checks.shown(made)} for {_checks.shown(n)}"
+        f"{_EXPECTED}, found a function that returns {_checks.shown(made)} for {_checks.shown(n)}"
       )
     return optax.with_extra_args_support(made)
 

@@ -87,12 +87,12 @@ class Merged:
     places, carried = reading.Places(params, list(self.regions)), {}
     for keys, x in _paths.by_keys(whole).items():
       where, region = places.of(keys, x.shape)
-      carried[keys] = self._number(keys) if region is None else self._slot(where, region, x.shape)
-      if not isinstance(carried[keys], Missing) and carried[keys] is not FRESH:
-        found = carried[keys]
-        if (found.shape, found.dtype) != (x.shape, x.dtype):
-          shown = f"expected {x.dtype}{list(x.shape)}, found {found.dtype}{list(found.shape)}"
-          carried[keys] = Missing(shown)
+      found = self._number(keys) if region is None else self._slot(where, region, x.shape)
+      is_array = found is not FRESH and not isinstance(found, Missing)
+      if is_array and (found.shape, found.dtype) != (x.shape, x.dtype):
+        shown = f"expected {x.dtype}{list(x.shape)}, found {found.dtype}{list(found.shape)}"
+        found = Missing(shown)
+      carried[keys] = found
     return carried
 
   def _number(self, keys: Any) -> Any:
