@@ -182,11 +182,8 @@ def why_stored(
   It is said by the position of the leaf, of those that have a window, for a cadence with no other
   transformation before it; dtypes are those of the parameters.
   """
-  scattered = set()
-  for group in layout.groups:
-    for t in group.regions:
-      if not (isinstance(t.cut, cuts.Whole) or _is_run(t.cut, layout.shapes[t.leaf])):
-        scattered.add(t.leaf)
+  regions = [t for group in layout.groups for t in group.regions]
+  scattered = {t.leaf for t in regions if not _is_run(t.cut, layout.shapes[t.leaf])}
   reasons: dict[int, str | None] = {}
   for group in filter(lambda group: cadence.accumulates(group.every), layout.groups):
     for t in group.regions:
@@ -197,9 +194,9 @@ def why_stored(
 
 
 def _is_run(cut: cuts.Cut, shape: tuple[int, ...]) -> bool:
-  """Whether a part of a leaf is a run of its rows."""
+  """Whether a part of a leaf is a run of its rows, or the whole of it."""
   if not isinstance(cut, cuts.Box):
-    return False
+    return isinstance(cut, cuts.Whole)
   return all(found == (0, n) for found, n in zip(cut.intervals[1:], shape[1:], strict=True))
 
 
