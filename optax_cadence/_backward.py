@@ -74,8 +74,9 @@ def trace(loss: Callable[[Leaves], Any], leaves: Leaves, has_aux: bool) -> Loss:
   apart = _sharding.axes_of(arrays) or any(map(_sharding.spec_of, arrays))
   if apart or program.effects or not _control.is_traced(arrays):
     return Loss(program, (), returned)
-  leaves_of_scans, (program, consts) = scans.read_by_scans(program), reading.hoisted(program)
-  return Loss(program, consts, returned, *leaves_of_scans)
+  scanned, by_rows = scans.read_by_scans(program)
+  program, consts = reading.hoisted(program)
+  return Loss(program, consts, returned, scanned, by_rows)
 
 
 def value_and_aux(returned: Any) -> tuple[Any, Any]:
@@ -232,10 +233,8 @@ def _where_it_counts(
 def _as_one_operation(fn: Callable[..., Any], instead: Callable[..., Any], operands: Any) -> Any:
   """`fn` of operands, as an operation that is `instead` where it is differentiated or batched.
 
-  Args:
-    fn: A function of arrays that makes references, and returns none.
-    instead: One that returns the same and makes none.
-    operands: Trees of arrays; the functions close over no other.
+  `fn` makes references and returns none, `instead` returns the same and makes none; neither closes
+  over arrays.
   """
   flat, structure = jax.tree.flatten(operands)
 

@@ -6,7 +6,6 @@ What happens at a micro-step is in `_step`; here is what it is given. `chain` is
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -167,12 +166,8 @@ def cadence(
 def of(tx: Any, call: str = "") -> "Cadence":
   """The cadence behind a transformation.
 
-  Args:
-    tx: The transformation.
-    call: How the function that was given it is called, for an error.
-
   Raises:
-    ValueError: If there is none.
+    ValueError: If there is none; it says how the function is called that was given it.
   """
   if not isinstance(tx, CadenceTransformation):
     raise ValueError(
@@ -186,17 +181,6 @@ def chain_of(tx: Any) -> "Chain | None":
   """The chain behind an `oc.chain`; None for anything else."""
   owner = _owner(tx) if isinstance(tx, CadenceTransformation) else None
   return owner if isinstance(owner, Chain) else None
-
-
-def stands_alone(tx: CadenceTransformation) -> bool:
-  """Whether the cadence behind a transformation is given the gradients as they are."""
-  return isinstance(_owner(tx), Cadence)
-
-
-def check_transformation(name: str, tx: Any) -> None:
-  """Raises `ValueError` unless `tx` is a gradient transformation."""
-  if not _inner.is_transformation(tx):
-    raise ValueError(f"{name} must be an optax.GradientTransformation, found {_checks.shown(tx)}")
 
 
 def _owner(tx: CadenceTransformation) -> Any:
@@ -338,16 +322,19 @@ class Cadence:
         "expected parameters as the gradients are shaped, found LookaheadParams; put the cadence"
         " inside: optax.lookahead(oc.cadence(...), ...)"
       )
-    if _is_placeholder(params):
+    # By name: the class is private to Optax, the way it is used is not.
+    if type(params).__name__ == "_ParamsPlaceholder":
       return self._init_without_parameters(params)
     _check_trainable("parameter", params)
-    layout, leaves, groups = self.lay_out(params)[0], layouts.leaves_of(params), {}
-    dtypes = _dtypes(params)
+    layout, leaves, dtypes = self.lay_out(params)[0], layouts.leaves_of(params), _dtypes(params)
     call = self._call(layout, dtypes, None)
-    if layout.masked:
+    masks, masked, groups = None, [], {}
+    if layout.has_masks:
       from optax_cadence.entrywise import masks as entries
 
       call = dataclasses.replace(call, moments=entries.moments_of(call))
+      masks = entries.init(call, leaves, self.sum_dtype if self.accumulate != "latest" else None)
+      masked = entries.positions(call, masks)
     for group in layout.groups:
       tensors = group.take(leaves)
       sums = [jnp.zeros_like(x, self.sum_dtype(x.dtype)) for x in tensors]
@@ -357,7 +344,7 @@ class Cadence:
       except ValueError as error:
         raise layouts.named(error, layout.name(group.leaves[0]) if group.leaves else "") from None
       inner = _step.inner_of(call, group) if group.leaves else _inner.for_no_leaves(self.inner.any)
-      n = len(tensors) + len(group.masked)
+      n = len(group.regions)
       state = self._init_group(inner, group.every, n, *trees)
       if self.by_region and n:
         flags = layout.tree(group, [jnp.array(True)] * n)
@@ -366,15 +353,9 @@ class Cadence:
         # Where gradients decide when it fires, so does what they vary over in `jax.shard_map`.
         state = _sharding.varying(state, _sharding.axes_of([leaves[i] for i in group.leaves]))
       groups[group.name] = state
-    masks, masked = None, []
-    if layout.has_masks:
-      from optax_cadence.entrywise import masks as entries
-
-      masks = entries.init(call, leaves, self.sum_dtype if self.accumulate != "latest" else None)
-      masked = entries.positions(call, masks)
     regions = Regions.of(
       names=layout.region_names(),
-      folded=layout.folded(),
+      folded=[layout.paths[i] for i in layout.folded],
       masked=masked,
       dtypes=list(zip(layout.paths, map(str, dtypes), strict=True)),
     )
@@ -437,7 +418,7 @@ class Cadence:
     for i, g in leaves.items():
       zeros[i] = jnp.zeros_like(g, _window.wider(g.dtype, call.param_dtypes[i]))
     updates, state = _step.advance(call, leaves, state, zeros, phase)
-    return jax.tree.unflatten(jax.tree.structure(grads), updates.values()), state
+    return layouts.with_leaves(grads, updates), state
 
   def apply(
     self,
@@ -457,7 +438,7 @@ class Cadence:
     given, targets = layouts.leaves_of(grads), layouts.leaves_of(params)
     call = self._counted(call, weight, given, params)
     leaves, state = _step.advance(call, given, state, targets, phase)
-    return jax.tree.unflatten(jax.tree.structure(params), leaves.values()), state
+    return layouts.with_leaves(params, leaves), state
 
   def train(
     self,
@@ -470,14 +451,8 @@ class Cadence:
   ) -> tuple[optax.Params, CadenceState, Any]:
     """`apply` of gradients that are worked out on the way; see `_training.training_step`.
 
-    Args:
-      params: Parameters.
-      state: The state.
-      differentiate: Returns a value that is passed on, the gradient of every leaf, and `given` and
-        `summed` of a `Call`.
-      phase: As `apply` takes it.
-      weight: Likewise.
-      **extra_args: Extra arguments for the inner optimizer.
+    `differentiate` returns a value that is passed on, the gradient of every leaf, and `given` and
+    `summed` of a `Call`.
     """
     state = plain(self.init, state, params)
     call = self._prepare(params, state, params, extra_args, in_place=True)
@@ -485,7 +460,7 @@ class Cadence:
     call = dataclasses.replace(call, given=given, summed=summed)
     call = self._counted(call, weight, grads, params)
     leaves, state = _step.advance(call, grads, state, layouts.leaves_of(params), phase)
-    return jax.tree.unflatten(jax.tree.structure(params), leaves.values()), state, value
+    return layouts.with_leaves(params, leaves), state, value
 
   def flush(
     self, state: CadenceState, params: optax.Params, **extra_args: Any
@@ -497,7 +472,7 @@ class Cadence:
     call = self._prepare(params, state, params, extra_args)
     zeros = {i: jnp.zeros_like(p) for i, p in layouts.leaves_of(params).items()}
     updates, state = _step.flush(call, state, zeros)
-    return jax.tree.unflatten(jax.tree.structure(params), updates.values()), state
+    return layouts.with_leaves(params, updates), state
 
   def restarted(self, state: CadenceState, params: optax.Params, new: Any) -> CadenceState:
     """The state, where some entries of the parameters are new; see `_restart.restarted`.
@@ -514,7 +489,9 @@ class Cadence:
       )
     leaves, flags = layouts.leaves_of(params), layouts.leaves_of(new)
     groups = dict(state.groups)
-    for group in filter(operator.attrgetter("tensors"), call.layout.groups):
+    for group in call.layout.groups:
+      if not group.tensors:
+        continue
       old, masks = groups[group.name], group.take(flags)
       trees = [call.layout.tree(group, x) for x in (group.take(leaves), masks)]
       fields = {
@@ -551,8 +528,8 @@ class Cadence:
     if layout.scattered:
       from optax_cadence.entrywise import choice
 
-      layout = choice.as_in_state(layout, state)
-      choice.check_extra_args(self.inner, layout, list(map(self.mean_dtype, dtypes)), extra_args)
+      of_means = list(map(self.mean_dtype, dtypes))
+      layout = choice.as_in_state(self.inner, layout, state, of_means, extra_args)
     call = self._call(layout, dtypes, params, extra_args, in_place)
     if layout.masked:
       from optax_cadence.entrywise import masks
@@ -568,17 +545,11 @@ class Cadence:
     extra_args: dict[str, Any] | None = None,
     in_place: bool = False,
   ) -> _step.Call:
-    widened: set[int] = set()
-    of_means = list(map(self.mean_dtype, dtypes))
-    for i, dtype in enumerate(dtypes):
-      if of_means[i] != dtype:
-        widened.add(i)
     return _step.Call(
       inner=self.inner,
       layout=layout,
-      dtypes=of_means,
+      dtypes=list(map(self.mean_dtype, dtypes)),
       param_dtypes=dtypes,
-      widened=frozenset(widened),
       params=None if params is None else layouts.leaves_of(params),
       extra_args=extra_args or {},
       in_place=in_place,
@@ -622,12 +593,12 @@ class Cadence:
     """Raises unless the state has the groups of this tree."""
     if not isinstance(state, CadenceState):
       raise ValueError(f"state: expected a CadenceState, found {type(state).__name__}")
-    groups = tuple(map(operator.attrgetter("name"), layout.groups))
-    if set(groups) != set(state.groups):
+    if set(layout.everys) != set(state.groups):
+      traced = any(name.startswith("traced") for name in layout.everys)
       raise ValueError(
-        f"state: expected the groups {_quoted(groups)}, as every"
-        f" makes of this tree, found {_quoted(state.groups)}; a state goes with the cadences it was"
-        f" made for{_ON_TRACED if any(g.startswith('traced') for g in groups) else ''}"
+        f"state: expected the groups {_quoted(layout.everys)}, as every makes of this tree, found"
+        f" {_quoted(state.groups)}; a state goes with the cadences it was made for"
+        f"{_ON_TRACED if traced else ''}"
       )
     for group in layout.groups:
       if not group.leaves:
@@ -656,11 +627,6 @@ def _quoted(names: Any) -> str:
 
 def _dtypes(tree: Any) -> list[Any]:
   return list(map(jax.dtypes.result_type, jax.tree.leaves(tree)))
-
-
-def _is_placeholder(tree: Any) -> bool:
-  # By name: the class is private to Optax, the way it is used is not.
-  return type(tree).__name__ == "_ParamsPlaceholder"
 
 
 def _one_of(name: str, value: Any, options: tuple[str, ...]) -> None:
@@ -745,7 +711,11 @@ class Chain:
         f"chain expects a cadence as the last transformation, found {_checks.shown(last)}"
       )
     for tx in transforms:
-      check_transformation("each transformation in chain", tx)
+      if not _inner.is_transformation(tx):
+        raise ValueError(
+          "each transformation in chain must be an optax.GradientTransformation, found"
+          f" {_checks.shown(tx)}"
+        )
     self.before = [optax.with_extra_args_support(tx) for tx in transforms[:-1]]
     self.last = last
 

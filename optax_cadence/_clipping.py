@@ -25,17 +25,9 @@ def clipped(
 ) -> _step.Call:
   """The call, with what to multiply the means that fire with, to limit their norm together.
 
-  A NaN does not reach the updates of other windows by it: it clips nothing.
-
-  Args:
-    call: The call.
-    state: The state before the micro-step.
-    grads: The gradients, as far as leaves under masks have not gathered them; None in a flush.
-    turns: Every group, before it fires.
-    targets: What groups write into.
-
-  Returns:
-    The call, with a float32 scalar of at most 1 as its `scale`.
+  Its `scale` is a float32 scalar of at most 1. A NaN does not reach the updates of other windows by
+  it: it clips nothing. The gradients are those that leaves under masks have not gathered yet; None
+  in a flush.
 
   Raises:
     ValueError: If some parameters are sharded over an axis of `jax.shard_map` and others are not.

@@ -37,10 +37,7 @@ def check(inner: optax.GradientTransformation) -> None:
     if id(node) in seen:
       continue
     seen[id(node)] = node
-    if _is_of_optax(node):
-      waiting += _parts_without_schedules(node)
-    else:
-      waiting += _parts(node)
+    waiting += _parts_without_schedules(node) if _is_of_optax(node) else _parts(node)
 
 
 def _is_of_optax(node: Any) -> bool:
@@ -142,16 +139,10 @@ def _counts(node: Any) -> bool:
 
 
 def set_schedules(state: optax.OptState, micro_steps: jax.Array) -> optax.OptState:
-  """Sets every schedule in an optimizer state to the micro-steps done.
+  """Sets every schedule in the state of any optimizer to the micro-steps done: int32 scalar.
 
-  Args:
-    state: State of any optimizer. Set are the counters of `ScaleByScheduleState` (every
-      learning rate given as a schedule, but for those that `check` refuses), of scheduled
-      weight decay and of `inject_hyperparams`.
-    micro_steps: int32 scalar.
-
-  Returns:
-    The state, with nothing else changed.
+  Set are the counters of `ScaleByScheduleState` (every learning rate given as a schedule, but for
+  those that `check` refuses), of scheduled weight decay and of `inject_hyperparams`.
   """
 
   def visit(node: Any) -> Any:

@@ -35,25 +35,21 @@ def maybe(when: bool | jax.Array, fn: Callable[[Any, Any], Any], carry: Any, con
   Returns:
     A tree like `carry`.
   """
-  carry = jax.tree.map(_strong, carry)
+  carry, fn = jax.tree.map(_strong, carry), _typed(fn)
   if not is_traced(when):
     when = bool(when)  # outside of a program there is nothing to branch in
   if isinstance(when, bool):
-    return cast_like(fn(carry, consts), carry) if when else carry
-
-  def cast(carry: Any, consts: Any) -> Any:
-    return cast_like(fn(carry, consts), carry)
-
+    return fn(carry, consts) if when else carry
   if jax.typeof(when) != jax.typeof(np.False_):  # in `jax.shard_map` it may vary over devices
     carry = _sharding.varying(carry, _sharding.axes_of(when))
-  program = jax.make_jaxpr(cast)(carry, consts)
+  program = jax.make_jaxpr(fn)(carry, consts)
   leaves, treedef = jax.tree.flatten(carry)
   while program.out_avals != list(map(jax.typeof, leaves)):
     wider = list(map(_varying_as, leaves, program.out_avals))
     if list(map(jax.typeof, wider)) == list(map(jax.typeof, leaves)):
       break  # it is not over more devices that results vary
     leaves = wider
-    program = jax.make_jaxpr(cast)(jax.tree.unflatten(treedef, leaves), consts)
+    program = jax.make_jaxpr(fn)(jax.tree.unflatten(treedef, leaves), consts)
   # What `fn` closes over becomes an argument: not even an integer may a `custom_jvp` close over.
   run, args = functools.partial(jax.core.eval_jaxpr, program.jaxpr), jax.tree.leaves(consts)
   leaves = _zero_or_once(run, when, leaves, (program.consts, args))
@@ -72,23 +68,17 @@ def keep(when: Any, fn: Callable[[Any, Any], Any], carry: Any, consts: Any) -> A
   computes from it further on reads the selected one. A select at the end instead would
   keep the old and the new value of every array alive, and so copy it.
 
-  Args:
-    when: A boolean scalar, or a tree prefix of `carry` with such scalars, of which some may be
-      True.
-    fn: As in `maybe`.
-    carry: Tree of arrays.
-    consts: Tree of arrays that `fn` reads.
-
-  Returns:
-    A tree like `carry`.
+  Arguments and result are those of `maybe`, but `when` may also be a tree prefix of `carry` with a
+  boolean scalar, or True, for each part.
   """
+  fn = _typed(fn)
   each = jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), when, carry)
   if not is_traced((when, carry, consts)):
-    return jax.tree.map(choose, each, cast_like(fn(carry, consts), carry), carry)
+    return jax.tree.map(choose, each, fn(carry, consts), carry)
   carry, consts = _sharding.varying((carry, consts), _sharding.axes_of(when))
   old, treedef = jax.tree.flatten(jax.tree.map(_strong, carry))
   flags = jax.tree.leaves(each)
-  closed = jax.make_jaxpr(lambda *args: cast_like(fn(*args), carry))(carry, consts)
+  closed = jax.make_jaxpr(fn)(carry, consts)
   outputs = [(i, v) for i, v in enumerate(closed.jaxpr.outvars) if not reading.is_literal(v)]
   # A value that goes into the result several times is selected at the end, for each by itself.
   times = collections.Counter(v for _, v in outputs)
@@ -118,29 +108,17 @@ def apart(fn: Callable[[Any, Any], Any], carry: Any, consts: Any, count: jax.Arr
 
   There XLA runs an operation that computes and writes a part of an array on one core, and
   copies the array where it is reshaped on the way. The means is a loop that always runs
-  once, which the compiler cannot know.
-
-  Args:
-    fn: As in `maybe`.
-    carry: Tree of arrays.
-    consts: Tree of arrays that `fn` reads.
-    count: int32 scalar that is never negative.
-
-  Returns:
-    A tree like `carry`.
+  once, which the compiler cannot know: `count` is an int32 scalar that is never negative.
   """
-
-  def cast(carry: Any, consts: Any) -> Any:
-    return cast_like(fn(carry, consts), carry)
-
+  fn = _typed(fn)
   if not is_traced((carry, consts)):
-    return cast(carry, consts)
+    return fn(carry, consts)
   return jax.lax.platform_dependent(
     carry,
     consts,
     count,
     cpu=lambda carry, consts, count: maybe(count >= 0, fn, carry, consts),
-    default=lambda carry, consts, _: cast(carry, consts),
+    default=lambda carry, consts, _: fn(carry, consts),
   )
 
 
@@ -152,17 +130,7 @@ def first_part_first(
   Where that part is computed from what the rest overwrites, XLA would copy the rest: which of two
   operations in one loop comes first it does not know, of two loops where one waits for the other
   it does. What both need is computed twice, so that it is `maybe` where there is more in it than
-  passes over memory (products of matrices, say).
-
-  Args:
-    when: As in `maybe`.
-    fn: As in `maybe`.
-    carry: A tuple of trees of arrays.
-    consts: As in `maybe`.
-    count: int32 scalar that is never negative.
-
-  Returns:
-    A tuple like `carry`.
+  passes over memory (products of matrices, say). The carry is a tuple; `count` is as in `apart`.
   """
   if not is_traced((carry, consts)) or jax.default_backend() != "cpu":
     return maybe(when, fn, carry, consts)
@@ -212,6 +180,11 @@ def cast_like(tree: Any, like: Any) -> Any:
     return x if jax.typeof(x) == jax.typeof(old) else _varying_as(x, old)
 
   return jax.tree.map(cast, tree, like)
+
+
+def _typed(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+  """The function of `maybe`, whose result has the types of its carry."""
+  return lambda carry, consts: cast_like(fn(carry, consts), carry)
 
 
 def _strong(x: Any, dtype: Any = None) -> jax.Array:

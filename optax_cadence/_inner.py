@@ -15,6 +15,11 @@ from optax_cadence import _checks
 from optax_cadence import _paths
 from optax_cadence.schedules.every import Every
 
+_EXPECTED = (
+  "inner must be an optax.GradientTransformation, or a function of a window's length that returns"
+  " one"
+)
+
 
 class Inner:
   """The inner optimizer of each group: the same one, or what a function of the window gives.
@@ -28,34 +33,29 @@ class Inner:
     self._make: Any = given
     self.follows_window = not is_transformation(given)
     if not self.follows_window:
-      self.any = self._checked(given, None)
+      self.any = optax.with_extra_args_support(given)
       return
     of_optax = getattr(getattr(given, "func", given), "__module__", None) or ""
     if not callable(given) or of_optax.split(".")[0] == "optax":
-      raise ValueError(
-        "inner must be an optax.GradientTransformation, or a function of a window's length that"
-        f" returns one, found {_checks.shown(given)}"
-      )
-    self.any = self._checked(given(1), 1)
+      raise ValueError(f"{_EXPECTED}, found {_checks.shown(given)}")
+    self.any = self._made(1)
 
   def of(self, every: Every, length: Any = None) -> optax.GradientTransformationExtraArgs:
-    """The inner optimizer of a group.
+    """The inner optimizer of a group with this cadence; of a static one the period is the length.
 
-    Args:
-      every: Its cadence; of a static one the period is the length.
-      length: Micro-steps in the window, where that is not known before: int32 scalar, or one for
-        each region, of which the most count. None where it makes no difference.
+    Else the length is the micro-steps in the window: int32 scalar, or one for each region, of which
+    the most count. None where it makes no difference.
     """
     if not self.follows_window or (length is None and not every.static):
       return self.any
     n = every.period if every.static else jnp.max(jnp.asarray(length))
-    return self._checked(self._make(n), n)
+    return self._made(n)
 
-  def _checked(self, made: Any, n: Any) -> optax.GradientTransformationExtraArgs:
+  def _made(self, n: Any) -> optax.GradientTransformationExtraArgs:
+    made = self._make(n)
     if not is_transformation(made):
       raise ValueError(
-        "inner must be an optax.GradientTransformation, or a function of a window's length that"
-        f" returns one, found a function that returns {_checks.shown(made)} for {_checks.shown(n)}"
+        f"{_EXPECTED}, found a function that returns {_checks.shown(made)} for {_checks.shown(n)}"
       )
     return optax.with_extra_args_support(made)
 
@@ -132,15 +132,13 @@ def filled(inner: optax.GradientTransformation, state: optax.OptState, tensors: 
 
   What stands in a tree like the parameters, as `tree_map_params` finds them, goes with the tensor
   in whose place it is. A field that is one leaf for `tree_map_params` and in truth a tree, as the
-  masks of `prune` are, goes by the paths in it. The rest belongs to no tensor.
+  masks of `prune` are, goes by the paths in it. The rest belongs to no tensor, and goes with any
+  that is not empty.
 
   Args:
     inner: The inner optimizer.
     state: Its state.
-    tensors: Tree of bool scalars, one per tensor of the group.
-
-  Returns:
-    A tree like the state; what belongs to no tensor goes with any that is not empty.
+    tensors: Tree of bool scalars, one per tensor of the group: whether its window is not empty.
 
   Raises:
     ValueError: If the state does not follow the parameters.
@@ -162,13 +160,27 @@ def filled(inner: optax.GradientTransformation, state: optax.OptState, tensors: 
       )
     return jax.tree.unflatten(jax.tree.structure(part), [flags[path] for path in paths])
 
+  return mapped('nonfinite="skip"', inner, state, in_place, by_path)
+
+
+def mapped(
+  what: str,
+  inner: optax.GradientTransformation,
+  state: optax.OptState,
+  like_params: Callable[[Any], Any],
+  others: Callable[[Any], Any],
+) -> Any:
+  """A state of which each tree like the parameters is mapped as a whole, and apart from the rest.
+
+  Raises:
+    ValueError: For `what`, if the state does not follow the parameters.
+  """
   try:
-    # Every tree like the parameters is a leaf here, and so mapped as a whole.
     return optax.tree_utils.tree_map_params(
-      inner, in_place, state, transform_non_params=by_path, is_leaf=lambda _: True
+      inner, like_params, state, transform_non_params=others, is_leaf=lambda _: True
     )
   except (TypeError, ValueError, AttributeError) as error:
     raise ValueError(
-      'nonfinite="skip" expected an inner optimizer whose state follows the parameters, as'
+      f"{what} expected an inner optimizer whose state follows the parameters, as"
       f" optax.tree_utils.tree_map_params understands it, found {type(state).__name__}: {error}"
     ) from error

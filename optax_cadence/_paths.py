@@ -44,6 +44,14 @@ def listed(paths: Iterable[Path]) -> str:
   return ", ".join(shown[:8] + ["…"] * (len(shown) > 8)) or "nothing"
 
 
+def prefix_of(path: Path, given: Collection[Path]) -> Path | None:
+  """The shortest prefix of a path that is among these, as in a tree prefix; None if none is."""
+  for n in range(len(path) + 1):
+    if path[:n] in given:
+      return path[:n]
+  return None
+
+
 def unused(name: str, names: Collection[str]) -> str:
   """The name, with a number where it is taken."""
   numbered = (f"{name}#{i}" for i in itertools.count(2))
@@ -107,9 +115,9 @@ def map_with_paths(fn: Callable[[Path, Any], Any], tree: Any) -> Any:
   return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def covering(path: Path, prefixes: Collection[Path]) -> Path | None:
-  """The path in a tree prefix at which the value of a leaf is: its own or one above; else None."""
-  return next((path[:n] for n in range(len(path) + 1) if path[:n] in prefixes), None)
+def by_keys(tree: Any) -> dict[Any, Any]:
+  """The leaves of a tree by their key paths, which are those of its kinds of containers alone."""
+  return dict(jax.tree_util.tree_flatten_with_path(tree)[0])
 
 
 def arrays(tree: Any) -> list[Any]:

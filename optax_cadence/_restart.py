@@ -1,11 +1,14 @@
 """An optimizer's state, for entries of the parameters that are new to it."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from optax_cadence import _inner
 
 
 def restarted(
@@ -35,22 +38,13 @@ def restarted(
   if hasattr(owner, "restarted"):
     return owner.restarted(state, params, new)
 
+  def of_leaf(mask: jax.Array, kept: Any) -> Any:
+    return jax.tree.map(lambda x: mask if jnp.shape(x) == mask.shape else mask.all(), kept)
+
   def follow(part: Any) -> _Followed:
-    return _Followed(jax.tree.map(lambda mask, x: jax.tree.map(as_part(mask), x), new, part))
+    return _Followed(jax.tree.map(of_leaf, new, part))
 
-  def as_part(mask: jax.Array) -> Any:
-    return lambda x: mask if jnp.shape(x) == mask.shape else mask.all()
-
-  try:
-    # Every tree like the parameters is a leaf here, and so followed as a whole.
-    flags = optax.tree_utils.tree_map_params(
-      inner, follow, state, transform_non_params=lambda _: _OTHER, is_leaf=lambda _: True
-    )
-  except (TypeError, ValueError, AttributeError) as error:
-    raise ValueError(
-      "restart=True: expected an inner optimizer whose state follows the parameters, as"
-      f" optax.tree_utils.tree_map_params understands it, found {type(state).__name__}: {error}"
-    ) from error
+  flags = _inner.mapped("restart=True:", inner, state, follow, lambda _: _OTHER)
   return _merged(flags, inner.init(params), state)
 
 
@@ -88,16 +82,13 @@ def _merged(flags: Any, fresh: Any, old: Any) -> Any:
       if field is not _OTHER:
         fields.append(_merged(field, getattr(fresh, name), x))
       elif everything:
-        fields.append(_where(jnp.stack(everything).all(), getattr(beside, name), x))
+        choose = functools.partial(jnp.where, jnp.stack(everything).all())
+        fields.append(jax.tree.map(choose, getattr(beside, name), x))
       else:
         fields.append(x)
     return type(flag)(*fields)
 
   return jax.tree.map(merge, flags, fresh, old, is_leaf=is_part)
-
-
-def _where(flag: jax.Array, fresh: Any, old: Any) -> Any:
-  return jax.tree.map(lambda x, y: jnp.where(flag, x, y), fresh, old)
 
 
 def _is_named(node: Any) -> bool:

@@ -5,11 +5,11 @@ operations want operands that lie alike. In `jax.shard_map` it says over which a
 Everywhere else, and in versions of JAX without these types, nothing here does anything.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import jax
-import numpy as np
 
 
 def spec_of(x: Any) -> tuple[Any, ...] | None:
@@ -26,7 +26,7 @@ def shards_of(x: jax.Array) -> tuple[int, ...]:
     return (1,) * x.ndim
   sizes = jax.typeof(x).sharding.mesh.shape
   names = [() if axes is None else axes if isinstance(axes, tuple) else (axes,) for axes in spec]
-  return tuple(int(np.prod([sizes[name] for name in axes], dtype=np.int64)) for axes in names)
+  return tuple(math.prod(sizes[name] for name in axes) for axes in names)
 
 
 def gathered(x: jax.Array, axes: Iterable[int]) -> jax.Array:

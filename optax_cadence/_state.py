@@ -210,11 +210,7 @@ def plain(init: Callable[[Any], Any], state: optax.OptState, params: Any) -> opt
   """The state in the containers that `init` makes, if it is that of an `nnx.Optimizer`.
 
   There each array of it is in a variable, and a variable like a parameter's is one of another kind.
-
-  Args:
-    init: What made the state.
-    state: The state.
-    params: Parameters, or what is shaped like them.
+  The parameters are read for their shapes.
 
   Raises:
     ValueError: If it is the state of other parameters.

@@ -20,6 +20,7 @@ from optax_cadence import _inner
 from optax_cadence import _window
 from optax_cadence._state import CadenceState
 from optax_cadence._state import GroupState
+from optax_cadence._state import MaskState
 from optax_cadence.regions import cuts
 from optax_cadence.regions.layout import Group
 from optax_cadence.regions.layout import Layout
@@ -45,7 +46,6 @@ class Call:
     layout: Groups of the tree.
     dtypes: Dtype in which the inner optimizer gets the mean of each leaf.
     param_dtypes: Dtype of each parameter.
-    widened: The leaves for which these two differ.
     params: Parameters; None where there are none. Where `in_place` only their dtypes are read.
     extra_args: Extra arguments for the inner optimizer.
     in_place: Whether the targets are the parameters.
@@ -65,7 +65,6 @@ class Call:
   layout: Layout
   dtypes: Sequence[Any]
   param_dtypes: Sequence[Any]
-  widened: frozenset[int]
   params: Leaves | None
   extra_args: Mapping[str, Any]
   in_place: bool
@@ -77,6 +76,10 @@ class Call:
   moments: Mapping[int, list[Any]] = dataclasses.field(default_factory=dict)
   given: Mapping[Tensor, jax.Array] = dataclasses.field(default_factory=dict)
   summed: Collection[Tensor] = ()
+
+  def widens(self, group: Group) -> bool:
+    """Whether the optimizer gets means of another dtype than a parameter of this group has."""
+    return any(self.dtypes[leaf] != self.param_dtypes[leaf] for leaf in group.leaves)
 
 
 class Turn(NamedTuple):
@@ -116,13 +119,25 @@ def advance(
     targets, new = fire(call, group, turn, targets, state.micro_step)
     groups[group.name] = close(group.every, new, turn, state.micro_step)
     turns[group.name] = turn
-  mask_state = state.masks
-  if mask_state is not None and call.layout.masked:
-    from optax_cadence.entrywise import masks
-
-    targets, mask_state = masks.advance(call, mask_state, grads, turns, targets, state.micro_step)
+  targets, mask_state = under_masks(call, state, grads, turns, targets, state.micro_step)
   micro_step = optax.safe_increment(state.micro_step)
   return targets, CadenceState(micro_step, groups, state.regions, mask_state)
+
+
+def under_masks(
+  call: Call,
+  state: CadenceState,
+  grads: Leaves | None,
+  turns: Mapping[str, Turn],
+  targets: Leaves,
+  micro_step: jax.Array,
+) -> tuple[Leaves, MaskState | None]:
+  """The targets and the state of leaves under masks, which their groups train together."""
+  if state.masks is None or not call.layout.masked:
+    return targets, state.masks
+  from optax_cadence.entrywise import masks
+
+  return masks.advance(call, state.masks, grads, turns, targets, micro_step)
 
 
 def accumulate(
@@ -140,7 +155,7 @@ def accumulate(
     tensors = [call.given.get(t, x) for t, x in pairs]
     summed = [t in call.summed for t in group.tensors]
   counts = weights = None
-  if call.counting is not None and (group.tensors or group.masked):
+  if call.counting is not None and group.regions:
     counts, weights = call.counting.of(group, tensors)
   before = _window.so_far(old, call.layout.tree(group, tensors))
   window = _window.accumulate(before, tensors, counts, summed, weights)
@@ -172,7 +187,7 @@ def fire(
   their accumulator, which nobody needs any more, and are moved from there: see `writes_directly`.
   """
   state, window, when = turn.state, turn.window, turn.fires
-  if not (group.tensors or group.masked):
+  if not group.regions:
     return targets, state
   fired = when
   if window.by_region:
@@ -183,10 +198,10 @@ def fire(
     direct.append(writes_directly(call, state, tensor, total, when, targets))
     if direct[-1]:
       leaves[tensor.leaf] = targets[tensor.leaf]
-  params, read = targets if call.in_place else call.params or {}, {}
-  for tensor in group.tensors:
-    if tensor.leaf in params and not (call.in_place and tensor.leaf in leaves):
-      read[tensor.leaf] = params[tensor.leaf]
+  params = targets if call.in_place else call.params or {}
+  read = {t.leaf: params[t.leaf] for t in group.tensors if t.leaf in params}
+  if call.in_place:  # those that are written are in the carry
+    read = {leaf: x for leaf, x in read.items() if leaf not in leaves}
 
   def compute(carry: Any, consts: Any) -> Any:
     leaves, sums, inner_state = carry
@@ -196,8 +211,7 @@ def fire(
     total = window._replace(sums=sums, length=length, weights=weights)
     results, inner_state = run_inner(call, group, total, inner_state, before, micro_step)
     if call.in_place:
-      with jax.numpy_dtype_promotion("standard"):  # added before it is rounded, once
-        results = optax.apply_updates(before, results)
+      results = applied(before, results)
     if window.by_region:
       unchanged = before if call.in_place and before else [jnp.zeros_like(x) for x in results]
       for i, (x, old) in enumerate(zip(results, unchanged, strict=True)):
@@ -210,7 +224,7 @@ def fire(
 
   waits = list(map(operator.not_, direct))
   run = runner(when, group, waits, micro_step)
-  if call.in_place and all(direct) and not call.widened.isdisjoint(group.leaves):
+  if call.in_place and all(direct) and call.widens(group):
     # Parameters step by what is not rounded yet, out of moments that are then overwritten.
     run = functools.partial(_control.first_part_first, when, count=micro_step)
   body = functools.partial(where_filled, call, group, compute) if window.by_region else compute
@@ -328,11 +342,7 @@ def run_inner(
   old = state_of(call, group, state, window, micro_step)
   tree = call.layout.tree(group, grads)
   values = None if params is None else call.layout.tree(group, params)
-  try:
-    updates, new = inner.update(tree, old, values, **call.extra_args)
-  except (TypeError, ValueError) as error:
-    _inner.check_state(inner, old, tree if values is None else values, error)
-    raise
+  updates, new = updated(call, inner, tree, old, values)
   results = jax.tree.leaves(updates)
   for i, (tensor, grad) in enumerate(zip(group.tensors, grads, strict=True)):
     if jnp.shape(results[i]) != grad.shape:
@@ -344,20 +354,35 @@ def run_inner(
   return results, _inner.like(new, state) if group.in_pieces else new
 
 
+def updated(call: Call, inner: Any, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+  """Updates and new state of an inner optimizer.
+
+  Raises:
+    ValueError: If the state is that of other tensors.
+  """
+  try:
+    return inner.update(grads, state, params, **call.extra_args)
+  except (TypeError, ValueError) as error:
+    _inner.check_state(inner, state, grads if params is None else params, error)
+    raise
+
+
+def applied(params: Any, updates: Any) -> Any:
+  """The parameters with their updates, added before they are rounded once."""
+  with jax.numpy_dtype_promotion("standard"):
+    return optax.apply_updates(params, updates)
+
+
 def inner_of(
   call: Call, group: Group, length: Any = None, whole: bool = False
 ) -> optax.GradientTransformationExtraArgs:
   """The inner optimizer of a group, for tensors in the dtypes of their means.
 
-  Args:
-    call: The call.
-    group: The group.
-    length: Of its window; see `Inner.of`.
-    whole: Whether it gets the leaves under masks that others have a part in, as they are. The group
-      trains them together with those, so that it runs without them by itself.
+  The length is that of its window: see `Inner.of`. By itself a group runs without leaves under
+  masks, which it trains together with others; with `whole` it is given them as they are.
   """
   inner = call.inner.of(group.every, length) if call.inner.follows_window else call.inner.any
-  if not call.widened.isdisjoint(group.leaves):
+  if call.widens(group):
     inner = _inner.widened(inner)
   if group.masked and not whole:
     from optax_cadence.entrywise import masks
@@ -427,9 +452,5 @@ def flush(call: Call, state: CadenceState, targets: Leaves) -> tuple[Leaves, Cad
       targets, new = fire(call, group, turn, targets, micro_step)
       new = new._replace(window=jnp.zeros_like(turn.window.length))
     groups[group.name] = new
-  mask_state = state.masks
-  if mask_state is not None and call.layout.masked:
-    from optax_cadence.entrywise import masks
-
-    targets, mask_state = masks.advance(call, mask_state, None, turns, targets, micro_step)
+  targets, mask_state = under_masks(call, state, None, turns, targets, micro_step)
   return targets, state._replace(groups=groups, masks=mask_state)

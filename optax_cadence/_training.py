@@ -17,7 +17,6 @@ from optax_cadence import _cadence
 from optax_cadence import _checks
 from optax_cadence import _control
 from optax_cadence import _paths
-from optax_cadence import _sharding
 from optax_cadence import _step
 from optax_cadence import _window
 from optax_cadence._state import cadence_states
@@ -88,7 +87,7 @@ def training_step(
   from optax_cadence import _backward
 
   cadence = _cadence.of(tx, "oc.training_step(loss, tx)")
-  alone, apply = _cadence.stands_alone(tx), tx.apply
+  alone, apply = _cadence.chain_of(tx) is None, tx.apply
   if not callable(loss):
     raise ValueError(f"loss must be a function, found {_checks.shown(loss)}")
 
@@ -101,7 +100,7 @@ def training_step(
     **extra_args: Any,
   ) -> tuple[optax.Params, Any, Any]:
     def loss_of(leaves: layouts.Leaves) -> Any:
-      given = jax.tree.unflatten(jax.tree.structure(params), leaves.values())
+      given = layouts.with_leaves(params, leaves)
       # Of others somebody looks at the gradient: to clip it, or to count that it is not finite.
       if phase is not None and cadence.accumulate == "latest" and alone and not cadence.skip:
         given = trainable(given, tx, phase)
@@ -126,7 +125,7 @@ def training_step(
     if alone:
       return cadence.train(params, state, differentiate, phase, weight, **extra_args)
     value, found, _ = _backward.value_and_sums(traced, leaves, {})
-    grads = jax.tree.unflatten(jax.tree.structure(params), found.values())
+    grads = layouts.with_leaves(params, found)
     return *apply(params, state, grads, phase=phase, weight=weight, **extra_args), value
 
   return step
@@ -180,22 +179,14 @@ def why_stored(
 ) -> dict[int, str | None]:
   """Why `training_step` stores the gradient of a leaf that accumulates, None where it does not.
 
-  Args:
-    cadence: The cadence, with no other transformation before it.
-    layout: The groups of the parameters.
-    dtypes: The dtype of each parameter.
-
-  Returns:
-    The reasons by the position of the leaf, of those that have a window.
+  It is said by the position of the leaf, of those that have a window, for a cadence with no other
+  transformation before it; dtypes are those of the parameters.
   """
-  scattered = set()
-  for group in layout.groups:
-    for t in (*group.tensors, *group.masked):
-      if not (isinstance(t.cut, cuts.Whole) or _is_run(t.cut, layout.shapes[t.leaf])):
-        scattered.add(t.leaf)
+  regions = [t for group in layout.groups for t in group.regions]
+  scattered = {t.leaf for t in regions if not _is_run(t.cut, layout.shapes[t.leaf])}
   reasons: dict[int, str | None] = {}
   for group in filter(lambda group: cadence.accumulates(group.every), layout.groups):
-    for t in (*group.tensors, *group.masked):
+    for t in group.regions:
       own = _why_stored(cadence, group, dtypes[t.leaf])
       reason = "regions that are no runs of layers" if t.leaf in scattered else own
       reasons[t.leaf] = reasons.get(t.leaf) or reason
@@ -203,9 +194,9 @@ def why_stored(
 
 
 def _is_run(cut: cuts.Cut, shape: tuple[int, ...]) -> bool:
-  """Whether a part of a leaf is a run of its rows."""
+  """Whether a part of a leaf is a run of its rows, or the whole of it."""
   if not isinstance(cut, cuts.Box):
-    return False
+    return isinstance(cut, cuts.Whole)
   return all(found == (0, n) for found, n in zip(cut.intervals[1:], shape[1:], strict=True))
 
 
@@ -263,11 +254,9 @@ def trainable(
     if group.name in due:
       continue
     for t in group.tensors:
-      leaf = leaves[t.leaf]
-      whole = cuts.gathered(leaf, [t.cut])
-      stopped = t.cut.put(t.cut.view(whole), jax.lax.stop_gradient(t.cut.take(whole)))
-      leaves[t.leaf] = _sharding.lying_as(stopped.reshape(leaf.shape), leaf)
-  return layout.treedef.unflatten(leaves.values())
+      stopped = jax.lax.stop_gradient(cuts.read(leaves[t.leaf], t.cut))
+      leaves[t.leaf] = cuts.written(leaves[t.leaf], t.cut, stopped)
+  return layouts.with_leaves(params, leaves)
 
 
 def phases(

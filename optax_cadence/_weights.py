@@ -18,7 +18,7 @@ from optax_cadence.regions.layout import Leaves
 
 def of_regions(of_leaves: Leaves, group: Group) -> jax.Array:
   """For each of a group's R regions what there is for its leaf: [R]."""
-  return jnp.stack([of_leaves[t.leaf] for t in (*group.tensors, *group.masked)])
+  return jnp.stack([of_leaves[t.leaf] for t in group.regions])
 
 
 class Counting(NamedTuple):
@@ -43,10 +43,6 @@ class Counting(NamedTuple):
     """Whether it is usable in each of a group's R regions, bool [R], and how much it counts.
 
     The weights are float32 [R]; None stands for all, and for 1 in all.
-
-    Args:
-      group: The group.
-      tensors: Its gradients.
     """
     counts = None
     if self.skips:
@@ -104,13 +100,12 @@ def _spread(
   Raises:
     ValueError: If it has nothing for a leaf, or something for none.
   """
-  rows = [(tuple(path), x) for path, x in _paths.flatten_with_paths(tree)]
-  for path, x in rows:
+  given, found, used = dict(_paths.flatten_with_paths(tree)), {}, set()
+  for path, x in given.items():
     name = _paths.join(path)
     check(f"{what} of {name!r}" if name else what, x)
-  given, found, used = dict(rows), {}, set()
   for i, path in enumerate(layout.paths):
-    prefix = _paths.covering(path, given)
+    prefix = _paths.prefix_of(path, given)
     if prefix is None:
       raise ValueError(
         f"{what}: expected a scalar, or a prefix of the parameters, found none for"

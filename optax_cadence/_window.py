@@ -90,11 +90,7 @@ def holds(accumulator: jax.Array, x: jax.Array) -> bool:
 
 
 def so_far(state: GroupState, tree: Any) -> Window:
-  """The window of a group as it is in its state.
-
-  Args:
-    state: State of the group.
-    tree: Its tensors, as the inner optimizer sees them.
+  """The window of a group as it is in its state; the tree is that of the group's tensors.
 
   Raises:
     ValueError: If the state is of other tensors.
@@ -223,26 +219,23 @@ def mean_of(total: jax.Array, n: jax.Array, dtype: Any, single: bool = False) ->
   return x if single or holds_mean(total) else divide(x, n)
 
 
+def listens(node: Any) -> bool:
+  """Whether a part of an optimizer's state is told the length of its window."""
+  return hasattr(node, "with_window")
+
+
 def told(state: Any, length: Any) -> Any:
   """The state of an optimizer, of which every part with a method `with_window` is told the length.
 
   So a transformation inside a cadence can know how many gradients its update is the mean of, as
-  `scale_by_cadence` does: `with_window` takes that number and returns the new state.
-
-  Args:
-    state: The state.
-    length: Micro-steps in the window: int32 scalar, or, where windows may differ, a tree of one for
-      each tensor.
+  `scale_by_cadence` does: `with_window` takes that number and returns the new state. It is an int32
+  scalar, or, where windows may differ, a tree of one for each tensor.
   """
 
-  def listens(node: Any) -> bool:
-    return hasattr(node, "with_window")
+  def tell(node: Any) -> Any:
+    return node.with_window(length) if listens(node) else node
 
-  nodes, treedef = jax.tree.flatten(state, is_leaf=listens)
-  for i, node in enumerate(nodes):
-    if hasattr(node, "with_window"):
-      nodes[i] = node.with_window(length)
-  return jax.tree.unflatten(treedef, nodes)
+  return jax.tree.map(tell, state, is_leaf=listens)
 
 
 def item(x: jax.Array, i: int) -> jax.Array:

@@ -108,6 +108,16 @@ def test_a_length_that_varies_is_the_micro_steps_in_the_window(every, nonfinite)
   close(total, jax.tree.map(lambda p: p - done, PARAMS))
 
 
+@pytest.mark.parametrize("wrap", [jax.jit, lambda fn: fn], ids=["jit", "eager"])
+def test_under_a_mask_a_length_that_varies_is_that_of_the_entry(wrap):
+  tx, params = oc.cadence(descent, oc.late(2, MASK)), PARAMS["b"]
+  state, apply = tx.init(params), wrap(tx.apply)
+  assert state.regions.masked
+  for _ in range(6):  # after two windows of one micro-step those of one, two and four
+    params, state = apply(params, state, jnp.ones_like(params))
+  close(params, PARAMS["b"] - 6)
+
+
 def test_flush_has_the_optimizer_of_the_period_of_a_static_group():
   tx = oc.cadence(descent, 4)
   state = tx.update(grads_of(1), tx.init(PARAMS), PARAMS)[1]

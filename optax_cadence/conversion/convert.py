@@ -14,6 +14,7 @@ import optax
 
 from optax_cadence import _cadence
 from optax_cadence import _checks
+from optax_cadence import _control
 from optax_cadence import _paths
 from optax_cadence._state import plain
 from optax_cadence.conversion import reading
@@ -82,7 +83,7 @@ def convert(
     raise ValueError(
       f"counters must be 'equal', 'most' or 'least', found {_checks.shown(counters)}"
     )
-  if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((state, params))):
+  if _control.is_traced((state, params)):
     raise ValueError("convert: expected arrays, found traced ones; call it outside of jax.jit")
   return _without_aliases(_converted(state, tx, params, to, counters))
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_cadence import _paths
 from optax_cadence import _window
 from optax_cadence._state import ConfidenceState
 from optax_cadence.confidence.statistics import Estimate
@@ -81,19 +82,17 @@ class Merged:
   def inner_state(self, params: Any, whole: Any) -> dict[Any, Any]:
     """What goes into an inner state, by its paths: an array, or `FRESH`, or why there is none.
 
-    Args:
-      params: The parameters.
-      whole: A state in which leaves under masks have the arrays for their entries.
+    `whole` is such a state in which leaves under masks have the arrays for their entries.
     """
     places, carried = reading.Places(params, list(self.regions)), {}
-    for keys, x in reading.by_path(whole).items():
+    for keys, x in _paths.by_keys(whole).items():
       where, region = places.of(keys, x.shape)
-      carried[keys] = self._number(keys) if region is None else self._slot(where, region, x.shape)
-      if not isinstance(carried[keys], Missing) and carried[keys] is not FRESH:
-        found = carried[keys]
-        if (found.shape, found.dtype) != (x.shape, x.dtype):
-          shown = f"expected {x.dtype}{list(x.shape)}, found {found.dtype}{list(found.shape)}"
-          carried[keys] = Missing(shown)
+      found = self._number(keys) if region is None else self._slot(where, region, x.shape)
+      is_array = found is not FRESH and not isinstance(found, Missing)
+      if is_array and (found.shape, found.dtype) != (x.shape, x.dtype):
+        shown = f"expected {x.dtype}{list(x.shape)}, found {found.dtype}{list(found.shape)}"
+        found = Missing(shown)
+      carried[keys] = found
     return carried
 
   def _number(self, keys: Any) -> Any:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_cadence import _paths
 from optax_cadence import _window
 from optax_cadence._state import GroupState
 from optax_cadence.conversion.sources import Region
@@ -27,28 +28,20 @@ def read(old: Any, state: Any, params: Any) -> Sources:
   """What a state holds."""
   if isinstance(old, optax.MultiSteps):
     return _read_multi_steps(old, state, params)
-  layout, started, groups = old.layout_of(state, params), None, {}
-  if old.inner.follows_window:
-    started = old.init(params)
-  held: dict[Any, Any] = {}
-  totals: dict[int, jax.Array] = {}
-  if state.masks is not None:
-    held = by_path(state.masks.inner_state)
-    totals = dict(zip(layout.masked, jax.tree.leaves(state.masks.accumulators), strict=False))
+  layout, groups = old.layout_of(state, params), {}
+  started = old.init(params) if old.inner.follows_window else None
+  held, sums = ((), ()) if state.masks is None else state.masks
+  totals = dict(zip(layout.masked, jax.tree.leaves(sums), strict=False))
   for group, regions in regions_of(layout):
-    if not regions:
-      continue
     was, places = state.groups[group.name], Places(params, regions)
-    slots, numbers = places.split(by_path(was.inner_state))
+    slots, numbers = places.split(was.inner_state)
     for where, found in places.split(held)[0].items():
       slots[where] = slots.get(where, {}) | found
-    compared = numbers
+    compared, at_first = numbers, {}
     if old.set_schedules is not None:  # they differ by when each has fired last
-      inner_state = old.set_schedules(was.inner_state, jnp.int32(0))
-      compared = places.split(by_path(inner_state))[1]
-    at_first = {}
+      compared = places.split(old.set_schedules(was.inner_state, jnp.int32(0)))[1]
     if started is not None:
-      at_first = places.split(by_path(started.groups[group.name].inner_state))[1]
+      at_first = places.split(started.groups[group.name].inner_state)[1]
     elapsed = 0
     if was.remaining is not None:
       policy = group.every.policy
@@ -87,7 +80,7 @@ def _windows(
 
 def _read_multi_steps(old: optax.MultiSteps, state: Any, params: Any) -> Sources:
   regions = multi_steps_regions(params)
-  slots, numbers = Places(params, regions).split(by_path(state.inner_opt_state))
+  slots, numbers = Places(params, regions).split(state.inner_opt_state)
   n, updates = int(state.mini_step), int(state.gradient_step)
   windows = {}
   for region, total in zip(regions, jax.tree.leaves(state.acc_grads), strict=True):
@@ -114,29 +107,23 @@ def _read_multi_steps(old: optax.MultiSteps, state: Any, params: Any) -> Sources
 
 def multi_steps_regions(params: Any) -> list[Region]:
   """All parameters as one group, as `MultiSteps` trains them."""
-  ((_, regions),) = regions_of(lay_out(2, params))  # any period would do
-  return [dataclasses.replace(region, group=MULTI_STEPS) for region in regions]
+  # Any period would do.
+  of_one_group = itertools.chain(*(found for _, found in regions_of(lay_out(2, params))))
+  return [dataclasses.replace(region, group=MULTI_STEPS) for region in of_one_group]
 
 
 def regions_of(layout: Layout) -> Iterator[tuple[Group, list[Region]]]:
-  """The groups of a layout, each with its regions."""
+  """The groups of a layout that have regions, each with them."""
   names = layout.region_names()
-  leaves: Any = {}
-  for i, shape in enumerate(layout.shapes):
-    leaves[i] = jax.ShapeDtypeStruct(shape, jnp.float32)
+  leaves: Any = {i: jax.ShapeDtypeStruct(x, jnp.float32) for i, x in enumerate(layout.shapes)}
   for group in layout.groups:
-    shapes = [x.shape for x in group.take(leaves)] + [layout.shapes[t.leaf] for t in group.masked]
+    tensors = [*group.take(leaves), *(leaves[t.leaf] for t in group.masked)]
     regions = []
-    for i, t in enumerate((*group.tensors, *group.masked)):
-      masked, leaf_shape = i >= len(group.tensors), layout.shapes[t.leaf]
-      name = names[group.name][i]
-      regions.append(Region(name, group.name, t.leaf, leaf_shape, t.cut, shapes[i], masked))
-    yield group, regions
-
-
-def by_path(tree: Any) -> dict[Any, Any]:
-  """The leaves of a tree, by their paths."""
-  return dict(jax.tree_util.tree_flatten_with_path(tree)[0])
+    for name, t, x in zip(names[group.name], group.regions, tensors, strict=True):
+      leaf_shape, masked = layout.shapes[t.leaf], t in group.masked
+      regions.append(Region(name, group.name, t.leaf, leaf_shape, t.cut, x.shape, masked))
+    if regions:
+      yield group, regions
 
 
 class Places:
@@ -146,7 +133,7 @@ class Places:
   """
 
   def __init__(self, params: Any, regions: Sequence[Region]):
-    paths = [keys for keys, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    paths = list(_paths.by_keys(params))
     pieces: dict[Any, list[Region]] = {}
     for region in regions:
       pieces.setdefault(paths[region.leaf], []).append(region)
@@ -167,11 +154,11 @@ class Places:
           return keys[:start], found[piece]
     return None, None
 
-  def split(self, leaves: Mapping[Any, Any]) -> tuple[dict[Any, dict[Region, Any]], dict[Any, Any]]:
+  def split(self, inner_state: Any) -> tuple[dict[Any, dict[Region, Any]], dict[Any, Any]]:
     """The leaves that stand in the place of a region, by that place, and all others."""
     slots: dict[Any, dict[Region, Any]] = {}
     numbers = {}
-    for keys, x in leaves.items():
+    for keys, x in _paths.by_keys(inner_state).items():
       where, region = self.of(keys, np.shape(x))
       if region is None:
         numbers[keys] = x

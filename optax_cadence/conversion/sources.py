@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_cadence import _sharding
 from optax_cadence._state import GroupState
 from optax_cadence.regions import cuts
 from optax_cadence.schedules.every import Every
@@ -60,12 +59,11 @@ class Region:
       mine = np.zeros(full.size, bool)
       mine[self.at] = True
       return jnp.where(mine.reshape(full.shape), x, full)
-    whole = cuts.gathered(full, [self.cut])
-    return _sharding.lying_as(self.cut.put(self.cut.view(whole), x).reshape(full.shape), full)
+    return cuts.written(full, self.cut, x)
 
   def take(self, full: jax.Array) -> jax.Array:
     """What is kept for this region, out of the leaf."""
-    return full if self.masked else self.cut.take(cuts.gathered(full, [self.cut]))
+    return full if self.masked else cuts.read(full, self.cut)
 
 
 class Window(NamedTuple):

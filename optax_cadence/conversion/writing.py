@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_cadence import _paths
+from optax_cadence import _window
 from optax_cadence._state import CadenceState
 from optax_cadence._state import GroupState
 from optax_cadence.conversion import merging
@@ -27,8 +29,6 @@ def written(sources: Sources, new: Any, params: Any, counters: str) -> Any:
   moments: dict[Any, Any] = {}
   totals: dict[int, jax.Array] = {}
   for group, regions in reading.regions_of(layout):
-    if not regions:
-      continue
     merged = Merged(sources, group.name, regions, leaves, counters)
     state = groups[group.name]
     merged.check_windows(state.accumulators is not None, new.by_region, new.weighted)
@@ -96,16 +96,13 @@ def _picked(group: str, fresh: Any, carried: Mapping[Any, Any]) -> Any:
   def pick(keys: Any, x: Any) -> Any:
     return x if carried[keys] is merging.FRESH else carried[keys]
 
-  def is_told(node: Any) -> bool:
-    return hasattr(node, "with_window")
-
   def settled(old: Any, new: Any) -> Any:
     missing = any(isinstance(x, merging.Missing) for x in jax.tree.leaves(new))
-    return old if missing and is_told(old) else new
+    return old if missing and _window.listens(old) else new
 
   picked = jax.tree_util.tree_map_with_path(pick, fresh)
-  picked = jax.tree.map(settled, fresh, picked, is_leaf=is_told)
-  for keys, x in reading.by_path(picked).items():
+  picked = jax.tree.map(settled, fresh, picked, is_leaf=_window.listens)
+  for keys, x in _paths.by_keys(picked).items():
     if isinstance(x, merging.Missing):
       where = f"inner_state{jax.tree_util.keystr(keys)}"
       raise ValueError(f"convert: {where} of group {group!r} cannot be carried: {x.why}")

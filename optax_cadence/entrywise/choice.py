@@ -28,15 +28,9 @@ Reasons = dict[int, str | None]
 
 
 def choose(inner: Inner, layout: Layout, dtypes: Sequence[Any]) -> tuple[Layout, Reasons]:
-  """The layout of a new state.
+  """The layout of a new state, and for each leaf under a mask why it is not trained by one pass.
 
-  Args:
-    inner: The inner optimizer.
-    layout: The groups of the parameters.
-    dtypes: Dtypes in which it gets the mean of each leaf.
-
-  Returns:
-    The layout, and for each leaf under a mask why it is not trained by one pass.
+  The dtypes are those in which the optimizer gets the mean of each leaf, here and below.
   """
   reasons = mask_reasons(inner, layout, dtypes)
   layout = _with_masked(layout, [i for i, reason in reasons.items() if reason is None])
@@ -92,11 +86,18 @@ def _refused(
   return refused
 
 
-def as_in_state(layout: Layout, state: CadenceState) -> Layout:
+def as_in_state(
+  inner: Inner,
+  layout: Layout,
+  state: CadenceState,
+  dtypes: Sequence[Any],
+  extra_args: Mapping[str, Any],
+) -> Layout:
   """The layout that a state was made with.
 
   Raises:
-    ValueError: If the state has entries of a leaf that is under no mask here.
+    ValueError: If the state has entries of a leaf that is under no mask here, or where extra
+      arguments make a difference to bands that keep their fold.
   """
   masked = state.regions.masked
   known = {layout.paths[leaf]: leaf for leaf in _under_masks(layout)}
@@ -105,26 +106,17 @@ def as_in_state(layout: Layout, state: CadenceState) -> Layout:
       f"state: expected leaves under masks to be {_paths.listed(known)}, found"
       f" {_paths.listed(masked)}; a state goes with the cadences it was made for"
     )
-  layout = _with_masked(layout, [known[path] for path in masked])
-  folded = state.regions.folded
-  return _folded(layout, [i for i, path in enumerate(layout.paths) if path in folded])
-
-
-def check_extra_args(
-  inner: Inner, layout: Layout, dtypes: Sequence[Any], extra_args: Mapping[str, Any]
-) -> None:
-  """Raises `ValueError` where extra arguments make a difference to bands that keep their fold."""
-  folded = {
-    t.leaf for group in layout.groups for t in group.tensors if isinstance(t.cut, cuts.FoldedBands)
-  }
-  if not (folded and extra_args):
-    return
-  for leaf in folded - _leaves_to_fold(inner, _unfolded(layout), dtypes, extra_args):
-    raise ValueError(
-      f"update of {layout.name(leaf)!r}: expected an inner optimizer that treats entries one by"
-      " one, as it did when the state was made, found that these extra arguments make a difference:"
-      f" {', '.join(extra_args)}"
-    )
+  joined, folded = _with_masked(layout, [known[path] for path in masked]), state.regions.folded
+  layout = _folded(joined, [i for i, path in enumerate(layout.paths) if path in folded])
+  if extra_args and layout.folded:
+    unaffected = _leaves_to_fold(inner, joined, dtypes, extra_args)
+    for leaf in sorted(set(layout.folded) - unaffected):
+      raise ValueError(
+        f"update of {layout.name(leaf)!r}: expected an inner optimizer that treats entries one by"
+        " one, as it did when the state was made, found that these extra arguments make a"
+        f" difference: {', '.join(extra_args)}"
+      )
+  return layout
 
 
 def _under_masks(layout: Layout) -> dict[int, list[str]]:
@@ -154,32 +146,18 @@ def _with_masked(layout: Layout, leaves: Collection[int]) -> Layout:
 
 def _folded(layout: Layout, leaves: Collection[int]) -> Layout:
   """The layout in which the bands of these leaves keep their fold."""
+  if not leaves:
+    return layout
 
-  def fold(t: Tensor) -> Tensor:
+  def folded(t: Tensor) -> Tensor:
     if t.leaf not in leaves or not cuts.can_fold(t.cut, layout.shapes[t.leaf]):
       return t
     assert isinstance(t.cut, cuts.Bands)
     return Tensor(t.leaf, cuts.FoldedBands(t.cut.axis, t.cut.intervals))
 
-  return _with_tensors(layout, fold) if leaves else layout
-
-
-def _unfolded(layout: Layout) -> Layout:
-  """The layout in which bands are joined."""
-
-  def join(t: Tensor) -> Tensor:
-    if not isinstance(t.cut, cuts.FoldedBands):
-      return t
-    return Tensor(t.leaf, cuts.Bands(t.cut.axis, t.cut.intervals))
-
-  return _with_tensors(layout, join)
-
-
-def _with_tensors(layout: Layout, change: Any) -> Layout:
-  """The layout with every tensor changed by a function."""
-  groups = (
-    dataclasses.replace(group, tensors=tuple(map(change, group.tensors))) for group in layout.groups
-  )
+  groups = []
+  for group in layout.groups:
+    groups.append(dataclasses.replace(group, tensors=tuple(map(folded, group.tensors))))
   return dataclasses.replace(layout, groups=tuple(groups))
 
 
@@ -190,18 +168,11 @@ def _leaves_to_fold(
   extra_args: Mapping[str, Any] | None = None,
 ) -> set[int]:
   """The leaves whose bands can keep their fold, as it makes no difference to the optimizer."""
-  candidates = {
-    t.leaf
-    for group in layout.groups
-    for t in group.tensors
-    if cuts.can_fold(t.cut, layout.shapes[t.leaf])
-  }
-  folded = _folded(layout, candidates)
-  refused: set[int] = set()
+  folded = _folded(layout, range(len(layout.paths)))
+  candidates, refused = set(folded.folded), set[int]()
   try:
-    for joined, kept in zip(layout.groups, folded.groups, strict=True):
-      pair = (layout, joined), (folded, kept)
-      refused |= _leaves_that_notice(inner, pair, candidates, dtypes, extra_args)
+    for pair in zip(layout.groups, folded.groups, strict=True):
+      refused |= _leaves_that_notice(inner, layout, pair, candidates, dtypes, extra_args)
   except proof.REFUSALS:
     return set()
   return candidates - refused
@@ -209,7 +180,8 @@ def _leaves_to_fold(
 
 def _leaves_that_notice(
   inners: Inner,
-  pair: tuple[tuple[Layout, Group], tuple[Layout, Group]],
+  layout: Layout,
+  pair: tuple[Group, Group],
   candidates: Collection[int],
   dtypes: Sequence[Any],
   extra_args: Mapping[str, Any] | None,
@@ -218,22 +190,19 @@ def _leaves_that_notice(
 
   It does not if it runs the same program on both, and that treats their entries one by one.
   """
-  layout, group = pair[0]
-  mine = {t.leaf: t for t in group.tensors if t.leaf in candidates}
-  if not mine:
-    return set()
-  programs, inits = [], []
-  for one_layout, one_group in pair:
-    inner = inners.of(one_group.every)
-    programs.append(proof.trace(inner, one_layout, one_group, dtypes, extra_args))
-    tensors = proof.tree_of(one_layout, proof.shapes_of(one_group, one_layout, dtypes))
-    inits.append(reading.traced(inner.init, tensors))
-  if not (proof.alike(programs[0].program, programs[1].program) and proof.alike(*inits)):
-    return set(mine)
-  moments = {}
-  for leaf in mine:
-    (tensor,) = proof.shapes_of(group, layout, dtypes)[leaf]
-    moments[leaf] = proof.moments(inners.of(group.every), layout, leaf, tensor)
-  noticed = {leaf for leaf, found in moments.items() if isinstance(found, str)}
-  known = {leaf: found for leaf, found in moments.items() if not isinstance(found, str)}
-  return noticed | {leaf for leaf in known if proof.coupled_in(programs[0], leaf, known)}
+  leaves = set(pair[0].leaves).intersection(candidates)
+  if not leaves:
+    return leaves
+  inner = inners.of(pair[0].every)
+  shapes = [proof.shapes_of(group, layout, dtypes) for group in pair]
+  inits = [reading.traced(inner.init, layout.tree_of(tensors)) for tensors in shapes]
+  updates = [proof.trace(inner, layout, group, dtypes, extra_args) for group in pair]
+  if not (proof.alike(updates[0].program, updates[1].program) and proof.alike(*inits)):
+    return leaves
+  moments: dict[int, Mapping[Any, int]] = {}
+  for leaf in leaves:
+    (tensor,) = shapes[0][leaf]
+    found = proof.moments(inner, layout, leaf, tensor)
+    if not isinstance(found, str):
+      moments[leaf] = found
+  return {x for x in leaves if x not in moments or proof.coupled_in(updates[0], x, moments)}

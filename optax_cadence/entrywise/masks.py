@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from optax_cadence import _control
-from optax_cadence import _inner
+from optax_cadence import _paths
 from optax_cadence import _sharding
 from optax_cadence import _step
 from optax_cadence import _window
@@ -39,34 +39,32 @@ class Mask:
 
   Attributes:
     leaf: Its position in the tree.
-    groups: The names of the groups.
-    cuts: Which entries each has.
-    bits: The bit that stands for each.
+    cuts: Which entries each group has, by the name of the group.
+    bits: The bit that stands for the group, likewise.
   """
 
   leaf: int
-  groups: tuple[str, ...]
-  cuts: tuple[Entries, ...]
-  bits: tuple[int, ...]
+  cuts: Mapping[str, Entries]
+  bits: Mapping[str, int]
 
   def only(self, groups: Collection[str]) -> "Mask":
     """The mask of those of its groups that are among these; they keep their bits."""
-    kept = [i for i, name in enumerate(self.groups) if name in groups]
-    names, cuts = tuple(self.groups[i] for i in kept), tuple(self.cuts[i] for i in kept)
-    return Mask(self.leaf, names, cuts, tuple(self.bits[i] for i in kept))
+    bits = {name: bit for name, bit in self.bits.items() if name in groups}
+    return dataclasses.replace(self, bits=bits)
 
   def codes(self, like: jax.Array) -> jax.Array:
     """The bit of its group for every entry: unsigned integers, as wide as that takes."""
-    codes = np.zeros(like.shape, next(d for d in _CODES if np.iinfo(d).max >= max(self.bits)))
-    for bit, cut in zip(self.bits, self.cuts, strict=True):
-      codes.reshape(-1)[cut.indices] = bit
+    largest = max(self.bits.values())
+    codes = np.zeros(like.shape, next(d for d in _CODES if np.iinfo(d).max >= largest))
+    for name, bit in self.bits.items():
+      codes.reshape(-1)[self.cuts[name].indices] = bit
     # Else the compiler would work out every comparison with them, and keep it as a constant.
     return jax.lax.optimization_barrier(_sharding.lying_as(jnp.asarray(codes), like))
 
   def any(self, codes: jax.Array, flags: Sequence[Any]) -> jax.Array:
     """Whether the flag of its group is set, for every entry."""
     dtype = codes.dtype.type
-    pairs = zip(self.bits, flags, strict=True)
+    pairs = zip(self.bits.values(), flags, strict=True)
     bits = [jnp.where(flag, dtype(bit), dtype(0)) for bit, flag in pairs]
     return (codes & functools.reduce(jnp.bitwise_or, bits)) != 0
 
@@ -74,7 +72,7 @@ class Mask:
     """The number of its group for every entry, in an array of this shape."""
     *others, last = numbers
     result = jnp.full_like(like, last, dtype=last.dtype)
-    for bit, x in zip(self.bits, others, strict=False):
+    for bit, x in zip(self.bits.values(), others, strict=False):
       if x is not last and not _equal(x, last):
         result = jnp.where(codes == bit, x, result)
     return result
@@ -84,9 +82,8 @@ def masks_of(layout: Layout) -> list[Mask]:
   """The leaves under masks that their groups train together, in order."""
   masks = []
   for leaf in layout.masked:
-    rows = [(g.name, t.cut) for g in layout.groups for t in g.masked if t.leaf == leaf]
-    names, cuts = zip(*rows, strict=True)
-    masks.append(Mask(leaf, names, cuts, tuple(1 << i for i in range(len(names)))))
+    cuts: Any = {g.name: t.cut for g in layout.groups for t in g.masked if t.leaf == leaf}
+    masks.append(Mask(leaf, cuts, {name: 1 << i for i, name in enumerate(cuts)}))
   return masks
 
 
@@ -110,7 +107,7 @@ def moments_in(layout: Layout, state: CadenceState) -> dict[int, list[Any]]:
   """Where a state says that it keeps the arrays for the entries of each leaf, as key paths."""
   if state.masks is None:
     return {}
-  paths, masked = _paths_in(state.masks), state.regions.masked
+  paths, masked = list(_paths.by_keys(state.masks.inner_state)), state.regions.masked
   return {i: [paths[place] for place in masked[layout.paths[i]]] for i in layout.masked}
 
 
@@ -118,13 +115,8 @@ def positions(call: _step.Call, state: MaskState | None) -> list[Any]:
   """For each leaf its path, and which arrays of the state belong to its entries."""
   if state is None:
     return []
-  paths = _paths_in(state)
-  leaves = call.layout.masked
+  paths, leaves = list(_paths.by_keys(state.inner_state)), call.layout.masked
   return [(call.layout.paths[i], [*map(paths.index, call.moments[i])]) for i in leaves]
-
-
-def _paths_in(state: MaskState) -> list[Any]:
-  return [path for path, _ in jax.tree_util.tree_flatten_with_path(state.inner_state)[0]]
 
 
 def init(
@@ -132,7 +124,7 @@ def init(
 ) -> MaskState | None:
   """The state of all leaves under masks; without a `sum_dtype` there are no accumulators."""
   layout = call.layout
-  tree = proof.tree_of(layout, {leaf: leaves[leaf] for leaf in layout.masked})
+  tree = layout.tree_of({leaf: [leaves[leaf]] for leaf in layout.masked})
   try:
     state = call.inner.any.init(tree)
   except proof.REFUSALS:
@@ -145,8 +137,8 @@ def init(
   )
   if sum_dtype is None:
     return MaskState(kept, None)
-  sums = {i: jnp.zeros_like(leaves[i], sum_dtype(leaves[i].dtype)) for i in layout.masked}
-  return MaskState(kept, proof.tree_of(layout, sums))
+  sums = {i: [jnp.zeros_like(leaves[i], sum_dtype(leaves[i].dtype))] for i in layout.masked}
+  return MaskState(kept, layout.tree_of(sums))
 
 
 def stand_in(inner: Any, placeholder: Any, accumulates: bool) -> MaskState:
@@ -186,7 +178,7 @@ def without_entries(
     zeros = functools.cache(jnp.zeros)
     grads = filled(grads, call.dtypes, zeros)
     params = None if params is None else filled(params, call.param_dtypes, zeros)
-    numbers = dict(jax.tree_util.tree_flatten_with_path(state)[0])
+    numbers = _paths.by_keys(state)
     state = jax.tree_util.tree_map_with_path(
       lambda path, x: numbers[path] if path in numbers else zeros(x.shape, x.dtype),
       jax.eval_shape(inner.init, grads),
@@ -206,7 +198,7 @@ def all_finite(layout: Layout, grads: Leaves) -> dict[str, list[jax.Array]]:
   for mask in masks_of(layout):
     grad = grads[mask.leaf]
     codes, good = mask.codes(grad), jnp.isfinite(grad)
-    for name, bit in zip(mask.groups, mask.bits, strict=True):
+    for name, bit in mask.bits.items():
       flags[name].append((good | (codes != bit)).all())
   return flags
 
@@ -228,13 +220,14 @@ def advance(
     fires = turn.fires if reads else bool(turn.fires)
     if group.masked and fires is not False:
       inner_state = _step.state_of(call, group, turn.state.inner_state, turn.window, micro_step)
-      states[group.name] = dict(jax.tree_util.tree_flatten_with_path(inner_state)[0])
+      states[group.name] = _paths.by_keys(inner_state)
       if reads:
-        inner, has_params = call.inner.of(group.every), call.params is not None
+        inner = call.inner.of(group.every, turn.window.length)
+        has_params = call.params is not None
         programs[group.name] = proof.trace(
           inner, call.layout, group, call.dtypes, call.extra_args, has_params
         )
-  held = dict(jax.tree_util.tree_flatten_with_path(state.inner_state)[0])
+  held = _paths.by_keys(state.inner_state)
   totals = _sums(call, state)
   for mask in masks:
     codes, regions = mask.codes(targets[mask.leaf]), _regions(call, mask, turns, state)
@@ -244,7 +237,7 @@ def advance(
     paths = call.moments[mask.leaf]
     carry = targets[mask.leaf], [held[path] for path in paths], total
     now = mask.only(programs)
-    if now.groups:
+    if now.bits:
       carry = _fire(call, now, codes, regions, programs, states, paths, carry, micro_step)
     target, moments, totals[mask.leaf] = carry
     held |= zip(paths, moments, strict=True)
@@ -293,9 +286,14 @@ def squared_norm(
       mean = jnp.where(mask.any(codes, fires), mean, jnp.zeros_like(mean))
       return statistics.squared_norms([mean])[0]
 
-    when = any(flag is True for flag in fires) or functools.reduce(jnp.logical_or, fires)
+    when = _any(fires)
     square += _control.maybe(when, measure, jnp.float32(0), total)
   return square
+
+
+def _any(flags: Sequence[Any]) -> Any:
+  """Whether a flag is set: a Python bool where one is known to be."""
+  return any(flag is True for flag in flags) or functools.reduce(jnp.logical_or, flags)
 
 
 def _total_weight(state: MaskState, window: _window.Window, i: int) -> jax.Array:
@@ -325,15 +323,15 @@ def _regions(
   """The regions of a leaf under a mask, by group."""
   regions = {}
   for group in call.layout.groups:
-    if group.name in mask.groups:
+    if group.name in mask.bits:
       window, fires = turns[group.name].window, turns[group.name].fires
-      i = len(group.tensors) + [t.leaf for t in group.masked].index(mask.leaf)
+      i = [t.leaf for t in group.regions].index(mask.leaf)
       length = _window.item(window.length, i)
       if window.by_region:
         fires = False if fires is False else (length > 0) & fires
       counts = True if window.counts is None else window.counts[i]
       regions[group.name] = Region(length, _total_weight(state, window, i), counts, fires)
-  return {name: regions[name] for name in mask.groups}
+  return regions
 
 
 def _sums(call: _step.Call, state: MaskState) -> Leaves:
@@ -391,10 +389,10 @@ def _fire(
   micro_step: jax.Array,
 ) -> Any:
   """Target, moments and sum of a leaf, after the groups that are due have fired."""
-  fires = [regions[name].fires for name in mask.groups]
-  weights = [regions[name].total_weight for name in mask.groups]
-  updates = [programs[name] for name in mask.groups]
-  numbers = [states[name] for name in mask.groups]
+  fires = [regions[name].fires for name in mask.bits]
+  weights = [regions[name].total_weight for name in mask.bits]
+  updates = [programs[name] for name in mask.bits]
+  numbers = [states[name] for name in mask.bits]
   _check(call, mask, updates, paths)
 
   def compute(carry: Any, param: Any) -> Any:
@@ -408,15 +406,14 @@ def _fire(
       raise _no_longer(call, mask, results)
     update, *new = results
     if call.in_place:
-      with jax.numpy_dtype_promotion("standard"):
-        update = optax.apply_updates([param], [update])[0]
+      (update,) = _step.applied([param], [update])
     # The mean takes the place of the sum, which nobody needs any more: no room is made for it.
     return update, new, grad
 
   def fire(carry: Any, param: Any) -> Any:
     return _control.keep(mask.any(codes, fires), compute, carry, param)
 
-  when = any(flag is True for flag in fires) or functools.reduce(jnp.logical_or, fires)
+  when = _any(fires)
   param = None if call.in_place or call.params is None else call.params[mask.leaf]
   if call.dtypes[mask.leaf] != call.param_dtypes[mask.leaf]:
     return _control.first_part_first(when, fire, carry, param, micro_step)
@@ -448,21 +445,16 @@ def _fire_now(
     tensors[t.leaf] = [_reduced(call, t.leaf, totals[t.leaf], weight)]
     param = targets if call.in_place else call.params
     params[t.leaf] = tensors[t.leaf] if param is None else [param[t.leaf]]
-  grads = proof.tree_of(layout, tensors)
+  grads = layout.tree_of(tensors)
   arrays = {**held, **states[group.name]}
   state = jax.tree_util.tree_map_with_path(
     lambda path, _: arrays[path], jax.eval_shape(call.inner.any.init, grads)
   )
-  inner = _step.inner_of(call, group, whole=True)
-  values = None if call.params is None else proof.tree_of(layout, params)
-  try:
-    updates, state = inner.update(grads, state, values, **call.extra_args)
-  except (TypeError, ValueError) as error:
-    _inner.check_state(inner, state, grads if values is None else values, error)
-    raise
+  inner = _step.inner_of(call, group, turn.window.length, whole=True)
+  values = None if call.params is None else layout.tree_of(params)
+  updates, state = _step.updated(call, inner, grads, state, values)
   slots, new = layout.treedef.flatten_up_to(updates), dict(held)
-  results = dict(jax.tree_util.tree_flatten_with_path(state)[0])
-  targets = dict(targets)
+  results, targets = _paths.by_keys(state), dict(targets)
   for i, t in enumerate(group.masked, len(group.tensors)):
     assert isinstance(t.cut, Entries)
     mine = np.zeros(layout.shapes[t.leaf], bool)
@@ -472,8 +464,7 @@ def _fire_now(
       fires = mine & (_window.item(turn.window.length, i) > 0)
     update, target = slots[t.leaf], targets[t.leaf]
     if call.in_place:
-      with jax.numpy_dtype_promotion("standard"):
-        update = optax.apply_updates([target], [update])[0]
+      (update,) = _step.applied([target], [update])
     targets[t.leaf] = _replaced(fires, update, target)
     totals[t.leaf] = _replaced(fires, tensors[t.leaf][0], totals[t.leaf])  # as in a program
     for path in call.moments[t.leaf]:

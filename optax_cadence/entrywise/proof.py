@@ -4,7 +4,7 @@ The answer is None, or the reason why not. The program is that of one update of 
 a leaf under a mask whole; it also says what of the optimizer's state belongs to its entries.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -52,21 +52,11 @@ class Program(NamedTuple):
 
 def shapes_of(group: Group, layout: Layout, dtypes: Sequence[Any]) -> dict[int, list[Any]]:
   """Shape and dtype of the tensors that a group has of each leaf; one under a mask is whole."""
-  found: dict[int, list[Any]] = {}
-  for t in group.tensors:
-    leaf = jax.ShapeDtypeStruct(layout.shapes[t.leaf], dtypes[t.leaf])
-    found.setdefault(t.leaf, []).append(jax.eval_shape(t.cut.take, leaf))
-  for t in group.masked:
-    found[t.leaf] = [jax.ShapeDtypeStruct(layout.shapes[t.leaf], dtypes[t.leaf])]
+  leaves: Any = {i: jax.ShapeDtypeStruct(layout.shapes[i], dtypes[i]) for i in group.leaves}
+  found: dict[int, list[Any]] = {t.leaf: [leaves[t.leaf]] for t in group.masked}
+  for t, x in zip(group.tensors, group.take(leaves), strict=True):
+    found.setdefault(t.leaf, []).append(x)
   return found
-
-
-def tree_of(layout: Layout, tensors: Mapping[int, Any]) -> Any:
-  """The tree with these leaves; a list of several tensors becomes a tuple."""
-  slots: list[Any] = [optax.MaskedNode()] * len(layout.paths)
-  for leaf, x in tensors.items():
-    slots[leaf] = (x[0] if len(x) == 1 else tuple(x)) if isinstance(x, list) else x
-  return layout.treedef.unflatten(slots)
 
 
 def trace(
@@ -77,21 +67,12 @@ def trace(
   extra_args: Mapping[str, Any] | None = None,
   with_params: bool = True,
 ) -> Program:
-  """Traces an update.
+  """Traces an update of a group, from a state as `init` makes it.
 
-  Args:
-    inner: The inner optimizer.
-    layout: Groups of the tree.
-    group: The group.
-    dtypes: Dtypes in which it gets the gradients and parameters of all leaves.
-    extra_args: Extra arguments for the inner optimizer.
-    with_params: Whether there are parameters.
-
-  Returns:
-    The program, for a state as `init` makes it.
+  The dtypes are those in which the optimizer gets gradients and parameters of all leaves.
   """
   tensors = shapes_of(group, layout, dtypes)
-  grads = tree_of(layout, tensors)
+  grads = layout.tree_of(tensors)
   params = grads if with_params else None
   flat, structure = jax.tree_util.tree_flatten_with_path(jax.eval_shape(inner.init, grads))
   avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in flat]
@@ -109,46 +90,34 @@ def trace(
 
 
 def moments(inner: Any, layout: Layout, leaf: int, entries: Any) -> dict[Any, int] | str:
-  """Where the state keeps an array for the entries of a tensor.
-
-  Args:
-    inner: The inner optimizer.
-    layout: Groups of the tree.
-    leaf: Position of the leaf.
-    entries: Shape and dtype of the leaf, as the optimizer sees it.
+  """Where the state keeps an array for the entries of a leaf, of this shape and dtype.
 
   Returns:
     For the key path of each such array its place among the leaves of the state; or the reason why
     they do not start out entry by entry.
   """
-  tree = tree_of(layout, {leaf: entries})
+  tree = layout.tree_of({leaf: [entries]})
   program = reading.traced(inner.init, tree)
   flat = jax.tree_util.tree_flatten_with_path(jax.eval_shape(inner.init, tree))[0]
-  found: dict[Any, int] = {}
-  coupled: list[str] = []
 
-  def look(x: jax.Array) -> None:
+  def look(x: jax.Array) -> dict[Any, int] | str:
+    found: dict[Any, int] = {}
     values = lanes.run([program], [x], _spread(x))
     for i, ((path, y), value) in enumerate(zip(flat, values, strict=True)):
       if isinstance(value, lanes.Coupled):
-        coupled.append(value.by)
-      elif not isinstance(value, lanes.Lanes) or (value.spread and y.shape == entries.shape):
+        return value.by
+      if not isinstance(value, lanes.Lanes) or (value.spread and y.shape == entries.shape):
         found[path] = i
+    return found
 
-  jax.eval_shape(look, entries)
-  return coupled[0] if coupled else found
+  return _of_traced(look, entries)
 
 
 def coupled_in(program: Program, leaf: int, moments: Mapping[int, Mapping[Any, int]]) -> str | None:
   """Why the entries of a leaf are not treated one by one in the update of one group.
 
-  Args:
-    program: The update.
-    leaf: The leaf.
-    moments: Where the state keeps arrays for the entries of each leaf that is asked about.
-
-  Returns:
-    What is in the way: an entry that goes into another, or into another tensor. None if nothing.
+  In the way is an entry that goes into another, or into another tensor. The state keeps its arrays
+  for the entries of each leaf that is asked about in `moments`.
   """
   arguments, results = program.program.in_avals, program.program.out_avals
   if len(results) != len(program.leaves) + len(program.state):
@@ -157,9 +126,8 @@ def coupled_in(program: Program, leaf: int, moments: Mapping[int, Mapping[Any, i
   entries = {*own, *program.param(leaf)}
   held = {program.state.get(path) for paths in moments.values() for path in paths}
   numbers = set(program.state.values()) - held
-  reasons: list[str] = []
 
-  def look(x: jax.Array) -> None:
+  def look(x: jax.Array) -> str | None:
     inputs: list[lanes.Value] = []
     for i, aval in enumerate(arguments):
       if i in numbers:
@@ -169,14 +137,14 @@ def coupled_in(program: Program, leaf: int, moments: Mapping[int, Mapping[Any, i
     for i, result in enumerate(lanes.run([program.program], inputs, _spread(x))):
       value = lanes.as_array(result, _spread(x)) if i in own else result
       if isinstance(value, lanes.Coupled):
-        reasons.append(value.by)
-      elif i in own and results[i].shape != x.shape:
-        reasons.append("a result of another shape")
-      elif i not in own and isinstance(result, jax.Array):
-        reasons.append("a result that goes into another tensor")
+        return value.by
+      if i in own and results[i].shape != x.shape:
+        return "a result of another shape"
+      if i not in own and isinstance(result, jax.Array):
+        return "a result that goes into another tensor"
+    return None
 
-  jax.eval_shape(look, arguments[own[0]])
-  return reasons[0] if reasons else None
+  return _of_traced(look, arguments[own[0]])
 
 
 def coupled(
@@ -190,9 +158,8 @@ def coupled(
     reason = coupled_in(program, leaf, moments)
     if reason is not None:
       return reason
-  reasons: list[str] = []
 
-  def look(x: jax.Array) -> None:
+  def look(x: jax.Array) -> str | None:
     states = []
     for program in programs:
       avals = program.program.in_avals
@@ -201,10 +168,9 @@ def coupled(
       )
     params = None if programs[0].params is None else x
     result = run(programs, leaf, dict.fromkeys(moments[leaf], x), states, x, params, _spread(x))
-    reasons.extend([result] if isinstance(result, str) else [])
+    return result if isinstance(result, str) else None
 
-  jax.eval_shape(look, programs[0].program.in_avals[programs[0].tensor(leaf)])
-  return reasons[0] if reasons else None
+  return _of_traced(look, programs[0].program.in_avals[programs[0].tensor(leaf)])
 
 
 def run(
@@ -293,6 +259,13 @@ def alike(program: Any, other: Any) -> bool:
 
 def _equal(x: Any, y: Any) -> bool:
   return bool(x.dtype == y.dtype and (x == y).all())
+
+
+def _of_traced(look: Callable[[jax.Array], Any], x: Any) -> Any:
+  """What a function finds out by operations on an array of this kind, none of which is run."""
+  found = []
+  jax.eval_shape(lambda x: found.append(look(x)), x)
+  return found[0]
 
 
 def _spread(x: jax.Array) -> lanes.LookUp:

@@ -150,7 +150,7 @@ def initializers_of(fill: Fill, leaves: masking.Arrays) -> dict[_paths.Path, Any
   prefixes = dict(_paths.flatten_with_paths(fill.initializer, is_leaf=callable))
   found = {}
   for path in leaves:
-    prefix = _paths.covering(path, prefixes)
+    prefix = _paths.prefix_of(path, prefixes)
     initializer = "none" if prefix is None else prefixes[prefix]
     if not callable(initializer):
       raise ValueError(

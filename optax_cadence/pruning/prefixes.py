@@ -32,7 +32,7 @@ def by_leaf(
     _paths.flatten_with_paths(tree, lambda x: callable(x) or (is_leaf is not None and is_leaf(x)))
   )
   known = [path for path, _ in _paths.flatten_with_paths(params)]
-  used = {_paths.covering(path, by_prefix) for path in known}
+  used = {_paths.prefix_of(path, by_prefix) for path in known}
   for prefix in by_prefix:
     if prefix not in used:
       raise ValueError(
@@ -41,7 +41,7 @@ def by_leaf(
       )
   values = {}
   for path in paths:
-    covering = _paths.covering(path, by_prefix)
+    covering = _paths.prefix_of(path, by_prefix)
     if covering is None:
       raise ValueError(f"{what} of {_paths.join(path)!r}: expected one in the tree, found none")
     values[path] = by_prefix[covering]

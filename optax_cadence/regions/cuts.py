@@ -5,6 +5,7 @@ leaf falls into is said by a `Partition`. Nothing here knows about time, trees o
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -21,6 +22,13 @@ _MAX_SLICES = 16
 
 # A run of this many entries of a leaf is computed at nearly the speed of memory.
 _RUN = 32
+
+# What indices of cuts are to a gather or scatter: ascending, none twice, all in the leaf.
+_SORTED: Any = {
+  "unique_indices": True,
+  "indices_are_sorted": True,
+  "mode": "promise_in_bounds",
+}
 
 
 class Cut(Protocol):
@@ -77,6 +85,17 @@ def lying_as(x: jax.Array, like: jax.Array) -> jax.Array:
   return _sharding.lying_as(x, like) if lies else x
 
 
+def read(leaf: jax.Array, cut: Cut) -> jax.Array:
+  """The tensor of a cut, out of a leaf however that lies."""
+  return cut.take(gathered(leaf, [cut]))
+
+
+def written(leaf: jax.Array, cut: Cut, tensor: jax.Array) -> jax.Array:
+  """The leaf with the tensor of a cut written in its place, lying as before."""
+  view = cut.view(gathered(leaf, [cut]))
+  return lying_as(cut.put(view, tensor).reshape(leaf.shape), leaf)
+
+
 def _says_how_it_lies(x: jax.Array) -> bool:
   """Whether the type of an array does so, as on a mesh with explicit axes."""
   return any(getattr(getattr(jax.typeof(x), "sharding", None), "spec", ()))
@@ -106,7 +125,7 @@ class Whole:
     return tensor
 
   def size(self, shape: Shape) -> int:
-    return int(np.prod(shape, dtype=np.int64))
+    return math.prod(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,14 +137,14 @@ class Box:
 
   @property
   def start(self) -> tuple[int, ...]:
-    return next(zip(*self.intervals, strict=True))
+    return tuple(start for start, _ in self.intervals)
 
   def __str__(self) -> str:
     return "[" + ", ".join(f"{start}:{stop}" for start, stop in self.intervals) + "]"
 
   def across(self, shards: Sequence[int]) -> set[int]:
-    widths = (stop - start for start, stop in self.intervals)
-    return {i for i, (n, width) in enumerate(zip(shards, widths, strict=True)) if width % n}
+    sides = zip(shards, self.intervals, strict=True)
+    return {i for i, (n, (start, stop)) in enumerate(sides) if (stop - start) % n}
 
   def take(self, leaf: jax.Array) -> jax.Array:
     return jax.lax.slice(leaf, *zip(*self.intervals, strict=True))
@@ -138,7 +157,7 @@ class Box:
 
   def size(self, shape: Shape) -> int:
     del shape
-    return int(np.prod([stop - start for start, stop in self.intervals], dtype=np.int64))
+    return math.prod(stop - start for start, stop in self.intervals)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,9 +186,7 @@ class Bands:
   def take(self, leaf: jax.Array) -> jax.Array:
     folded = self.folded_shape(leaf.shape)
     if folded is None:
-      return leaf.at[self._at()].get(
-        unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds"
-      )
+      return leaf.at[self._at()].get(**_SORTED)
     return self._box(folded).take(leaf.reshape(folded)).reshape(self._shape(leaf.shape))
 
   def view(self, leaf: jax.Array) -> jax.Array:
@@ -181,9 +198,7 @@ class Bands:
       box = self._box(view.shape)
       return box.put(view, tensor.reshape([stop - start for start, stop in box.intervals]))
     if len(self.intervals) > _MAX_SLICES:
-      return view.at[self._at()].set(
-        tensor, unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds"
-      )
+      return view.at[self._at()].set(tensor, **_SORTED)
     done = 0
     for start, stop in self.intervals:
       band = jax.lax.slice_in_dim(tensor, done, done + stop - start, axis=self.axis)
@@ -192,7 +207,7 @@ class Bands:
     return view
 
   def size(self, shape: Shape) -> int:
-    return int(np.prod(self._shape(shape), dtype=np.int64))
+    return math.prod(self._shape(shape))
 
   def _at(self) -> tuple[Any, ...]:
     indices = np.concatenate([np.arange(*i, dtype=np.int32) for i in self.intervals])
@@ -240,7 +255,7 @@ def can_fold(cut: Cut, shape: Shape) -> bool:
   """Whether a leaf of this shape has this cut faster if the tensor keeps the fold."""
   if not isinstance(cut, Bands) or cut.folded_shape(shape) is None:
     return False
-  after = int(np.prod(shape[cut.axis + 1 :], dtype=np.int64))
+  after = math.prod(shape[cut.axis + 1 :])
   start, stop = cut.intervals[0]
   # Joined, the vectorized run is what comes after the axis; folded, a band of it.
   return after < _RUN <= after * (stop - start)
@@ -268,19 +283,13 @@ class Entries:
     return {i for i, n in enumerate(shards) if n > 1}
 
   def take(self, leaf: jax.Array) -> jax.Array:
-    return (
-      leaf.reshape(-1)
-      .at[self.indices]
-      .get(unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds")
-    )
+    return leaf.reshape(-1).at[self.indices].get(**_SORTED)
 
   def view(self, leaf: jax.Array) -> jax.Array:
     return leaf.reshape(-1)
 
   def put(self, view: jax.Array, tensor: jax.Array) -> jax.Array:
-    return view.at[self.indices].set(
-      tensor, unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds"
-    )
+    return view.at[self.indices].set(tensor, **_SORTED)
 
   def size(self, shape: Shape) -> int:
     del shape

@@ -1,6 +1,7 @@
 """Rectangular partitions of a leaf: `Grid` and its three short forms."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -82,17 +83,17 @@ class Grid(Partition):
         raise ValueError(f"{cells} bands are finer than axis {axis}, which has {length} entries")
       if axis in found:
         raise ValueError(f"axes {tuple(self.axes)} name one axis of the leaf twice")
-      start, along = 0, []
-      for i in range(cells):
-        stop = start + length // cells + (i < length % cells)
-        along.append((start, stop))
-        start = stop
-      found[axis] = along
+      widths = (length // cells + (i < length % cells) for i in range(cells))
+      found[axis] = list(itertools.pairwise(itertools.accumulate(widths, initial=0)))
     return found
 
 
+def _is_sequence(x: Any) -> bool:
+  return isinstance(x, list | tuple) or is_mask(x)
+
+
 def _integers(axes: Any) -> tuple[int, ...]:
-  if not (isinstance(axes, list | tuple) or is_mask(axes)):
+  if not _is_sequence(axes):
     raise ValueError(f"axes must be a sequence of integers, found {_checks.shown(axes)}")
   return tuple(_checks.integer("each of axes", axis) for axis in axes)
 
@@ -102,33 +103,29 @@ def _cells(periods: Any, depth: int) -> np.ndarray:
   if is_mask(periods) and not isinstance(periods, jax.core.Tracer):
     periods = np.asarray(periods)
   shape: list[int] = []
-  row = periods
+  rows = [periods]
   for _ in range(depth):
-    if not (isinstance(row, list | tuple) or is_mask(row)) or len(row) == 0:
+    if not _is_sequence(rows[0]) or len(rows[0]) == 0:
       raise ValueError(
         f"periods must be non-empty sequences nested {depth} deep, one level per axis,"
         f" found {_checks.shown(periods)}"
       )
-    shape.append(len(row))
-    row = row[0]
-  cells = np.empty(shape, object)
-  for index in np.ndindex(*shape):
-    cells[index] = _cell(periods, index, shape)
-  return cells
-
-
-def _cell(periods: Any, index: tuple[int, ...], shape: list[int]) -> Any:
-  for i, n in zip(index, shape, strict=True):
-    if not (isinstance(periods, list | tuple) or is_mask(periods)) or len(periods) != n:
+    n = len(rows[0])
+    for row in rows:
+      if not _is_sequence(row) or len(row) != n:
+        raise ValueError(
+          f"periods must not be ragged: expected {n} cells, found {_checks.shown(row)}"
+        )
+    shape.append(n)
+    rows = [row[i] for row in rows for i in range(n)]
+  cells = np.empty(len(rows), object)
+  for i, cell in enumerate(rows):
+    if _is_sequence(cell):
       raise ValueError(
-        f"periods must not be ragged: expected {n} cells, found {_checks.shown(periods)}"
+        f"periods are nested deeper than there are axes: found {_checks.shown(cell)}"
       )
-    periods = periods[i]
-  if isinstance(periods, list | tuple) or is_mask(periods):
-    raise ValueError(
-      f"periods are nested deeper than there are axes: found {_checks.shown(periods)}"
-    )
-  return periods
+    cells[i] = cell
+  return cells.reshape(shape)
 
 
 def channels(periods: Sequence[Any], axis: int = -1) -> Grid:

@@ -61,24 +61,27 @@ class Group:
   in_pieces: bool = dataclasses.field(init=False)
 
   def __post_init__(self) -> None:
-    leaves: set[int] = set()
-    for t in self.tensors:
-      leaves.add(t.leaf)
-    object.__setattr__(self, "in_pieces", len(leaves) < len(self.tensors))
-    for t in self.masked:
-      leaves.add(t.leaf)
-    object.__setattr__(self, "leaves", tuple(sorted(leaves)))
+    leaves = [t.leaf for t in self.tensors]
+    object.__setattr__(self, "in_pieces", len(set(leaves)) < len(leaves))
+    leaves += [t.leaf for t in self.masked]
+    object.__setattr__(self, "leaves", tuple(sorted(set(leaves))))
+
+  @property
+  def regions(self) -> tuple[Tensor, ...]:
+    """All its regions: those under masks come last."""
+    return self.tensors + self.masked
 
   def take(self, leaves: Mapping[int, jax.Array]) -> list[jax.Array]:
     """This group's tensors, out of the leaves of a tree by position."""
     tensors = []
     for t in self.tensors:
       leaf = leaves[t.leaf]
-      if isinstance(leaf, jax.ShapeDtypeStruct) and not isinstance(t.cut, cuts.Whole):
-        leaf = jax.eval_shape(t.cut.take, leaf)
-      elif not isinstance(t.cut, cuts.Whole):
-        leaf = t.cut.take(cuts.gathered(leaf, [t.cut]))
-      tensors.append(leaf)
+      if isinstance(t.cut, cuts.Whole):
+        tensors.append(leaf)
+      elif isinstance(leaf, jax.ShapeDtypeStruct):
+        tensors.append(jax.eval_shape(t.cut.take, leaf))
+      else:
+        tensors.append(cuts.read(leaf, t.cut))
     return tensors
 
 
@@ -127,28 +130,26 @@ class Layout:
   def tree(self, group: Group, tensors: Sequence[Any]) -> Any:
     """The tree that the group's inner optimizer sees.
 
-    Args:
-      group: The group.
-      tensors: What takes the place of each of its tensors, or of each of its regions: after those
-        the leaves under masks.
+    It has these in the place of the group's tensors, or of its regions, if they are as many.
     """
-    slots: list[Any] = [optax.MaskedNode()] * len(self.paths)
-    regions = group.tensors
-    if len(tensors) > len(regions):
-      regions += group.masked
+    regions = group.tensors if len(tensors) == len(group.tensors) else group.regions
+    parts: dict[int, list[Any]] = {}
     for t, tensor in zip(regions, tensors, strict=True):
-      before = slots[t.leaf]
-      if isinstance(before, optax.MaskedNode):
-        slots[t.leaf] = tensor
-      else:
-        slots[t.leaf] = (*(before if isinstance(before, tuple) else (before,)), tensor)
+      parts.setdefault(t.leaf, []).append(tensor)
+    return self.tree_of(parts)
+
+  def tree_of(self, parts: Mapping[int, Sequence[Any]]) -> Any:
+    """The tree in which each of these leaves is one tensor, or a tuple of several."""
+    slots: list[Any] = [optax.MaskedNode()] * len(self.paths)
+    for leaf, tensors in parts.items():
+      slots[leaf] = tensors[0] if len(tensors) == 1 else tuple(tensors)
     return self.treedef.unflatten(slots)
 
-  def folded(self) -> list[_paths.Path]:
-    """The paths of the leaves whose bands keep their fold."""
+  @property
+  def folded(self) -> list[int]:
+    """The leaves whose bands keep their fold."""
     tensors = (t for group in self.groups for t in group.tensors)
-    leaves = {t.leaf for t in tensors if isinstance(t.cut, cuts.FoldedBands)}
-    return [self.paths[leaf] for leaf in sorted(leaves)]
+    return sorted({t.leaf for t in tensors if isinstance(t.cut, cuts.FoldedBands)})
 
   def region_names(self) -> dict[str, tuple[str, ...]]:
     """For every group the names of its regions, in the order of its tensors.
@@ -156,35 +157,35 @@ class Layout:
     A region is called by the name of its leaf; several in one leaf are numbered, in the order of
     the groups.
     """
-    regions = [
-      (group.name, t.leaf) for group in self.groups for t in (*group.tensors, *group.masked)
-    ]
-    # In the order of the leaves, so that numbers do not depend on the groups.
-    order = sorted(range(len(regions)), key=lambda i: regions[i][1])
-    total = collections.Counter(leaf for _, leaf in regions)
-    number: collections.Counter[int] = collections.Counter()
+    leaves = [t.leaf for group in self.groups for t in group.regions]
+    total, number = collections.Counter(leaves), collections.Counter[int]()
     called = []
-    for i in order:
-      leaf = regions[i][1]
+    for leaf in leaves:
       name = self.name(leaf)
       if total[leaf] > 1:
         name = f"{name}/{number[leaf]}" if name else f"{number[leaf]}"
         number[leaf] += 1
       called.append(name)
-    by_region = dict(zip(order, _paths.distinct(called), strict=True))
-    names: dict[str, list[str]] = {group.name: [] for group in self.groups}
-    for i, (group_name, _) in enumerate(regions):
-      names[group_name].append(by_region[i] or "params")
-    return {group: tuple(found) for group, found in names.items()}
+    # Where leaves give the same name, which has it does not depend on the groups.
+    order = sorted(range(len(leaves)), key=leaves.__getitem__)
+    for i, name in zip(order, _paths.distinct(called[i] for i in order), strict=True):
+      called[i] = name or "params"
+    names = iter(called)
+    return {group.name: tuple(next(names) for _ in group.regions) for group in self.groups}
 
 
 def leaves_of(tree: Any) -> Leaves:
   """The leaves of a tree by position, as `Group.take` reads them."""
-  leaves = jax.tree.leaves(tree)
-  for i, x in enumerate(leaves):
-    if not isinstance(x, jax.ShapeDtypeStruct):  # `init` may be given shapes alone
-      leaves[i] = jnp.asarray(x)
-  return dict(enumerate(leaves))
+  leaves: dict[int, Any] = {}
+  for i, x in enumerate(jax.tree.leaves(tree)):
+    # `init` may be given shapes alone.
+    leaves[i] = x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
+  return leaves
+
+
+def with_leaves(tree: Any, leaves: Leaves) -> Any:
+  """The tree with these leaves, in order, in the place of its own."""
+  return jax.tree.unflatten(jax.tree.structure(tree), leaves.values())
 
 
 class Cadences(NamedTuple):
@@ -249,11 +250,11 @@ def _mapped(partition: partitions.Partition, place: str) -> list[Every]:
   """The cadences of a partition, after `map` has put an `Every` in place of each."""
   cells = partition.cells
   if not (cells and all(isinstance(cell, Every) for cell in cells)):
-    error = ValueError(
+    raise named(
       f"{type(partition).__name__}.map(fn) must return the partition with fn(cadence) for every"
-      f" cadence, found cells {_checks.shown(cells)}"
+      f" cadence, found cells {_checks.shown(cells)}",
+      place,
     )
-    raise named(error, place)
   return cells
 
 
@@ -292,18 +293,18 @@ def layout(every: Any, tree: Any, known: Cadences | None = None) -> Layout:
   Raises:
     ValueError: If a leaf has no cadence, a cadence no leaf, or one does not fit.
   """
-  treedef, rows = jax.tree.structure(tree), _paths.flatten_with_paths(tree)
-  paths, leaves = zip(*rows, strict=True) if rows else ((), ())
+  rows = _paths.flatten_with_paths(tree)
+  paths = tuple(path for path, _ in rows)
+  shapes = tuple(np.shape(leaf) for _, leaf in rows)
   resolved = known
   if known is None or known.by_path is None:
     resolved = cadences_of(_called(every, tree) if callable(every) else every)
     known = known or resolved
   assert known is not None
   assert resolved is not None
-  shapes, scattered = [], False
+  scattered = False
   tensors: dict[Hashable, list[Tensor]] = {}
-  for i, (leaf, cadence) in enumerate(zip(leaves, _match(resolved, paths, tree), strict=True)):
-    shapes.append(np.shape(leaf))
+  for i, cadence in enumerate(_match(resolved, paths, tree)):
     if isinstance(cadence, Every):
       tensors.setdefault(cadence.key, []).append(Tensor(i, cuts.Whole()))
       continue
@@ -317,17 +318,15 @@ def layout(every: Any, tree: Any, known: Cadences | None = None) -> Layout:
   groups = []
   for key in dict.fromkeys([*tensors, *known.everys]):
     if key not in known.names:
-      place = _paths.names(paths)[tensors[key][0].leaf]
       raise named(
-        ValueError(
-          "expected one that was listed beforehand, in the cells of a partition or the attribute"
-          " cadences of a function, found another"
-        ),
-        place,
+        "expected one that was listed beforehand, in the cells of a partition or the attribute"
+        " cadences of a function, found another",
+        _paths.names(paths)[tensors[key][0].leaf],
       )
     cadence = known.everys.get(key) or resolved.everys[key]
     groups.append(Group(known.names[key], cadence, tuple(tensors.get(key, ()))))
-  return Layout(treedef, tuple(paths), tuple(shapes), tuple(groups), known.has_masks, scattered)
+  treedef = jax.tree.structure(tree)
+  return Layout(treedef, paths, shapes, tuple(groups), known.has_masks, scattered)
 
 
 def check_cuts(layout: Layout) -> None:
@@ -336,20 +335,24 @@ def check_cuts(layout: Layout) -> None:
   for group in layout.groups:
     kinds: dict[int, type] = {}
     for t in group.tensors:
-      sizes[t.leaf] += t.cut.size(layout.shapes[t.leaf])
-      if kinds.setdefault(t.leaf, type(t.cut)) is not type(t.cut):
-        found = f"{kinds[t.leaf].__name__} and {type(t.cut).__name__}"
-        error = ValueError(
-          f"expected cuts of one class for the cadence {group.name}, found {found}"
+      shape, kind = layout.shapes[t.leaf], type(t.cut)
+      sizes[t.leaf] += t.cut.size(shape)
+      first = kinds.setdefault(t.leaf, kind)
+      if first is not kind:
+        raise named(
+          f"expected cuts of one class for the cadence {group.name}, found {first.__name__} and"
+          f" {kind.__name__}",
+          layout.name(t.leaf),
+          f" of shape {shape}",
         )
-        raise named(error, layout.name(t.leaf), f" of shape {layout.shapes[t.leaf]}")
   for i, (size, shape) in enumerate(zip(sizes, layout.shapes, strict=True)):
     if size != math.prod(shape):
-      error = ValueError(
+      raise named(
         f"expected tensors that hold each of its {math.prod(shape)} entries once, found tensors of"
-        f" {size} entries"
+        f" {size} entries",
+        layout.name(i),
+        f" of shape {shape}",
       )
-      raise named(error, layout.name(i), f" of shape {shape}")
 
 
 def _called(every: Callable[[Any], Any], tree: Any) -> Any:
@@ -362,8 +365,8 @@ def _called(every: Callable[[Any], Any], tree: Any) -> Any:
     ) from error
 
 
-def named(error: Exception, name: str, what: str = "") -> ValueError:
-  """The error, which says which leaf the cadence is for."""
+def named(error: Exception | str, name: str, what: str = "") -> ValueError:
+  """An error that says which leaf the cadence is for."""
   where = f"cadence of {name!r}{what}" if name else "cadence"
   return ValueError(f"{where}: {error}")
 
@@ -373,7 +376,7 @@ def _match(cadences: Cadences, paths: Sequence[_paths.Path], tree: Any) -> list[
   given, used, result = cadences.by_path, set(), []
   assert given is not None
   for i, path in enumerate(paths):
-    prefix = _paths.covering(path, given)
+    prefix = _paths.prefix_of(path, given)
     if prefix is None:
       name = repr(_paths.names(paths)[i]) if path else "the parameter"
       raise ValueError(

@@ -1,5 +1,7 @@
 """A period for every entry of a leaf, as an integer array; imported only where there is one."""
 
+import itertools
+import math
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -56,15 +58,12 @@ class Mask(Partition):
       return [(self.cells[0], Whole())]
     changes = [_changes(mask, axis) for axis in range(mask.ndim)]
     axes = [axis for axis, at in enumerate(changes) if at]
-    n_cells = int(np.prod([len(changes[axis]) + 1 for axis in axes]))
+    n_cells = math.prod(len(changes[axis]) + 1 for axis in axes)
     if len(axes) > 1 and 2 * n_cells > mask.size:
       flat = mask.reshape(-1)
       where = {p: np.flatnonzero(flat == p).astype(np.int32) for p in np.unique(flat).tolist()}
       return [(self.cadences[p], Entries(indices)) for p, indices in where.items()]
-    intervals = {
-      axis: list(zip([0, *changes[axis]], [*changes[axis], shape[axis]], strict=True))
-      for axis in axes
-    }
+    intervals = {axis: list(itertools.pairwise([0, *changes[axis], shape[axis]])) for axis in axes}
     corners = iter(np.ix_(*([start for start, _ in along] for along in intervals.values())))
     cells = mask[tuple(next(corners) if i in axes else 0 for i in range(mask.ndim))]
     periods = np.empty(cells.shape, object)
@@ -75,4 +74,4 @@ class Mask(Partition):
 def _changes(mask: np.ndarray, axis: int) -> list[int]:
   """Positions along an axis at which the mask differs from the position before."""
   rows = np.moveaxis(mask, axis, 0).reshape(mask.shape[axis], -1)
-  return [int(i) for i in np.flatnonzero((rows[1:] != rows[:-1]).any(axis=1)) + 1]
+  return (np.flatnonzero((rows[1:] != rows[:-1]).any(axis=1)) + 1).tolist()

@@ -111,7 +111,7 @@ def describe(
     _summary(cadence, layout, group, dtypes, microbatch) for group in layout.groups if group.leaves
   )
   stored = _training.why_stored(cadence, layout, dtypes)
-  if not _cadence.stands_alone(tx):
+  if _cadence.chain_of(tx) is not None:
     stored = dict.fromkeys(stored, "transformations before the cadence")
   return Description(
     groups,
@@ -129,7 +129,7 @@ def _summary(
   microbatch: int,
 ) -> GroupSummary:
   sizes, accumulators = 0, 0
-  for t in (*group.tensors, *group.masked):
+  for t in group.regions:
     size = t.cut.size(layout.shapes[t.leaf])
     sizes += size
     if cadence.accumulates(group.every) or t in group.masked:
