@@ -160,7 +160,8 @@ def filled(inner: optax.GradientTransformation, state: optax.OptState, tensors: 
       )
     return jax.tree.unflatten(jax.tree.structure(part), [flags[path] for path in paths])
 
-  return mapped('nonfinite="skip"', inner, state, in_place, by_path)
+  what = 'leaving out micro-batches (nonfinite="skip", skip=... or weighted=True)'
+  return mapped(what, inner, state, in_place, by_path)
 
 
 def mapped(
@@ -181,6 +182,6 @@ def mapped(
     )
   except (TypeError, ValueError, AttributeError) as error:
     raise ValueError(
-      f"{what} expected an inner optimizer whose state follows the parameters, as"
+      f"{what}: expected an inner optimizer whose state follows the parameters, as"
       f" optax.tree_utils.tree_map_params understands it, found {type(state).__name__}: {error}"
     ) from error

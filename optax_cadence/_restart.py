@@ -44,7 +44,7 @@ def restarted(
   def follow(part: Any) -> _Followed:
     return _Followed(jax.tree.map(of_leaf, new, part))
 
-  flags = _inner.mapped("restart=True:", inner, state, follow, lambda _: _OTHER)
+  flags = _inner.mapped("restart=True", inner, state, follow, lambda _: _OTHER)
   return _merged(flags, inner.init(params), state)
 
 

@@ -154,11 +154,12 @@ class Sources:
     return found
 
   def of(self, region: Region) -> list[Region]:
-    """The regions that some of a region's entries were in."""
+    """The regions that some of a region's entries were in; any one, where it has no entries."""
     there = self.regions.get(region.leaf, [])
     if region.at is None or region.leaf not in self._owners:
       return there
-    return [there[i] for i in np.unique(self._owners[region.leaf][region.at])]
+    owners = np.unique(self._owners[region.leaf][region.at])
+    return [there[i] for i in owners] or there[:1]
 
   def window(self, region: Region) -> Window:
     """The window of one of the regions as they were."""
