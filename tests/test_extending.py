@@ -288,7 +288,7 @@ def test_layers_that_are_stacked_get_their_own_part_of_it():
         "sums", lambda param, memory, key: memory, remembers=lambda m, p, g: p.sum()
       ),
       {"inner": optax.sgd(0.1)},
-      r"criterion sums: remembers must return an array of shape \(3, 4\), found \(\)",
+      r"criterion sums: remembers must return a real array of shape \(3, 4\), found \(\), float32",
     ),
     (
       pruning.Criterion("sums", lambda param, memory, key: memory, remembers=True),

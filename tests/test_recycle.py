@@ -686,7 +686,9 @@ TAKERS = {
 }
 
 
-@pytest.mark.parametrize("name", TAKERS)
+@pytest.mark.parametrize(
+  "name", [pytest.param(name, marks=[pytest.mark.ci] * (name == "convolutions")) for name in TAKERS]
+)
 def test_biases_take_up_what_replaced_units_gave(name):
   fn, params, takers = TAKERS[name]
   x = jnp.tile(X[:1], (3, 1))  # so every unit is a constant

@@ -513,7 +513,7 @@ def program(step, tx, params, x, phase):
 
 @needs_references
 @pytest.mark.usefixtures("optimized_programs")
-@pytest.mark.parametrize("phase", [None, 2, 0])
+@pytest.mark.parametrize("phase", [None, *(pytest.param(t, marks=pytest.mark.ci) for t in (2, 0))])
 def test_no_gradient_of_scanned_layers_is_held(phase):
   params = {"w": jax.ShapeDtypeStruct((48, 64, 64), jnp.float32)}
   x, tx = jax.ShapeDtypeStruct((8, 64), jnp.float32), oc.cadence(adam(), 4)
@@ -565,7 +565,10 @@ def test_no_gradient_of_layers_with_their_own_periods_is_held(phase):
 @pytest.mark.parametrize(
   "every", [{"u": 1, "v": 3, "w": 1, "z": 3}, {"u": 3, "v": 1, "w": 3, "z": oc.stacked([1, 3])}]
 )
-@pytest.mark.parametrize("wrap", [lambda fn: fn, jax.checkpoint, jax.jit])
+@pytest.mark.parametrize(
+  "wrap",
+  [lambda fn: fn, *(pytest.param(x, marks=pytest.mark.ci) for x in (jax.checkpoint, jax.jit))],
+)
 def test_leaves_of_one_shape_are_told_apart(every, wrap):
   # Where JAX has mixed up which cotangents of a scan go to references and which do not.
   rng = np.random.default_rng(0)

@@ -183,7 +183,7 @@ def scanned(params, x, tokens=1.0):
   return (h @ params["out"] / tokens).sum() ** 2
 
 
-@pytest.mark.parametrize("by_leaf", [False, True])
+@pytest.mark.parametrize("by_leaf", [pytest.param(False, marks=pytest.mark.ci), True])
 @pytest.mark.parametrize("every", EVERY.values(), ids=EVERY)
 def test_the_backward_pass_adds_a_multiple(every, by_leaf):
   tx, rng = oc.cadence(optax.sgd(0.1), every, weighted=True), np.random.default_rng(0)

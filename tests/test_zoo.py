@@ -23,6 +23,8 @@ from optax_cadence.growth import _trees
 
 NETS = {net.name: net for net in zoo.ZOO}
 EVERY = pytest.mark.parametrize("name", list(NETS))
+# Large nets, of whose parts there are smaller ones.
+LARGE = ("VGG", "ResNet", "MobileNet", "DenseNet", "BERT", "T5", "Mixer")
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +142,9 @@ def open_gate(tree, plan):
   return _trees.with_leaves(tree, {plan.alpha: jnp.float32(1)})
 
 
-@EVERY
+@pytest.mark.parametrize(
+  "name", [pytest.param(name, marks=[pytest.mark.ci] * (name in LARGE)) for name in NETS]
+)
 def test_dimensions_are_found_and_nothing_changes_at_first(name):
   net = NETS[name]
   grown = grow(net, checked=False)

@@ -106,7 +106,7 @@ class Criterion:
     if new.shape != memory.shape or jnp.iscomplexobj(new):
       raise ValueError(
         f"criterion {self.name}: remembers must return a real array of shape {memory.shape}, found"
-        f" {_checks.shown(new)}"
+        f" {new.shape}, {new.dtype}"
       )
     new = new.astype(memory.dtype)
     return jnp.where(jnp.isfinite(new), new, memory)
