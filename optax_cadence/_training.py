@@ -58,7 +58,8 @@ def training_step(
   transformations before the cadence in an `oc.chain`), and in JAX before 0.10. In others that is
   only known when the step is called: under `jax.vmap` and differentiation, in `jax.shard_map`, on
   meshes with explicit axes, in a step that is not compiled, for a loss with effects such as
-  `jax.debug.print`, and where every leaf has a weight of its own.
+  `jax.debug.print`, where a scan, a branch or a call takes a leaf (or one row of it) twice, and
+  where every leaf has a weight of its own.
 
   Args:
     loss: `loss(params, *args)` returns a scalar; with `has_aux` a pair of that and anything else.
