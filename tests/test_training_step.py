@@ -553,6 +553,20 @@ def test_errors(accumulate):
     oc.training_step(scanned, tx._replace(update=lambda *args: args))
 
 
+def test_a_keyword_that_is_meant_for_the_loss_is_an_error():
+  def loss(params, x, scale=1.0, *, shift=0.0):
+    return scale * jnp.sum(params * x) + shift
+
+  tx = oc.cadence(optax.sgd(0.5), 1)
+  params, step = jnp.ones(2), oc.training_step(loss, tx)
+  state = tx.init(params)
+  for name, args in (("scale", [2.0]), ("shift", [2.0]), ("shift", [2.0, 3.0])):
+    with pytest.raises(ValueError, match=f"{name}= is an argument of the loss"):
+      step(params, state, *args, **{name: 0.5})
+  # Not one that the loss has been given already, or does not know.
+  assert step(params, state, 2.0, 3.0, scale=0.5, value=1.0)[-1] == 12.0
+
+
 @needs_references
 def test_a_state_of_other_parameters_is_an_error():
   tx, params = oc.cadence(adam(), 2), parameters()
