@@ -29,6 +29,11 @@ class PhaseInState(NamedTuple):
   inner_state: optax.OptState
 
   @property
+  def sets_parameters(self) -> bool:
+    """Whether updates set parameters to a value: they are then no gradients for a cadence."""
+    return True
+
+  @property
   def micro_step(self) -> Any:
     """Micro-steps since the gate came in; 0 while there is none."""
     return next(iter(jax.tree.leaves(self.clock)), jnp.int32(0))
