@@ -330,7 +330,7 @@ def run_inner(
   values = None if params is None else call.layout.tree(group, params)
   try:
     updates, new = inner.update(tree, old, values, **call.extra_args)
-  except (TypeError, ValueError) as error:
+  except (AttributeError, TypeError, ValueError) as error:
     _inner.check_state(inner, old, tree if values is None else values, error)
     raise
   results = jax.tree.leaves(updates)
