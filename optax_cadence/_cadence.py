@@ -35,6 +35,11 @@ _ON_TRACED = (
   " written Every(lambda _: period)"
 )
 
+_INSIDE = (
+  "as oc.prune and growth.phase_in do, goes into it, oc.cadence(oc.prune(..., inner=optimizer), 8),"
+  " or behind it by optax.chain"
+)
+
 
 class CadenceTransformation(optax.GradientTransformationExtraArgs):
   """A `GradientTransformationExtraArgs` with the methods of a cadence.
@@ -399,7 +404,7 @@ class Cadence:
       from optax_cadence.entrywise import masks as entries
 
       masks = entries.stand_in(self.inner.any, placeholder, self.accumulate != "latest")
-    return CadenceState(jnp.int32(0), groups, Regions(None), masks)
+    return CadenceState(jnp.int32(0), groups, Regions({}), masks)
 
   def update(
     self,
@@ -690,7 +695,8 @@ def chain(*transforms: optax.GradientTransformation) -> CadenceTransformation:
     A `CadenceTransformation` whose state is the tuple of the states, as in Optax.
 
   Raises:
-    ValueError: If the last transformation is not a cadence.
+    ValueError: If the last transformation is not a cadence; and at `init`, if one before it does
+      what belongs behind an optimizer, as `oc.prune` does.
 
   >>> import optax, optax_cadence as oc
   >>> tx = oc.chain(optax.clip_by_global_norm(1.0), oc.cadence(optax.adam(1e-3), 8))
@@ -701,6 +707,11 @@ def chain(*transforms: optax.GradientTransformation) -> CadenceTransformation:
   return CadenceTransformation(self.init, self.update)
 
 
+def _sets_parameters(state: Any) -> bool:
+  """Whether this is the state of a transformation whose updates set parameters to a value."""
+  return hasattr(type(state), "sets_parameters")
+
+
 class Chain:
   """The functions that make the transformation."""
 
@@ -708,7 +719,8 @@ class Chain:
     last = transforms[-1] if transforms else None
     if not isinstance(last, CadenceTransformation):
       raise ValueError(
-        f"chain expects a cadence as the last transformation, found {_checks.shown(last)}"
+        f"chain expects a cadence as the last transformation, found {_checks.shown(last)}; what"
+        f" stands behind a cadence, {_INSIDE}"
       )
     for tx in transforms:
       if not _inner.is_transformation(tx):
@@ -725,7 +737,13 @@ class Chain:
     return of(self.last)
 
   def init(self, params: optax.Params) -> tuple[Any, ...]:
-    return tuple(tx.init(params) for tx in [*self.before, self.last])
+    before = [tx.init(params) for tx in self.before]
+    for state in filter(_sets_parameters, jax.tree.leaves(before, is_leaf=_sets_parameters)):
+      raise ValueError(
+        f"chain: expected transformations of gradients before the cadence, found that of a"
+        f" {type(state).__name__}, whose updates set parameters to a value; what does so, {_INSIDE}"
+      )
+    return (*before, self.last.init(params))
 
   def update(
     self, grads: Any, state: Any, params: Any = None, **extra_args: Any

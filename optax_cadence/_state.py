@@ -102,22 +102,24 @@ class Regions(NamedTuple):
   """The regions of a state: a part of its structure, without arrays.
 
   Attributes:
-    text: As JSON, under "names" for each group the names of its regions, under "folded" the paths
-      of the leaves whose bands keep their fold, under "masked" those of the leaves in
-      `CadenceState.masks` and which arrays of `MaskState.inner_state` are each one's, and under
-      "dtypes" path and dtype of every parameter. None where they are not known, as in what
-      `tx.init` makes of the stand-in of `optax.tree_utils.tree_map_params`.
+    known: What is known of them as JSON, the only key of a dict: so that it has no leaf for
+      `optax.tree_utils.tree_set`, which looks into every field, and is saved by Flax. Under "names"
+      for each group the names of its regions, under "folded" the paths of the leaves whose bands
+      keep their fold, under "masked" those of the leaves in `CadenceState.masks` and which arrays
+      of `MaskState.inner_state` are each one's, and under "dtypes" path and dtype of every
+      parameter. Empty where they are not known, as in what `tx.init` makes of the stand-in of
+      `optax.tree_utils.tree_map_params`.
   """
 
-  text: str | None
+  known: dict[str, dict[str, Any]]
 
   @classmethod
   def of(cls, **known: Any) -> "Regions":
-    """The regions of which this is known, under the names of `text`."""
-    return cls(json.dumps(known))
+    """The regions of which this is known."""
+    return cls({json.dumps(known): {}})
 
   def _known(self, what: str) -> Any:
-    return [] if self.text is None else json.loads(self.text)[what]
+    return next((json.loads(text)[what] for text in self.known), [])
 
   @property
   def names(self) -> dict[str, list[str]]:
@@ -151,10 +153,10 @@ class _NotYetKnown:
   gives back its own state in the structure of the latter.
   """
 
-  text: str | None = None
+  text = ""
 
   def __eq__(self, other: object) -> bool:
-    if self.text is None and isinstance(other, str):
+    if not self.text and isinstance(other, str):
       self.text = other
     return True
 
@@ -163,13 +165,12 @@ class _NotYetKnown:
 
 
 def _regions_from(text: Any, _: Any) -> Regions:
-  return Regions(text.text if isinstance(text, _NotYetKnown) else text)
+  text = text.text if isinstance(text, _NotYetKnown) else text
+  return Regions({text: {}} if text else {})
 
 
 jax.tree_util.register_pytree_node(
-  Regions,
-  lambda regions: ((), _NotYetKnown() if regions.text is None else regions.text),
-  _regions_from,
+  Regions, lambda regions: ((), next(iter(regions.known), _NotYetKnown())), _regions_from
 )
 
 

@@ -362,7 +362,7 @@ def updated(call: Call, inner: Any, grads: Any, state: Any, params: Any) -> tupl
   """
   try:
     return inner.update(grads, state, params, **call.extra_args)
-  except (TypeError, ValueError) as error:
+  except (AttributeError, TypeError, ValueError) as error:
     _inner.check_state(inner, state, grads if params is None else params, error)
     raise
 

@@ -5,6 +5,7 @@ cannot. `trainable` cuts parameters out of the backward pass where their gradien
 `phases` says which regions are due at each micro-step.
 """
 
+import inspect
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TYPE_CHECKING
 
@@ -57,7 +58,8 @@ def training_step(
   transformations before the cadence in an `oc.chain`), and in JAX before 0.10. In others that is
   only known when the step is called: under `jax.vmap` and differentiation, in `jax.shard_map`, on
   meshes with explicit axes, in a step that is not compiled, for a loss with effects such as
-  `jax.debug.print`, and where every leaf has a weight of its own.
+  `jax.debug.print`, where a scan, a branch or a call takes a leaf (or one row of it) twice, and
+  where every leaf has a weight of its own.
 
   Args:
     loss: `loss(params, *args)` returns a scalar; with `has_aux` a pair of that and anything else.
@@ -66,12 +68,14 @@ def training_step(
 
   Returns:
     `step(params, state, *args, phase=None, weight=None, **extra_args) -> params, state, value`: the
-    value is what `loss` returns; `phase`, `weight` and `extra_args` are as in `tx.apply`. To update
-    every buffer in place, `jax.jit(step, donate_argnums=(0, 1), static_argnames="phase")`. With a
-    phase, regions that cannot use this gradient (`accumulate="latest"`) are not differentiated.
+    value is what `loss` returns; `phase`, `weight` and `extra_args` are as in `tx.apply`, so that
+    the loss is given all its arguments by position. To update every buffer in place,
+    `jax.jit(step, donate_argnums=(0, 1), static_argnames="phase")`. With a phase, regions that
+    cannot use this gradient (`accumulate="latest"`) are not differentiated.
 
   Raises:
-    ValueError: If `tx` is no cadence or `loss` no function.
+    ValueError: If `tx` is no cadence or `loss` no function; and in `step` as `tx.apply` does, or if
+      a keyword is meant for the loss.
 
   >>> import jax, jax.numpy as jnp, optax, optax_cadence as oc
   >>> tx = oc.cadence(optax.sgd(0.5), 2)
@@ -99,6 +103,8 @@ def training_step(
     weight: Any = None,
     **extra_args: Any,
   ) -> tuple[optax.Params, Any, Any]:
+    check_extra_args(loss, 1 + len(args), extra_args)
+
     def loss_of(leaves: layouts.Leaves) -> Any:
       given = layouts.with_leaves(params, leaves)
       # Of others somebody looks at the gradient: to clip it, or to count that it is not finite.
@@ -129,6 +135,31 @@ def training_step(
     return *apply(params, state, grads, phase=phase, weight=weight, **extra_args), value
 
   return step
+
+
+def check_extra_args(loss: Callable[..., Any], given: int, extra_args: Collection[str]) -> None:
+  """Raises `ValueError` where a keyword is meant for the loss, which gets none.
+
+  The inner optimizer would take it, and most drop what they do not know: a loss with a default for
+  it would go on without a word.
+
+  Args:
+    loss: The loss.
+    given: How many arguments it is given, all by position.
+    extra_args: The keywords.
+  """
+  try:
+    signature = inspect.signature(loss)
+    filled = signature.bind_partial(*[None] * given).arguments
+  except (TypeError, ValueError):  # no signature is known, or calling the loss says what is wrong
+    return
+  by_name = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+  for name, parameter in signature.parameters.items():
+    if name in extra_args and name not in filled and parameter.kind in by_name:
+      raise ValueError(
+        f"training_step: {name}= is an argument of the loss, and keywords go to the inner"
+        f" optimizer: expected it by position, or the loss as functools.partial(loss, {name}=...)"
+      )
 
 
 def _sums(

@@ -96,7 +96,7 @@ class Optimizer(nnx.Optimizer):
     Args:
       model: The model, whose parameters are updated in place.
       loss: `loss(model, *args)` returns a scalar; with `has_aux` a pair of that and anything else.
-      *args: Further arguments of the loss.
+      *args: Further arguments of the loss, all by position.
       phase: As for `tx.apply`.
       has_aux: Whether `loss` returns a pair.
       **extra_args: As for `tx.apply`: `weight`, and what the inner optimizer takes.
@@ -107,6 +107,7 @@ class Optimizer(nnx.Optimizer):
     Raises:
       ValueError: If `loss` does not return what it should, and as `tx.apply` does.
     """
+    _training.check_extra_args(loss, 1 + len(args), extra_args)
     flat, structure = jax.tree.flatten(args, is_leaf=_is_live)
     places = [i for i, x in enumerate(flat) if _is_live(x)]
     live = (model, [flat[i] for i in places])

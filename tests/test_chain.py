@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import oracle
+import pytest
 from small_tree import assert_close
 from small_tree import assert_identical
 from small_tree import assert_same_path
@@ -56,3 +57,14 @@ def test_oc_chain_has_the_state_and_the_updates_of_optax_chain():
   transforms = optax.clip(0.25), optax.trace(0.5), cadence(optax.adamw(0.1))
   ours, theirs = trained(oc.chain(*transforms)), trained(optax.chain(*transforms))
   assert_identical(ours, theirs)
+
+
+@pytest.mark.parametrize("behind", [oc.prune(0.5, every=2), oc.growth.phase_in(lambda t: 0.5)])
+def test_what_belongs_behind_an_optimizer_is_refused_before_a_cadence(behind):
+  params = {"kernel": jnp.ones((2, 2))}
+  with pytest.raises(ValueError, match=r"as the last transformation, .* or behind it by optax.ch"):
+    oc.chain(cadence(optax.sgd(0.1)), behind)
+  for before in (behind, optax.chain(optax.clip(0.25), behind)):
+    tx = oc.chain(before, oc.cadence(optax.sgd(0.1), 2))
+    with pytest.raises(ValueError, match=r"expected transformations of gradients before the cade"):
+      tx.init(params)

@@ -569,3 +569,10 @@ def test_inner_that_needs_parameters_says_so():
 def test_skip_around_an_inner_state_that_does_not_follow_the_parameters():
   tx = oc.cadence(optax.flatten(optax.adam(0.1)), {"blk": 2, "head": 2}, nonfinite="skip")
   check(lambda: tx.init(PARAMS), "skip", "inner", without=["pytree structure"])
+
+
+def test_a_state_that_another_optimizer_has_made_is_named():
+  params, adam = {"a": jnp.zeros(2)}, oc.cadence(optax.adam(1.0), 1)
+  # Of a state without the field that it reads, Adam itself raises an AttributeError.
+  with pytest.raises(ValueError, match="state of the inner optimizer, '0/count'"):
+    adam.update(params, oc.cadence(optax.sgd(1.0), 1).init(params), params)

@@ -288,6 +288,94 @@ def test_the_gate_stays_out_of_a_clipped_norm():
     np.testing.assert_allclose(a, b, rtol=1e-6)  # the norm adds up more entries, in another order
 
 
+@pytest.mark.parametrize(
+  ("every", "options"),
+  [
+    (2, {"nonfinite": "skip"}),
+    (2, {"weighted": True}),
+    (oc.until_certain(1.0, 2, 2), {}),
+    (oc.until_certain(1.0, 2, 2), {"nonfinite": "skip"}),
+  ],
+)
+@pytest.mark.parametrize("around", [True, False])
+def test_what_a_cadence_keeps_for_each_region_follows(every, options, around):
+  # The gate is one region more in the group of all leaves, and one less after the merge.
+  if around:
+    tx = oc.cadence(growth.phase_in(lambda t: 0.0, optax.sgd(0.1, momentum=0.9)), every, **options)
+  else:
+    tx = growth.phase_in(lambda t: 0.0, oc.cadence(optax.sgd(0.1, momentum=0.9), every, **options))
+  weight = {"weight": 2.0} if options.get("weighted") else {}
+
+  def runs(fn, params, state, steps):
+    for t in steps:
+      grads = jax.grad(functools.partial(loss, fn))(params)
+      if "nonfinite" in options and t in (2, 3):  # one region misses two micro-batches
+        grads["one"]["bias"] *= jnp.nan
+      updates, state = tx.update(grads, state, params, **weight)
+      params = optax.apply_updates(params, updates)
+    return params, state
+
+  params, state = runs(forward, PARAMS, tx.init(PARAMS), range(3))
+  bigger = PLAN.apply(params, fresh)
+  grown = growth.grow_state(tx, state, params, bigger, PLAN)
+  bigger, grown = runs(GATED, bigger, grown, range(3, 5))
+  params, state = runs(forward, params, state, range(3, 5))
+  back = PLAN.inverse().apply({k: v for k, v in bigger.items() if k != "alpha"})
+  state_back = growth.grow_state(tx, grown, bigger, back, PLAN.inverse())
+  for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+  found, expected = (groups(x.inner_state if not around else x) for x in (state_back, state))
+  for a, b in zip(found, expected, strict=True):
+    assert jax.tree.map(jnp.shape, a) == jax.tree.map(jnp.shape, b)
+    for field in ("window", "skipped", "weight"):
+      np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+  assert ("nonfinite" in options) == (expected[0].skipped is not None)
+  if expected[0].skipped is not None:
+    assert expected[0].skipped.tolist() == [2, 0, 0]
+
+
+def test_regions_that_move_keep_what_is_theirs():
+  tx = oc.cadence(optax.sgd(0.1), 3, nonfinite="skip")
+  old = {"block0": jnp.ones(2), "head": jnp.ones(2)}
+  new = {"block0": jnp.ones(2), "block1": jnp.ones(2), "head": jnp.ones(2)}
+  plan = growth.deepening(old, new, outgoing=["block0"], moved={"block0": "block1"})
+  grads = {"block0": jnp.full(2, jnp.inf), "head": jnp.ones(2)}
+  _, state = tx.update(grads, tx.init(old), old)
+  grown = plan.apply(old, lambda path, shape, dtype: jnp.ones(shape, dtype))
+  state = growth.grow_state(tx, state, old, grown, plan)
+  found = oc.metrics(state)
+  names = ("alpha", "block0", "block1", "head")
+  assert [int(found[f"{name}/skipped"]) for name in names] == [0, 0, 1, 0]
+  assert state.groups["3"].window.tolist() == [0, 0, 0, 1]
+
+
+def test_a_cadence_without_a_period_for_the_gate_is_an_error_that_says_so():
+  old, new = {"one": 2, "two": 1}, oc.by_path({"one": 2}, default=1)
+  tx, new_tx = (oc.cadence(optax.sgd(0.1), every) for every in (old, new))
+  state, bigger = tx.init(PARAMS), PLAN.apply(PARAMS, fresh)
+  with pytest.raises(ValueError, match=r"no cadence for 'alpha'.*oc.by_path\(\{...\}, default=1\)"):
+    growth.grow_state(tx, state, PARAMS, bigger, PLAN)
+  grown = growth.grow_state(tx, state, PARAMS, bigger, PLAN, new_tx=new_tx)
+  assert sorted(grown.groups) == sorted(state.groups)
+
+
+def test_tree_map_params_knows_the_parameters_of_phase_in():
+  tx = growth.phase_in(lambda t: 0.5, optax.sgd(0.1, momentum=0.9))
+  params = PLAN.apply(PARAMS, fresh)
+  _, state = tx.update(params, tx.init(params), params)
+  zeros = optax.tree_utils.tree_map_params(tx, jnp.zeros_like, state)
+  assert int(zeros.micro_step) == 1
+  assert not any(x.any() for x in jax.tree.leaves(zeros.inner_state[0].trace))
+
+
+def test_a_parameter_that_is_called_as_the_gate_is_an_error():
+  tx, params = growth.phase_in(lambda t: 0.5), {"alpha": jnp.ones(4)}
+  with pytest.raises(ValueError, match=r"at 'alpha', found a parameter of shape \(4,\)"):
+    tx.init(params)
+  with pytest.raises(ValueError, match=r"at 'alpha', found a parameter of shape \(4,\)"):
+    tx.update(params, growth.PhaseInState({}, optax.EmptyState()), params)
+
+
 def test_without_a_gate_phase_in_does_nothing():
   tx = growth.phase_in(lambda t: 0.5)
   updates, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)

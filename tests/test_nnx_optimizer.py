@@ -455,4 +455,7 @@ def test_what_it_cannot_take():
     optimizer.training_step(model, lambda m, x, y: (loss(m, x, y), x), *data(0))
   with pytest.raises(ValueError, match="weight: expected none"):
     optimizer.training_step(model, loss, *data(0), weight=2.0)
+  scaled = lambda model, x, y, scale=1.0: scale * loss(model, x, y)
+  with pytest.raises(ValueError, match="scale= is an argument of the loss"):
+    optimizer.training_step(model, scaled, *data(0), scale=2.0)
   assert arrays(optimizer.step) == [0]

@@ -144,6 +144,52 @@ def alone_and_in_a_scan(params, x):
   return scanned(params, x) + jnp.sum(params["w"][1] ** 2) + jnp.sum(params["b"] ** 2)
 
 
+def squares(w, v):
+  return jnp.sum(w * v) * jnp.ones_like(w)
+
+
+def of_rows(square):
+  """A loss whose turns hand `square` one row as both of its operands."""
+
+  def loss(params, x):
+    turn = lambda h, w: (jnp.tanh(h @ w + h @ square(w, w)), None)
+    return end(jax.lax.scan(turn, x, params["w"])[0], params) + jnp.sum(params["b"] ** 2)
+
+  return loss
+
+
+def rows_of_rows(w, v):
+  return jax.lax.scan(lambda h, row: (jnp.sin(h @ v + row[None]), None), w, w)[0]
+
+
+def one_of_all(params, x):
+  turn = lambda h, w: (jnp.tanh(h @ w @ params["w"][0]), None)
+  return end(jax.lax.scan(turn, x, params["w"])[0], params) + jnp.sum(params["b"] ** 2)
+
+
+def through_twice(w, v, x):
+  return jax.lax.scan(lambda h, ws: (jnp.tanh(h @ ws[0] @ ws[1]), None), x, (w, v))[0]
+
+
+def in_a_call_twice(params, x):
+  h = jax.jit(through_twice)(params["w"], params["w"], x)
+  return end(h, params) + jnp.sum(params["b"] ** 2)
+
+
+def in_a_branch_twice(params, x):
+  h = jax.lax.cond(x[0, 0] < jnp.inf, through_twice, lambda w, v, x: x, params["w"], params["w"], x)
+  return end(h, params) + jnp.sum(params["b"] ** 2)
+
+
+# Some operation takes a leaf, or a row of it, as two operands.
+TWICE_AT_ONCE = {
+  "a scan": one_of_all,
+  "a call": in_a_call_twice,
+  "a branch": in_a_branch_twice,
+  "a call in a scan": of_rows(jax.jit(squares)),
+  "a branch in a scan": of_rows(lambda w, v: jax.lax.cond(w.sum() < 9, squares, jnp.add, w, v)),
+  "a scan in a scan": of_rows(rows_of_rows),
+}
 NESTED = [nested, nested_and_rematerialized]
 ONE_USE = [
   *NESTED,
@@ -221,6 +267,16 @@ def test_it_is_what_gradients_and_apply_do(loss):
   found = runs(compiled(oc.training_step(loss, tx)), tx, params, 7)
   expected = runs(compiled(stored(loss, tx)), tx, params, 7)
   (assert_identical if loss in ONE_USE else assert_near)(found, expected)
+
+
+@pytest.mark.parametrize("every", [3, oc.stacked([3, 1, 3, 3])])
+@pytest.mark.parametrize("operation", TWICE_AT_ONCE)
+def test_a_leaf_that_an_operation_takes_twice(operation, every):
+  # JAX adds to one of two references only if they are the same.
+  loss, params = TWICE_AT_ONCE[operation], parameters()
+  tx = oc.cadence(optax.sgd(0.1), {"w": every, "b": 3, "out": 2})
+  found = runs(compiled(oc.training_step(loss, tx)), tx, params, 4)
+  assert_near(found, runs(compiled(stored(loss, tx)), tx, params, 4))
 
 
 def test_layers_that_are_leaves_have_the_program_of_gradients_and_apply():
@@ -495,6 +551,20 @@ def test_errors(accumulate):
     oc.training_step(scanned, tx)(params, state, batch(0), phase=5)
   with pytest.raises(AttributeError, match="update was replaced"):
     oc.training_step(scanned, tx._replace(update=lambda *args: args))
+
+
+def test_a_keyword_that_is_meant_for_the_loss_is_an_error():
+  def loss(params, x, scale=1.0, *, shift=0.0):
+    return scale * jnp.sum(params * x) + shift
+
+  tx = oc.cadence(optax.sgd(0.5), 1)
+  params, step = jnp.ones(2), oc.training_step(loss, tx)
+  state = tx.init(params)
+  for name, args in (("scale", [2.0]), ("shift", [2.0]), ("shift", [2.0, 3.0])):
+    with pytest.raises(ValueError, match=f"{name}= is an argument of the loss"):
+      step(params, state, *args, **{name: 0.5})
+  # Not one that the loss has been given already, or does not know.
+  assert step(params, state, 2.0, 3.0, scale=0.5, value=1.0)[-1] == 12.0
 
 
 @needs_references

@@ -22,12 +22,18 @@ class PhaseInState(NamedTuple):
   Attributes:
     clock: At the gate's path the micro-steps since it came in, an int32 scalar; empty while there
       is no gate. So the count follows the gate as its moments do: it goes at the merge, and the
-      next gate starts with one of its own (see `grow_state`).
+      next gate starts with one of its own (see `grow_state`). For
+      `optax.tree_utils.tree_map_params` it is one field that follows no parameter.
     inner_state: State of the inner transformation.
   """
 
-  clock: dict[str, Any]
+  clock: Any
   inner_state: optax.OptState
+
+  @property
+  def sets_parameters(self) -> bool:
+    """Whether updates set parameters to a value: they are then no gradients for a cadence."""
+    return True
 
   @property
   def micro_step(self) -> Any:
@@ -63,7 +69,8 @@ def phase_in(
     A `GradientTransformationExtraArgs` whose `update` needs the parameters.
 
   Raises:
-    ValueError: If `update` gets no parameters, or an argument is malformed.
+    ValueError: If `update` gets no parameters, an argument is malformed, or what is at the gate's
+      path is no scalar.
 
   >>> import jax.numpy as jnp, optax
   >>> from optax_cadence import growth
@@ -86,8 +93,22 @@ def phase_in(
   def clock(count: Any) -> dict[str, Any]:
     return _trees.insert({}, path, count)
 
+  def gate_of(params: optax.Params) -> Any:
+    """The gate in the parameters; None if there is none."""
+    gate: Any = _trees.leaves(params).get(path)
+    if np.shape(gate) != ():
+      raise ValueError(
+        f"phase_in: expected the gate, a scalar, at {alpha!r}, found a parameter of shape"
+        f" {np.shape(gate)}; call that parameter something else, or say where the gate is: alpha="
+      )
+    return gate
+
   def init(params: optax.Params) -> PhaseInState:
-    has_gate = path in _trees.leaves(params)
+    # With a placeholder `optax.tree_utils.tree_map_params` asks which parts of the state are trees
+    # of parameters. Whether the clock is empty is not known then.
+    if type(params).__name__ == "_ParamsPlaceholder":
+      return PhaseInState(jnp.int32(0), inside.init(params))
+    has_gate = gate_of(params) is not None
     return PhaseInState(clock(jnp.int32(0)) if has_gate else {}, inside.init(params))
 
   def update(
@@ -95,7 +116,7 @@ def phase_in(
   ) -> tuple[Any, PhaseInState]:
     if params is None:
       raise ValueError("phase_in needs the parameters: expected params, found None")
-    gate = _trees.leaves(params).get(path)
+    gate = gate_of(params)
     if gate is None:
       updates, inner_state = inside.update(updates, state.inner_state, params, **extra_args)
       return updates, PhaseInState({}, inner_state)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from optax_cadence import _paths
+from optax_cadence._state import Regions
 from optax_cadence.growth import _trees
 from optax_cadence.growth._plan import copied
 from optax_cadence.growth._plan import LeafChange
@@ -45,11 +46,12 @@ def grow_state(
 
   What follows a parameter keeps its old entries bit for bit and gets new ones as `init` makes them,
   or copies of old ones with a parameter whose new entries are copies (see `stacking`). What follows
-  a parameter that has moved (see `deepening`) moves with it. Everything else (counters,
-  hyperparameters, random keys) is kept. Three things are as `init` makes them: what follows a
-  parameter that is new, the gate among them, whose schedule so begins anew; what was not in the old
-  state, such as a new group of a cadence; and what a policy keeps under `confidence.sample`,
-  entries of the old parameters to compare the next ones with.
+  a parameter that has moved (see `deepening`) moves with it. What a cadence keeps for each region,
+  such as how many micro-batches are in its window, goes by the names of regions. Everything else
+  (counters, hyperparameters, random keys) is kept. Three things are as `init` makes them: what
+  follows a parameter that is new, the gate among them, whose schedule so begins anew; what was not
+  in the old state, such as a new group of a cadence; and what a policy keeps under
+  `confidence.sample`, entries of the old parameters to compare the next ones with.
 
   Args:
     tx: The transformation that `state` is of.
@@ -90,6 +92,12 @@ def grow_state(
   changes, sources = plan.by_path, _sources(plan, before, after)
   parameters = dict(zip(_keys(new_params), after, strict=True))
   old_keys = dict(zip(before, _keys(params), strict=True))
+  regions = _regions(state), _regions(fresh)
+  names_before = dict(zip(before, _paths.names(before), strict=True))
+  origins: dict[str, str | None] = {}
+  for name, path in zip(_paths.names(after), after, strict=True):
+    source = sources[path]
+    origins[name] = None if source is None else names_before[source]
 
   def carried(keys: Keys, new: Any) -> Any:
     """The value of a leaf that `init` makes as `new`."""
@@ -104,6 +112,9 @@ def grow_state(
       return new
     where = f"state{jax.tree_util.keystr(keys)}"
     if path is None:
+      in_old, in_new = (_of_group(keys, named) for named in regions)
+      if _is_by_region(old_value, in_old) and _is_by_region(new, in_new):
+        return _trees.like(_by_region(old_value, new, in_old, in_new, origins), old_value, where)
       if np.shape(old_value) != np.shape(new):
         raise ValueError(
           f"{where} follows no parameter and has shape {np.shape(old_value)} before,"
@@ -166,12 +177,17 @@ def _resized(change: LeafChange | None, old: Any, new: Any, grows: bool, where: 
 
 
 def _fresh_state(tx: optax.GradientTransformation, params: Any, plan: Plan) -> Any:
-  """The state as `init` makes it; where it cannot for want of a layer's period, it says so."""
+  """The state as `init` makes it; where it cannot for want of a period, it says what to do."""
   try:
     return tx.init(params)
   except ValueError as error:
     if any(change.layers for change in plan.changes):
       raise ValueError(f"{error}: {_LAYERS_OF_PERIODS}") from error
+    if plan.alpha in _trees.shapes(params):
+      raise ValueError(
+        f"{error} (the growth has added the gate {_paths.join(plan.alpha)!r}: a cadence needs a"
+        " period for it too, which oc.by_path({...}, default=1) has before it is there)"
+      ) from error
     raise
 
 
@@ -188,6 +204,56 @@ def _sources(
     path: origin if origin in before and path not in added else None
     for path, origin in origins.items()
   }
+
+
+def _regions(state: Any) -> dict[Keys, list[str]]:
+  """The names of the regions of every group of a cadence, or of what measures like one."""
+
+  def has_regions(node: Any) -> bool:
+    return isinstance(getattr(node, "regions", None), Regions)
+
+  found: dict[Keys, list[str]] = {}
+  for keys, node in jax.tree_util.tree_flatten_with_path(state, is_leaf=has_regions)[0]:
+    if has_regions(node):
+      groups = (*keys, jax.tree_util.GetAttrKey("groups"))
+      for group, names in node.regions.names.items():
+        found[*groups, jax.tree_util.DictKey(group)] = names
+  return found
+
+
+def _of_group(keys: Keys, regions: Mapping[Keys, list[str]]) -> list[str]:
+  """The regions of the group that has a leaf beside its optimizer's state; none where none has."""
+  n = next((n for n in range(len(keys)) if keys[:n] in regions), None)
+  if n is None or getattr(keys[n], "name", None) == "inner_state":
+    return []
+  return regions[keys[:n]]
+
+
+def _is_by_region(leaf: Any, names: list[str]) -> bool:
+  return bool(names) and np.shape(leaf) == (len(names),)
+
+
+def _by_region(
+  old: Any, new: Any, before: list[str], after: list[str], origins: Mapping[str, str | None]
+) -> np.ndarray:
+  """What is kept for each region.
+
+  Args:
+    old: What was kept for the regions `before`.
+    new: What `init` makes for the regions `after`.
+    before: Names of regions.
+    after: Likewise.
+    origins: For the name of each parameter the one that it had before; None for one that is new.
+  """
+  values, places = np.array(new), {name: i for i, name in enumerate(before)}
+  for i, name in enumerate(after):
+    # Of several regions in a parameter each has a number behind its name.
+    whole, _, number = (name, "", "") if name in origins else name.rpartition("/")
+    origin = origins.get(whole)
+    if origin is not None:
+      place = places.get(f"{origin}/{number}" if number else origin)
+      values[i] = values[i] if place is None else np.asarray(old)[place]
+  return values
 
 
 def _named(keys: Keys) -> tuple[str, ...]:

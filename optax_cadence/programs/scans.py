@@ -26,8 +26,9 @@ def read_by_scans(program: Any) -> tuple[frozenset[int], frozenset[int]]:
   """Which arguments of a program a scan reads as they are, with nothing computed of them before.
 
   Returns:
-    Their positions; and those of the arguments that are read by rows in one scan and nowhere else,
-    which `Cut` can therefore cut: a scan in no loop, branch or function with a custom derivative.
+    Their positions, but for those that `taken_twice` finds; and those of the arguments that are
+    read by rows in one scan and nowhere else, which `Cut` can therefore cut: a scan in no loop,
+    branch or function with a custom derivative.
   """
   nothing: frozenset[int] = frozenset()
   found: set[int] = set()
@@ -63,7 +64,39 @@ def read_by_scans(program: Any) -> tuple[frozenset[int], frozenset[int]]:
     return [nothing] * len(eqn.outvars)
 
   run(program, [frozenset([i]) for i in range(len(program.in_avals))], True)
-  return frozenset(found), frozenset(i for i, n in by_rows.items() if n == uses[i] == 1)
+  rows = frozenset(i for i, n in by_rows.items() if n == uses[i] == 1)
+  return frozenset(found) - taken_twice(program), rows
+
+
+def taken_twice(program: Any) -> set[int]:
+  """Which arguments of a program one of its scans, branches or calls takes as several operands.
+
+  An argument stands for its rows inside a scan, too. In a backward pass JAX hands such an operation
+  one reference several times, and what is added through all of them but one is lost.
+  """
+  nothing: frozenset[int] = frozenset()
+  found: set[int] = set()
+
+  def run(program: Any, inputs: list[frozenset[int]]) -> list[frozenset[int]]:
+    return reading.walk([program], inputs, of_operation, lambda _: nothing)
+
+  def of_operation(eqns: reading.Eqns, operands: list[frozenset[int]]) -> Sequence[frozenset[int]]:
+    (eqn,) = eqns
+    if reading.bodies(eqn):
+      times = collections.Counter(itertools.chain.from_iterable(operands))
+      found.update(i for i, n in times.items() if n > 1)
+    inner = reading.called(eqn)
+    if eqn.primitive.name == "scan":
+      consts, carried, rows = reading.scan_operands(eqn, operands)
+      run(eqn.params["jaxpr"], [*consts, *[nothing] * len(carried), *rows])
+    elif eqn.primitive.name == "cond":
+      return [nothing.union(*x) for x in reading.branch_results(eqn, operands, run)]
+    elif inner is not None:
+      return run(inner, operands)
+    return [nothing] * len(eqn.outvars)
+
+  run(program, [frozenset([i]) for i in range(len(program.in_avals))])
+  return found
 
 
 class Cut:

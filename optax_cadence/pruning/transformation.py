@@ -45,6 +45,11 @@ class PruneState(NamedTuple):
   inner_state: optax.OptState
   fill: Any = ()
 
+  @property
+  def sets_parameters(self) -> bool:
+    """Whether updates set parameters to a value: they are then no gradients for a cadence."""
+    return True
+
 
 def prune(
   sparsity: Any = None,
