@@ -5,6 +5,7 @@ What happens at a micro-step is in `_step`; here is what it is given. `chain` is
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -175,11 +176,24 @@ def of(tx: Any, call: str = "") -> "Cadence":
     ValueError: If there is none; it says how the function is called that was given it.
   """
   if not isinstance(tx, CadenceTransformation):
+    found = f"a {type(tx).__name__}" if hasattr(tx, "update") else _checks.shown(tx)
     raise ValueError(
-      f"expected a cadence, or an oc.chain that ends in one, {f'as in {call}, ' if call else ''}"
-      f"found {_checks.shown(tx)}"
+      f"expected a cadence, or an oc.chain (optax.chain is none) that ends in one,"
+      f" {f'as in {call}, ' if call else ''}found {found}"
     )
   return _owner(tx).cadence
+
+
+def _check_predicate(skip: Any) -> None:
+  """Raises `ValueError` if this cannot be called as `skip(grads, params)`."""
+  try:
+    inspect.signature(skip).bind(None, None)
+  except TypeError as error:
+    raise ValueError(
+      f"skip must be a function (grads, params) -> bool, found {_checks.shown(skip)}: {error}"
+    ) from error
+  except ValueError:  # no signature is known
+    return
 
 
 def chain_of(tx: Any) -> "Chain | None":
@@ -234,8 +248,8 @@ class Cadence:
     self.every = every
     self.accumulate = accumulate
     self.accumulator_dtype = accumulator_dtype
-    if skip is not None and not callable(skip):
-      raise ValueError(f"skip must be a function (grads, params), found {_checks.shown(skip)}")
+    if skip is not None:
+      _check_predicate(skip)
     if clip_norm is not None:
       _checks.number("clip_norm", clip_norm, 0, math.inf)
     self.clip_norm = clip_norm

@@ -114,6 +114,9 @@ def test_what_it_returns_is_checked(skip, says):
     trained(BATCHES[:1], "update", skip=skip)
 
 
-def test_it_is_a_function():
-  with pytest.raises(ValueError, match="skip must be a function"):
-    oc.cadence(optax.sgd(1.0), 2, skip=True)
+@pytest.mark.parametrize(
+  ("skip", "says"), [(True, "not a callable"), (optax.skip_not_finite, "missing a required arg")]
+)
+def test_it_is_a_function_of_gradients_and_parameters(skip, says):
+  with pytest.raises(ValueError, match=f"skip must be a function .*{says}"):
+    oc.cadence(optax.sgd(1.0), 2, skip=skip)

@@ -537,7 +537,7 @@ def test_a_loss_may_close_over_what_is_traced():
 def test_errors(accumulate):
   tx, params = oc.cadence(adam(), 2, accumulate=accumulate), parameters()
   state = tx.init(params)
-  with pytest.raises(ValueError, match=r"oc.training_step\(loss, tx\), found GradientTransf"):
+  with pytest.raises(ValueError, match=r"oc.training_step\(loss, tx\), found a GradientTransf"):
     oc.training_step(scanned, optax.adam(1e-3))
   with pytest.raises(ValueError, match="loss must be a function, found 3"):
     oc.training_step(3, tx)

@@ -41,6 +41,17 @@ def test_a_learning_rate_set_by_hand_holds_for_the_next_update():
   assert_close(updates, expected)
 
 
+def test_a_learning_rate_is_set_in_every_group_by_tree_set():
+  tx = cadence(optax.inject_hyperparams(optax.sgd)(learning_rate=1.0), LEAFWISE)
+  state = tx.init(PARAMS)
+  new = optax.tree_utils.tree_set(state, learning_rate=jnp.float32(0.25))
+  assert jax.tree.structure(new) == jax.tree.structure(state)
+  rates = optax.tree_utils.tree_get_all_with_path(new, "learning_rate")
+  assert len(rates) == len(groups(state)) > 1 and all(x == 0.25 for _, x in rates)
+  updates, _ = jax.jit(tx.update)(BATCHES[0], new, PARAMS)
+  assert jax.tree.structure(updates) == jax.tree.structure(PARAMS)
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_inside_injected_hyperparameters_the_learning_rate_is_traced(static):
   schedule = optax.linear_schedule(0.5, 0.1, 8)
