@@ -6,7 +6,9 @@ What happens at a micro-step is in `_step`; here is what it is given. `chain` is
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -564,11 +566,14 @@ class Cadence:
     extra_args: dict[str, Any] | None = None,
     in_place: bool = False,
   ) -> _step.Call:
+    of_means = list(map(self.mean_dtype, dtypes))
+    differs = map(operator.ne, of_means, dtypes)
     return _step.Call(
       inner=self.inner,
       layout=layout,
-      dtypes=list(map(self.mean_dtype, dtypes)),
+      dtypes=of_means,
       param_dtypes=dtypes,
+      widened=frozenset(itertools.compress(itertools.count(), differs)),
       params=None if params is None else layouts.leaves_of(params),
       extra_args=extra_args or {},
       in_place=in_place,
@@ -612,10 +617,11 @@ class Cadence:
     """Raises unless the state has the groups of this tree."""
     if not isinstance(state, CadenceState):
       raise ValueError(f"state: expected a CadenceState, found {type(state).__name__}")
-    if set(layout.everys) != set(state.groups):
-      traced = any(name.startswith("traced") for name in layout.everys)
+    names = list(map(operator.attrgetter("name"), layout.groups))
+    if set(names) != set(state.groups):
+      traced = any(name.startswith("traced") for name in names)
       raise ValueError(
-        f"state: expected the groups {_quoted(layout.everys)}, as every makes of this tree, found"
+        f"state: expected the groups {_quoted(names)}, as every makes of this tree, found"
         f" {_quoted(state.groups)}; a state goes with the cadences it was made for"
         f"{_ON_TRACED if traced else ''}"
       )

@@ -35,7 +35,7 @@ def maybe(when: bool | jax.Array, fn: Callable[[Any, Any], Any], carry: Any, con
   Returns:
     A tree like `carry`.
   """
-  carry, fn = jax.tree.map(_strong, carry), _typed(fn)
+  carry, fn = jax.tree.map(_strong, carry), functools.partial(_typed, fn)
   if not is_traced(when):
     when = bool(when)  # outside of a program there is nothing to branch in
   if isinstance(when, bool):
@@ -71,7 +71,7 @@ def keep(when: Any, fn: Callable[[Any, Any], Any], carry: Any, consts: Any) -> A
   Arguments and result are those of `maybe`, but `when` may also be a tree prefix of `carry` with a
   boolean scalar, or True, for each part.
   """
-  fn = _typed(fn)
+  fn = functools.partial(_typed, fn)
   each = jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), when, carry)
   if not is_traced((when, carry, consts)):
     return jax.tree.map(choose, each, fn(carry, consts), carry)
@@ -110,7 +110,7 @@ def apart(fn: Callable[[Any, Any], Any], carry: Any, consts: Any, count: jax.Arr
   copies the array where it is reshaped on the way. The means is a loop that always runs
   once, which the compiler cannot know: `count` is an int32 scalar that is never negative.
   """
-  fn = _typed(fn)
+  fn = functools.partial(_typed, fn)
   if not is_traced((carry, consts)):
     return fn(carry, consts)
   return jax.lax.platform_dependent(
@@ -182,9 +182,9 @@ def cast_like(tree: Any, like: Any) -> Any:
   return jax.tree.map(cast, tree, like)
 
 
-def _typed(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-  """The function of `maybe`, whose result has the types of its carry."""
-  return lambda carry, consts: cast_like(fn(carry, consts), carry)
+def _typed(fn: Callable[[Any, Any], Any], carry: Any, consts: Any) -> Any:
+  """The result of the function of `maybe`, in the types of its carry."""
+  return cast_like(fn(carry, consts), carry)
 
 
 def _strong(x: Any, dtype: Any = None) -> jax.Array:

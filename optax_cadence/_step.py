@@ -46,6 +46,7 @@ class Call:
     layout: Groups of the tree.
     dtypes: Dtype in which the inner optimizer gets the mean of each leaf.
     param_dtypes: Dtype of each parameter.
+    widened: The leaves for which these two differ.
     params: Parameters; None where there are none. Where `in_place` only their dtypes are read.
     extra_args: Extra arguments for the inner optimizer.
     in_place: Whether the targets are the parameters.
@@ -65,6 +66,7 @@ class Call:
   layout: Layout
   dtypes: Sequence[Any]
   param_dtypes: Sequence[Any]
+  widened: frozenset[int]
   params: Leaves | None
   extra_args: Mapping[str, Any]
   in_place: bool
@@ -76,10 +78,6 @@ class Call:
   moments: Mapping[int, list[Any]] = dataclasses.field(default_factory=dict)
   given: Mapping[Tensor, jax.Array] = dataclasses.field(default_factory=dict)
   summed: Collection[Tensor] = ()
-
-  def widens(self, group: Group) -> bool:
-    """Whether the optimizer gets means of another dtype than a parameter of this group has."""
-    return any(self.dtypes[leaf] != self.param_dtypes[leaf] for leaf in group.leaves)
 
 
 class Turn(NamedTuple):
@@ -119,7 +117,9 @@ def advance(
     targets, new = fire(call, group, turn, targets, state.micro_step)
     groups[group.name] = close(group.every, new, turn, state.micro_step)
     turns[group.name] = turn
-  targets, mask_state = under_masks(call, state, grads, turns, targets, state.micro_step)
+  mask_state = state.masks
+  if call.layout.masked:
+    targets, mask_state = under_masks(call, state, grads, turns, targets, state.micro_step)
   micro_step = optax.safe_increment(state.micro_step)
   return targets, CadenceState(micro_step, groups, state.regions, mask_state)
 
@@ -133,8 +133,8 @@ def under_masks(
   micro_step: jax.Array,
 ) -> tuple[Leaves, MaskState | None]:
   """The targets and the state of leaves under masks, which their groups train together."""
-  if state.masks is None or not call.layout.masked:
-    return targets, state.masks
+  if state.masks is None:
+    return targets, None
   from optax_cadence.entrywise import masks
 
   return masks.advance(call, state.masks, grads, turns, targets, micro_step)
@@ -198,10 +198,10 @@ def fire(
     direct.append(writes_directly(call, state, tensor, total, when, targets))
     if direct[-1]:
       leaves[tensor.leaf] = targets[tensor.leaf]
-  params = targets if call.in_place else call.params or {}
-  read = {t.leaf: params[t.leaf] for t in group.tensors if t.leaf in params}
-  if call.in_place:  # those that are written are in the carry
-    read = {leaf: x for leaf, x in read.items() if leaf not in leaves}
+  params, read = targets if call.in_place else call.params or {}, {}
+  for tensor in group.tensors:
+    if tensor.leaf in params and not (call.in_place and tensor.leaf in leaves):
+      read[tensor.leaf] = params[tensor.leaf]
 
   def compute(carry: Any, consts: Any) -> Any:
     leaves, sums, inner_state = carry
@@ -224,7 +224,7 @@ def fire(
 
   waits = list(map(operator.not_, direct))
   run = runner(when, group, waits, micro_step)
-  if call.in_place and all(direct) and call.widens(group):
+  if call.in_place and all(direct) and not call.widened.isdisjoint(group.leaves):
     # Parameters step by what is not rounded yet, out of moments that are then overwritten.
     run = functools.partial(_control.first_part_first, when, count=micro_step)
   body = functools.partial(where_filled, call, group, compute) if window.by_region else compute
@@ -382,7 +382,7 @@ def inner_of(
   masks, which it trains together with others; with `whole` it is given them as they are.
   """
   inner = call.inner.of(group.every, length) if call.inner.follows_window else call.inner.any
-  if call.widens(group):
+  if not call.widened.isdisjoint(group.leaves):
     inner = _inner.widened(inner)
   if group.masked and not whole:
     from optax_cadence.entrywise import masks
@@ -452,5 +452,7 @@ def flush(call: Call, state: CadenceState, targets: Leaves) -> tuple[Leaves, Cad
       targets, new = fire(call, group, turn, targets, micro_step)
       new = new._replace(window=jnp.zeros_like(turn.window.length))
     groups[group.name] = new
-  targets, mask_state = under_masks(call, state, None, turns, targets, micro_step)
+  mask_state = state.masks
+  if call.layout.masked:
+    targets, mask_state = under_masks(call, state, None, turns, targets, micro_step)
   return targets, state._replace(groups=groups, masks=mask_state)

@@ -231,11 +231,11 @@ def told(state: Any, length: Any) -> Any:
   `scale_by_cadence` does: `with_window` takes that number and returns the new state. It is an int32
   scalar, or, where windows may differ, a tree of one for each tensor.
   """
-
-  def tell(node: Any) -> Any:
-    return node.with_window(length) if listens(node) else node
-
-  return jax.tree.map(tell, state, is_leaf=listens)
+  nodes, treedef = jax.tree.flatten(state, is_leaf=listens)
+  for i, node in enumerate(nodes):
+    if hasattr(node, "with_window"):
+      nodes[i] = node.with_window(length)
+  return jax.tree.unflatten(treedef, nodes)
 
 
 def item(x: jax.Array, i: int) -> jax.Array:

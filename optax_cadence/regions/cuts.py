@@ -137,7 +137,7 @@ class Box:
 
   @property
   def start(self) -> tuple[int, ...]:
-    return tuple(start for start, _ in self.intervals)
+    return next(zip(*self.intervals, strict=True))
 
   def __str__(self) -> str:
     return "[" + ", ".join(f"{start}:{stop}" for start, stop in self.intervals) + "]"

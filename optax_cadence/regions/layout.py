@@ -49,6 +49,7 @@ class Group:
     tensors: Its regions, in the order of the leaves.
     masked: Those of its regions, entries of leaves under a mask, that it trains together with
       other groups; see `entrywise.masks`. They are not among `tensors`.
+    regions: All its regions: those under masks come last.
     leaves: The leaves that it has a part of.
     in_pieces: Whether a leaf holds several of its tensors.
   """
@@ -57,19 +58,16 @@ class Group:
   every: Every
   tensors: tuple[Tensor, ...]
   masked: tuple[Tensor, ...] = ()
+  regions: tuple[Tensor, ...] = dataclasses.field(init=False)
   leaves: tuple[int, ...] = dataclasses.field(init=False)
   in_pieces: bool = dataclasses.field(init=False)
 
   def __post_init__(self) -> None:
-    leaves = [t.leaf for t in self.tensors]
-    object.__setattr__(self, "in_pieces", len(set(leaves)) < len(leaves))
-    leaves += [t.leaf for t in self.masked]
-    object.__setattr__(self, "leaves", tuple(sorted(set(leaves))))
-
-  @property
-  def regions(self) -> tuple[Tensor, ...]:
-    """All its regions: those under masks come last."""
-    return self.tensors + self.masked
+    regions, leaf_of = self.tensors + self.masked, operator.attrgetter("leaf")
+    leaves_of_tensors = set(map(leaf_of, self.tensors))
+    object.__setattr__(self, "regions", regions)
+    object.__setattr__(self, "leaves", tuple(sorted(set(map(leaf_of, regions)))))
+    object.__setattr__(self, "in_pieces", len(leaves_of_tensors) < len(self.tensors))
 
   def take(self, leaves: Mapping[int, jax.Array]) -> list[jax.Array]:
     """This group's tensors, out of the leaves of a tree by position."""
@@ -294,8 +292,8 @@ def layout(every: Any, tree: Any, known: Cadences | None = None) -> Layout:
     ValueError: If a leaf has no cadence, a cadence no leaf, or one does not fit.
   """
   rows = _paths.flatten_with_paths(tree)
-  paths = tuple(path for path, _ in rows)
-  shapes = tuple(np.shape(leaf) for _, leaf in rows)
+  paths, leaves = zip(*rows, strict=True) if rows else ((), ())
+  shapes = tuple(map(np.shape, leaves))
   resolved = known
   if known is None or known.by_path is None:
     resolved = cadences_of(_called(every, tree) if callable(every) else every)
