@@ -8,6 +8,7 @@ from optax_cadence._cadence import CadenceTransformation
 from optax_cadence._cadence import chain
 from optax_cadence._state import CadenceState
 from optax_cadence._state import ConfidenceState
+from optax_cadence._state import FoundState
 from optax_cadence._state import GroupState
 from optax_cadence._state import MaskState
 from optax_cadence.schedules.every import Every
@@ -100,6 +101,7 @@ __all__ = [
   "Description",
   "Estimate",
   "Every",
+  "FoundState",
   "GradientNormState",
   "Grid",
   "GroupState",

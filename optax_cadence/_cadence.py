@@ -9,7 +9,7 @@ import inspect
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -24,10 +24,13 @@ from optax_cadence import _sharding
 from optax_cadence import _step
 from optax_cadence import _window
 from optax_cadence._state import CadenceState
+from optax_cadence._state import FoundState
 from optax_cadence._state import GroupState
+from optax_cadence._state import is_stand_in
 from optax_cadence._state import per_region
 from optax_cadence._state import plain
 from optax_cadence._state import Regions
+from optax_cadence._state import State
 from optax_cadence.regions import layout as layouts
 from optax_cadence.schedules import phases
 from optax_cadence.schedules.every import Every
@@ -312,7 +315,7 @@ class Cadence:
     dtypes = list(map(self.mean_dtype, _dtypes(params)))
     return choice.choose(self.inner, layout, dtypes)
 
-  def layout_of(self, state: CadenceState, params: Any) -> layouts.Layout:
+  def layout_of(self, state: State, params: Any) -> layouts.Layout:
     """The groups of parameters, as a state has them."""
     return self._prepare(params, state, params, {}).layout
 
@@ -337,14 +340,13 @@ class Cadence:
     """Dtype in which the inner optimizer gets the mean of a parameter."""
     return _window.wider(self.sum_dtype(dtype), dtype)
 
-  def init(self, params: optax.Params) -> CadenceState:
+  def init(self, params: optax.Params) -> State:
     if isinstance(params, optax.LookaheadParams):
       raise ValueError(
         "expected parameters as the gradients are shaped, found LookaheadParams; put the cadence"
         " inside: optax.lookahead(oc.cadence(...), ...)"
       )
-    # By name: the class is private to Optax, the way it is used is not.
-    if type(params).__name__ == "_ParamsPlaceholder":
+    if is_stand_in(params):
       return self._init_without_parameters(params)
     _check_trainable("parameter", params)
     layout, leaves, dtypes = self.lay_out(params)[0], layouts.leaves_of(params), _dtypes(params)
@@ -380,7 +382,14 @@ class Cadence:
       masked=masked,
       dtypes=list(zip(layout.paths, map(str, dtypes), strict=True)),
     )
-    return CadenceState(jnp.int32(0), groups, regions, masks)
+    made = CadenceState(jnp.int32(0), groups, regions, masks)
+    if self.cadences is not None:
+      return made
+    try:
+      stand_ins = functools.partial(self._stand_ins, layout.everys, masks is not None)
+      return FoundState.of(made, stand_ins)
+    except (TypeError, ValueError, AttributeError, LookupError):
+      return made  # `tree_map_params` does not understand the inner optimizer
 
   def _init_group(self, inner: Any, every: Every, n: int, params: Any, sums: Any) -> GroupState:
     accumulates, confidence = self.accumulates(every), None
@@ -402,36 +411,37 @@ class Cadence:
       confidence=confidence,
     )
 
-  def _init_without_parameters(self, placeholder: Any) -> CadenceState:
+  def _init_without_parameters(self, placeholder: Any) -> State:
     """The state with a stand-in for the parameters, as `tree_map_params` asks for it."""
     if self.cadences is None:
-      raise ValueError(
-        "tree_map_params asks what groups a state has without its parameters, and those that a"
-        " function of the parameters makes are not known then: expected a tree of cadences or"
-        f" by_path, found {_checks.shown(self.every)}; give the tree that it returns,"
-        " oc.cadence(inner, every(params))"
-      )
+      return FoundState(0, placeholder, 0, Regions({}))
+    names, cadences = self.cadences.names, self.cadences.everys
+    everys = {names[key]: every for key, every in cadences.items()}
+    groups, masks = self._stand_ins(everys, self.cadences.has_masks, placeholder)
+    return CadenceState(jnp.int32(0), groups, Regions({}), masks)
+
+  def _stand_ins(self, everys: Mapping[str, Every], has_masks: bool, placeholder: Any) -> Any:
+    """The states of groups with these cadences, and of masks, for a stand-in for the parameters."""
     groups = {}
-    for key, every in self.cadences.everys.items():
-      inner, name = self.inner.of(every), self.cadences.names[key]
-      groups[name] = self._init_group(inner, every, 0, placeholder, placeholder)
+    for name, every in everys.items():
+      groups[name] = self._init_group(self.inner.of(every), every, 0, placeholder, placeholder)
     masks = None
-    if self.cadences.has_masks:
+    if has_masks:
       from optax_cadence.entrywise import masks as entries
 
       masks = entries.stand_in(self.inner.any, placeholder, self.accumulate != "latest")
-    return CadenceState(jnp.int32(0), groups, Regions({}), masks)
+    return groups, masks
 
   def update(
     self,
     grads: optax.Updates,
-    state: CadenceState,
+    state: State,
     params: optax.Params | None = None,
     *,
     phase: int | Phase | None = None,
     weight: Any = None,
     **extra_args: Any,
-  ) -> tuple[optax.Updates, CadenceState]:
+  ) -> tuple[optax.Updates, State]:
     state = plain(self.init, state, grads if params is None else params)
     call = self._prepare(grads, state, params, extra_args)
     leaves, zeros = layouts.leaves_of(grads), {}
@@ -444,16 +454,16 @@ class Cadence:
   def apply(
     self,
     params: optax.Params,
-    state: CadenceState,
+    state: State,
     grads: optax.Updates,
     phase: int | Phase | None = None,
     weight: Any = None,
     **extra_args: Any,
-  ) -> tuple[optax.Params, CadenceState]:
+  ) -> tuple[optax.Params, State]:
     if params is None and jax.tree.leaves(grads):
       raise ValueError("apply needs the parameters: expected params, found None")
     state = plain(self.init, state, params)
-    if not isinstance(state, CadenceState) or _dtypes(params) != _dtypes(grads):
+    if not isinstance(state, State) or _dtypes(params) != _dtypes(grads):
       _check_order(params, state, grads)
     call = self._prepare(grads, state, params, extra_args, in_place=True)
     given, targets = layouts.leaves_of(grads), layouts.leaves_of(params)
@@ -464,12 +474,12 @@ class Cadence:
   def train(
     self,
     params: optax.Params,
-    state: CadenceState,
-    differentiate: Callable[[_step.Call, CadenceState], tuple[Any, layouts.Leaves, Any, Any]],
+    state: State,
+    differentiate: Callable[[_step.Call, State], tuple[Any, layouts.Leaves, Any, Any]],
     phase: int | Phase | None = None,
     weight: Any = None,
     **extra_args: Any,
-  ) -> tuple[optax.Params, CadenceState, Any]:
+  ) -> tuple[optax.Params, State, Any]:
     """`apply` of gradients that are worked out on the way; see `_training.training_step`.
 
     `differentiate` returns a value that is passed on, the gradient of every leaf, and `given` and
@@ -484,9 +494,9 @@ class Cadence:
     return layouts.with_leaves(params, leaves), state, value
 
   def flush(
-    self, state: CadenceState, params: optax.Params, **extra_args: Any
-  ) -> tuple[optax.Updates, CadenceState]:
-    trains = not isinstance(state, CadenceState) or any(state.regions.names.values())
+    self, state: State, params: optax.Params, **extra_args: Any
+  ) -> tuple[optax.Updates, State]:
+    trains = not isinstance(state, State) or any(state.regions.names.values())
     if params is None and trains:
       raise ValueError("flush needs the parameters: expected params, found None")
     state = plain(self.init, state, params)
@@ -495,7 +505,7 @@ class Cadence:
     updates, state = _step.flush(call, state, zeros)
     return layouts.with_leaves(params, updates), state
 
-  def restarted(self, state: CadenceState, params: optax.Params, new: Any) -> CadenceState:
+  def restarted(self, state: State, params: optax.Params, new: Any) -> State:
     """The state, where some entries of the parameters are new; see `_restart.restarted`.
 
     A region all of whose entries are new has an empty window; where only some are, the window goes
@@ -531,7 +541,7 @@ class Cadence:
   def _prepare(
     self,
     grads: Any,
-    state: CadenceState,
+    state: State,
     params: Any,
     extra_args: dict[str, Any],
     in_place: bool = False,
@@ -615,7 +625,7 @@ class Cadence:
 
   def _check_state(self, layout: layouts.Layout, state: Any) -> None:
     """Raises unless the state has the groups of this tree."""
-    if not isinstance(state, CadenceState):
+    if not isinstance(state, State):
       raise ValueError(f"state: expected a CadenceState, found {type(state).__name__}")
     names = list(map(operator.attrgetter("name"), layout.groups))
     if set(names) != set(state.groups):
@@ -687,7 +697,7 @@ def _check_trainable(what: str, tree: Any) -> None:
 
 def _check_order(params: Any, state: Any, grads: Any) -> None:
   """Raises `ValueError` where `apply` is called in the order of `update`, if one can tell."""
-  if not isinstance(state, CadenceState):
+  if not isinstance(state, State):
     raise ValueError(
       "apply takes (params, state, grads): expected a CadenceState as the state, found"
       f" {_checks.shown(state)}"

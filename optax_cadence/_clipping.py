@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from optax_cadence import _control
 from optax_cadence import _sharding
 from optax_cadence import _step
-from optax_cadence._state import CadenceState
+from optax_cadence._state import State
 from optax_cadence.confidence import statistics
 from optax_cadence.regions.layout import Group
 from optax_cadence.regions.layout import Leaves
@@ -18,7 +18,7 @@ from optax_cadence.regions.layout import Leaves
 
 def clipped(
   call: _step.Call,
-  state: CadenceState,
+  state: State,
   grads: Leaves | None,
   turns: Mapping[str, _step.Turn],
   targets: Leaves,

@@ -1,5 +1,6 @@
 """The state of a cadence: what a checkpoint holds."""
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple, TYPE_CHECKING
@@ -193,9 +194,129 @@ class CadenceState(NamedTuple):
   masks: MaskState | None = None
 
 
-def cadence_states(state: Any) -> list[CadenceState]:
+class _Elsewhere(NamedTuple):
+  """Stands where a part was taken out that follows the parameters."""
+
+
+def _is_elsewhere(node: Any) -> bool:
+  return isinstance(node, _Elsewhere)
+
+
+class _Parts(NamedTuple):
+  micro_step: Any
+  like_parameters: Any
+  others: Any
+  regions: Regions
+
+
+class FoundState(_Parts):
+  """State of a `cadence` whose groups a function of the parameters has found.
+
+  It has the attributes of a `CadenceState`, and is another tree. `tree_map_params` matches a state
+  with what `init` makes of a stand-in for the parameters, of which such a function does not know
+  the groups. So this tree has four parts, however many groups there are.
+
+  Attributes:
+    micro_step: As in `CadenceState`.
+    like_parameters: Every part of groups and masks that follows the parameters (moments,
+      accumulators), in order.
+    others: Groups and masks without these parts.
+    regions: As in `CadenceState`.
+  """
+
+  @classmethod
+  def of(cls, state: CadenceState, init: Callable[[Any], Any]) -> "FoundState":
+    """The state with what follows the parameters apart.
+
+    Args:
+      state: The state.
+      init: What makes groups and masks of a stand-in for the parameters.
+    """
+    parts = []
+
+    def taken(part: Any) -> _Elsewhere:
+      parts.append(part)
+      return _Elsewhere()
+
+    held = state.groups, state.masks
+    others = optax.tree_utils.tree_map_params(init, taken, held, is_leaf=lambda _: True)
+    return cls(state.micro_step, tuple(parts), others, state.regions)
+
+  @functools.cached_property
+  def _whole(self) -> tuple[dict[str, GroupState], MaskState | None]:
+    parts = iter(self.like_parameters)
+
+    def whole(node: Any) -> Any:
+      return next(parts) if _is_elsewhere(node) else node
+
+    return jax.tree.map(whole, self.others, is_leaf=_is_elsewhere)
+
+  @property
+  def groups(self) -> dict[str, GroupState]:
+    """State of each group, as in `CadenceState`."""
+    return self._whole[0]
+
+  @property
+  def masks(self) -> MaskState | None:
+    """State of the leaves under masks, as in `CadenceState`."""
+    return self._whole[1]
+
+  def _replace(self, **fields: Any) -> "FoundState":
+    """With other values of these fields; they may be those of a `CadenceState`."""
+    if not fields.keys() & {"groups", "masks"}:
+      return super()._replace(**fields)
+    parts = []
+
+    def taken(old: Any, part: Any) -> Any:
+      if _is_elsewhere(old):
+        parts.append(part)
+      return old if _is_elsewhere(old) else part
+
+    held = fields.pop("groups", self.groups), fields.pop("masks", self.masks)
+    others = jax.tree.map(taken, self.others, held, is_leaf=_is_elsewhere)
+    return super()._replace(like_parameters=tuple(parts), others=others, **fields)
+
+
+# The state of a cadence.
+State = CadenceState | FoundState
+
+
+def _is_found(node: Any) -> bool:
+  return isinstance(node, FoundState)
+
+
+def opened(state: Any) -> Any:
+  """The state of an optimizer, with a `CadenceState` in the place of each `FoundState`."""
+
+  def one(node: Any) -> Any:
+    if _is_found(node):
+      return CadenceState(node.micro_step, node.groups, node.regions, node.masks)
+    return node
+
+  return jax.tree.map(one, state, is_leaf=_is_found)
+
+
+def closed(state: Any, like: Any) -> Any:
+  """An opened state, with a `FoundState` again where there is one in the state that it is like."""
+
+  def one(node: Any, part: Any) -> Any:
+    return node._replace(**part._asdict()) if _is_found(node) else part
+
+  return jax.tree.map(one, like, state, is_leaf=_is_found)
+
+
+def is_stand_in(params: Any) -> bool:
+  """Whether these are no parameters, but what `optax.tree_utils.tree_map_params` gives `init`.
+
+  It asks which parts of a state follow the parameters: those in whose place this stands.
+  """
+  # By name: the class is private to Optax, the way it is used is not.
+  return type(params).__name__ == "_ParamsPlaceholder"
+
+
+def cadence_states(state: Any) -> list[State]:
   """The states of all cadences in the state of an optimizer."""
-  return states_of(state, CadenceState)
+  return states_of(state, CadenceState, FoundState)
 
 
 def states_of(state: Any, *kinds: type) -> list[Any]:

@@ -18,9 +18,9 @@ import optax
 from optax_cadence import _control
 from optax_cadence import _inner
 from optax_cadence import _window
-from optax_cadence._state import CadenceState
 from optax_cadence._state import GroupState
 from optax_cadence._state import MaskState
+from optax_cadence._state import State
 from optax_cadence.regions import cuts
 from optax_cadence.regions.layout import Group
 from optax_cadence.regions.layout import Layout
@@ -99,8 +99,8 @@ class Turn(NamedTuple):
 
 
 def advance(
-  call: Call, grads: Leaves, state: CadenceState, targets: Leaves, phase: int | Phase | None
-) -> tuple[Leaves, CadenceState]:
+  call: Call, grads: Leaves, state: State, targets: Leaves, phase: int | Phase | None
+) -> tuple[Leaves, State]:
   """Adds the gradients to every window and fires the groups that are due."""
   if phase is not None:
     phase = phases.checked(phase, call.layout.everys, state.micro_step)
@@ -121,12 +121,12 @@ def advance(
   if call.layout.masked:
     targets, mask_state = under_masks(call, state, grads, turns, targets, state.micro_step)
   micro_step = optax.safe_increment(state.micro_step)
-  return targets, CadenceState(micro_step, groups, state.regions, mask_state)
+  return targets, state._replace(micro_step=micro_step, groups=groups, masks=mask_state)
 
 
 def under_masks(
   call: Call,
-  state: CadenceState,
+  state: State,
   grads: Leaves | None,
   turns: Mapping[str, Turn],
   targets: Leaves,
@@ -144,7 +144,7 @@ def accumulate(
   call: Call,
   group: Group,
   grads: Leaves,
-  state: CadenceState,
+  state: State,
   targets: Leaves,
   phase: Phase | None,
 ) -> Turn:
@@ -432,7 +432,7 @@ def close(every: Every, state: GroupState, turn: Turn, micro_step: jax.Array) ->
   return new if turn.decision is None else turn.decision.learned(new)
 
 
-def flush(call: Call, state: CadenceState, targets: Leaves) -> tuple[Leaves, CadenceState]:
+def flush(call: Call, state: State, targets: Leaves) -> tuple[Leaves, State]:
   """Fires every window that is not empty; when groups are due next stays as it was."""
   groups, turns, micro_step = {}, {}, state.micro_step - 1
   for group in call.layout.groups:

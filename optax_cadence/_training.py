@@ -21,7 +21,7 @@ from optax_cadence import _paths
 from optax_cadence import _step
 from optax_cadence import _window
 from optax_cadence._state import cadence_states
-from optax_cadence._state import CadenceState
+from optax_cadence._state import State
 from optax_cadence.regions import cuts
 from optax_cadence.regions import layout as layouts
 from optax_cadence.schedules import phases as _phases
@@ -115,9 +115,7 @@ def training_step(
     leaves, one_weight = layouts.leaves_of(params), _is_number(weight)
     traced = _backward.trace(loss_of, leaves, has_aux)
 
-    def differentiate(
-      call: _step.Call, state: CadenceState
-    ) -> tuple[Any, layouts.Leaves, Any, Any]:
+    def differentiate(call: _step.Call, state: State) -> tuple[Any, layouts.Leaves, Any, Any]:
       # Of one weight for all leaves the whole backward pass is a multiple.
       factor = jnp.asarray(weight, jnp.float32) if cadence.weighted and one_weight else None
       sums = {}
@@ -165,7 +163,7 @@ def check_extra_args(loss: Callable[..., Any], given: int, extra_args: Collectio
 def _sums(
   cadence: _cadence.Cadence,
   call: _step.Call,
-  state: CadenceState,
+  state: State,
   leaves: layouts.Leaves,
   loss: "_backward.Loss",
 ) -> dict[layouts.Tensor, jax.Array]:

@@ -398,13 +398,12 @@ def test_cycle_of_a_function_of_the_parameters_is_asked_with_them():
   assert oc.describe(tx, PARAMS).cycle == 2
 
 
-def test_tree_map_params_needs_cadences_that_are_known_without_parameters():
-  every = lambda params: {"blk": 2, "head": 1}
-  tx = oc.cadence(SGD, every)
+def test_tree_map_params_of_noise_scale_needs_windows_that_are_known_without_parameters():
+  every = lambda params: {"blk": 2, "head": 3}
+  tx = oc.noise_scale(every)
   state = tx.init(PARAMS)
-  check(lambda: optax.tree_utils.tree_map_params(tx, lambda x: x, state), "every(params)")
-  tx = oc.cadence(SGD, every(PARAMS))
-  same = optax.tree_utils.tree_map_params(tx, lambda x: x, state)
+  check(lambda: optax.tree_utils.tree_map_params(tx, lambda x: x, state), "noise_scale", "lambda")
+  same = optax.tree_utils.tree_map_params(oc.noise_scale(every(PARAMS)), lambda x: x, state)
   assert jax.tree.structure(same) == jax.tree.structure(state)
   assert same.regions == state.regions
 

@@ -445,3 +445,21 @@ def test_copies_are_near_their_sources():
   noisy = PLAN.apply(PARAMS, growth.copies(PARAMS, PLAN, fresh, jax.random.key(0), noise=0.1))
   difference = noisy["one"]["kernel"][:, 8:] - new
   assert 0 < float(jnp.abs(difference).max()) < 0.6
+
+
+def test_a_group_that_has_no_region_before_or_after():
+  params = {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 4))}
+  plan = growth.widening(params, growth.dimension(params, {"a": -1, "b": 0}), by=1)
+  grown = plan.apply(params, lambda path, shape, dtype: jnp.ones(shape, dtype))
+  # Only the gate has period 1, of which there is none before, and none after the merge.
+  tx = oc.cadence(optax.sgd(0.1), oc.by_path({"a": 2, "b": 3}, default=1), nonfinite="skip")
+  bad = jax.tree.map(lambda p: p.at[0].set(jnp.nan), params)
+  _, state = tx.update(bad, tx.init(params), params)
+  assert state.groups["1"].skipped.shape == ()
+  bigger = growth.grow_state(tx, state, params, grown, plan)
+  assert {k: g.skipped.tolist() for k, g in bigger.groups.items()} == {"2": [1], "3": [1], "1": [0]}
+  tx.update(grown, bigger, grown)
+  merged = {name: grown[name] for name in params}
+  smaller = growth.grow_state(tx, bigger, grown, merged, plan)
+  assert {k: g.skipped.tolist() for k, g in smaller.groups.items()} == {"2": [1], "3": [1], "1": 0}
+  tx.update(merged, smaller, merged)

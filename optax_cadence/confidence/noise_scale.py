@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_cadence import _checks
 from optax_cadence import _control
 from optax_cadence import _window
+from optax_cadence._state import is_stand_in
 from optax_cadence._state import per_region
 from optax_cadence._state import Regions
 from optax_cadence._weights import of_leaves
@@ -103,19 +105,33 @@ def noise_scale(
         raise layouts.named(error, name) from None
     return layout
 
+  def init_group(every: Every, n: int, sums: Any) -> MeasuredGroup:
+    return MeasuredGroup(
+      sums,
+      jnp.zeros(per_region(n) if weighted else (), jnp.int32),
+      every.first_window(),
+      jnp.zeros(per_region(n), jnp.float32),
+      statistics.no_estimate(n),
+      jnp.zeros(per_region(n), jnp.float32) if weighted else None,
+    )
+
   def init(params: optax.Params) -> NoiseScaleState:
-    layout, groups = layout_of(params), {}
+    groups = {}
+    if is_stand_in(params):
+      known = layouts.cadences_of(every)
+      if known is None:
+        raise ValueError(
+          "tree_map_params asks what groups noise_scale has without parameters: expected every as a"
+          f" tree or by_path, found {_checks.shown(every)}; give the tree that it returns"
+        )
+      for key, name in known.names.items():
+        groups[name] = init_group(known.everys[key], 0, params)
+      return NoiseScaleState(jnp.int32(0), groups, Regions({}))
+    layout = layout_of(params)
     for group in layout.groups:
       tensors = group.take(layouts.leaves_of(params))
       sums = [jnp.zeros_like(x, _window.accumulator_dtype(x.dtype, None)) for x in tensors]
-      groups[group.name] = MeasuredGroup(
-        layout.tree(group, sums),
-        jnp.zeros(per_region(len(sums)) if weighted else (), jnp.int32),
-        group.every.first_window(),
-        jnp.zeros(per_region(len(sums)), jnp.float32),
-        statistics.no_estimate(len(sums)),
-        jnp.zeros(per_region(len(sums)), jnp.float32) if weighted else None,
-      )
+      groups[group.name] = init_group(group.every, len(sums), layout.tree(group, sums))
     return NoiseScaleState(jnp.int32(0), groups, Regions.of(names=layout.region_names()))
 
   def update(

@@ -9,7 +9,6 @@ import optax
 
 from optax_cadence import _paths
 from optax_cadence import _window
-from optax_cadence._state import CadenceState
 from optax_cadence._state import GroupState
 from optax_cadence.conversion import merging
 from optax_cadence.conversion import reading
@@ -55,7 +54,8 @@ def written(sources: Sources, new: Any, params: Any, counters: str) -> Any:
       structure = jax.tree.structure(masks.accumulators)
       found = [totals[leaf] for leaf in layout.masked]
       masks = masks._replace(accumulators=jax.tree.unflatten(structure, found))
-  return CadenceState(jnp.int32(sources.micro_step), groups, fresh.regions, masks)
+  micro_step = jnp.int32(sources.micro_step)
+  return fresh._replace(micro_step=micro_step, groups=groups, masks=masks)
 
 
 def _group_state(

@@ -12,7 +12,7 @@ import jax
 
 from optax_cadence import _paths
 from optax_cadence._inner import Inner
-from optax_cadence._state import CadenceState
+from optax_cadence._state import State
 from optax_cadence.entrywise import proof
 from optax_cadence.programs import reading
 from optax_cadence.regions import cuts
@@ -89,7 +89,7 @@ def _refused(
 def as_in_state(
   inner: Inner,
   layout: Layout,
-  state: CadenceState,
+  state: State,
   dtypes: Sequence[Any],
   extra_args: Mapping[str, Any],
 ) -> Layout:

@@ -22,8 +22,8 @@ from optax_cadence import _paths
 from optax_cadence import _sharding
 from optax_cadence import _step
 from optax_cadence import _window
-from optax_cadence._state import CadenceState
 from optax_cadence._state import MaskState
+from optax_cadence._state import State
 from optax_cadence.entrywise import proof
 from optax_cadence.regions.cuts import Entries
 from optax_cadence.regions.layout import Group
@@ -103,7 +103,7 @@ def moments_of(call: _step.Call) -> dict[int, list[Any]]:
   return moments
 
 
-def moments_in(layout: Layout, state: CadenceState) -> dict[int, list[Any]]:
+def moments_in(layout: Layout, state: State) -> dict[int, list[Any]]:
   """Where a state says that it keeps the arrays for the entries of each leaf, as key paths."""
   if state.masks is None:
     return {}

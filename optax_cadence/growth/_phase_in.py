@@ -10,6 +10,7 @@ import optax
 
 from optax_cadence import _checks
 from optax_cadence import _paths
+from optax_cadence._state import is_stand_in
 from optax_cadence.growth import _trees
 from optax_cadence.growth._plan import Plan
 from optax_cadence.growth._plan import plan_for
@@ -104,9 +105,7 @@ def phase_in(
     return gate
 
   def init(params: optax.Params) -> PhaseInState:
-    # With a placeholder `optax.tree_utils.tree_map_params` asks which parts of the state are trees
-    # of parameters. Whether the clock is empty is not known then.
-    if type(params).__name__ == "_ParamsPlaceholder":
+    if is_stand_in(params):  # whether the clock is empty is not known then
       return PhaseInState(jnp.int32(0), inside.init(params))
     has_gate = gate_of(params) is not None
     return PhaseInState(clock(jnp.int32(0)) if has_gate else {}, inside.init(params))

@@ -19,6 +19,7 @@ from optax_cadence import _control
 from optax_cadence import _paths
 from optax_cadence import _restart
 from optax_cadence import _window
+from optax_cadence._state import is_stand_in
 from optax_cadence.growth import _activity
 from optax_cadence.growth import _hidden
 from optax_cadence.growth import _trees
@@ -253,9 +254,7 @@ class _Recycling:
     """The state for these parameters."""
     layers = _nested({name: _newborn(layer) for name, layer in self.layers.items()})
     inner_state = self.inner.init(params)
-    # With a placeholder `optax.tree_utils.tree_map_params` asks which parts of the state are trees
-    # of parameters.
-    if type(params).__name__ == "_ParamsPlaceholder":
+    if is_stand_in(params):
       return RecycleState(jnp.int32(0), layers, filling.stand_in(self.fill), inner_state)
     leaves = self._leaves(params)
     drawn = leaves if self.fresh is None else {}

@@ -10,6 +10,9 @@ import numpy as np
 import optax
 
 from optax_cadence import _paths
+from optax_cadence._state import closed
+from optax_cadence._state import opened
+from optax_cadence._state import per_region
 from optax_cadence._state import Regions
 from optax_cadence.growth import _trees
 from optax_cadence.growth._plan import copied
@@ -85,6 +88,7 @@ def grow_state(
   """
   _trees.check_concrete("grow_state", [state, params, new_params])
   fresh = _fresh_state(tx if new_tx is None else new_tx, new_params, plan)
+  state, made = opened(state), opened(fresh)
   old = dict(jax.tree_util.tree_flatten_with_path(state)[0])
   by_name = {_named(keys): value for keys, value in old.items()}
   before, after = _trees.shapes(params), _trees.shapes(new_params)
@@ -92,7 +96,7 @@ def grow_state(
   changes, sources = plan.by_path, _sources(plan, before, after)
   parameters = dict(zip(_keys(new_params), after, strict=True))
   old_keys = dict(zip(before, _keys(params), strict=True))
-  regions = _regions(state), _regions(fresh)
+  regions = _regions(state), _regions(made)
   names_before = dict(zip(before, _paths.names(before), strict=True))
   origins: dict[str, str | None] = {}
   for name, path in zip(_paths.names(after), after, strict=True):
@@ -113,8 +117,10 @@ def grow_state(
     where = f"state{jax.tree_util.keystr(keys)}"
     if path is None:
       in_old, in_new = (_of_group(keys, named) for named in regions)
-      if _is_by_region(old_value, in_old) and _is_by_region(new, in_new):
-        return _trees.like(_by_region(old_value, new, in_old, in_new, origins), old_value, where)
+      by_region = _is_by_region(old_value, in_old) and _is_by_region(new, in_new)
+      if by_region and (in_old or in_new):
+        value = _by_region(old_value, new, in_old or [], in_new or [], origins)
+        return _trees.like(value, old_value, where)
       if np.shape(old_value) != np.shape(new):
         raise ValueError(
           f"{where} follows no parameter and has shape {np.shape(old_value)} before,"
@@ -150,7 +156,7 @@ def grow_state(
       " give that leaf one period"
     )
 
-  return jax.tree_util.tree_map_with_path(carried, fresh)
+  return closed(jax.tree_util.tree_map_with_path(carried, made), fresh)
 
 
 def _keys(tree: Any) -> list[Keys]:
@@ -221,16 +227,16 @@ def _regions(state: Any) -> dict[Keys, list[str]]:
   return found
 
 
-def _of_group(keys: Keys, regions: Mapping[Keys, list[str]]) -> list[str]:
-  """The regions of the group that has a leaf beside its optimizer's state; none where none has."""
+def _of_group(keys: Keys, regions: Mapping[Keys, list[str]]) -> list[str] | None:
+  """The regions of the group that has a leaf beside its optimizer's state; None where none has."""
   n = next((n for n in range(len(keys)) if keys[:n] in regions), None)
   if n is None or getattr(keys[n], "name", None) == "inner_state":
-    return []
+    return None
   return regions[keys[:n]]
 
 
-def _is_by_region(leaf: Any, names: list[str]) -> bool:
-  return bool(names) and np.shape(leaf) == (len(names),)
+def _is_by_region(leaf: Any, names: list[str] | None) -> bool:
+  return names is not None and np.shape(leaf) == per_region(len(names))
 
 
 def _by_region(

@@ -10,6 +10,7 @@ import optax
 from optax_cadence import _checks
 from optax_cadence import _control
 from optax_cadence import _paths
+from optax_cadence._state import is_stand_in
 from optax_cadence.pruning import allocation as allocations
 from optax_cadence.pruning import criterion as criteria
 from optax_cadence.pruning import filling
@@ -163,9 +164,7 @@ def prune(
 
   def init_fn(params: optax.Params) -> PruneState:
     inner_state = optax.EmptyState() if optimizer is None else optimizer.init(params)
-    # With a placeholder `optax.tree_utils.tree_map_params` asks which parts of the state are
-    # trees of parameters.
-    if type(params).__name__ == "_ParamsPlaceholder":
+    if is_stand_in(params):
       memory = params if criterion.remembers else {}
       drawing = () if hold else filling.stand_in(filler)
       return PruneState(jnp.int32(0), jnp.int32(0) if hold else {}, memory, inner_state, drawing)

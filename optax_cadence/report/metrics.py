@@ -11,7 +11,9 @@ from optax_cadence import _checks
 from optax_cadence import _paths
 from optax_cadence._state import cadence_states
 from optax_cadence._state import CadenceState
+from optax_cadence._state import FoundState
 from optax_cadence._state import GroupState
+from optax_cadence._state import State
 from optax_cadence._state import states_of
 from optax_cadence.confidence.noise_scale import MeasuredGroup
 from optax_cadence.confidence.noise_scale import NoiseScaleState
@@ -76,7 +78,7 @@ def metrics(state: Any, by: Literal["region", "group"] = "region") -> dict[str, 
     raise ValueError(f"metrics: by must be 'region' or 'group', found {_checks.shown(by)}")
   if by == "group":
     return _by_group(cadence_states(state), state)
-  nodes = states_of(state, CadenceState, NoiseScaleState)
+  nodes = states_of(state, CadenceState, FoundState, NoiseScaleState)
   if not nodes:
     raise ValueError(f"metrics: expected a cadence in the state, found {type(state).__name__}")
   small, xp = _fetched(
@@ -85,7 +87,7 @@ def metrics(state: Any, by: Literal["region", "group"] = "region") -> dict[str, 
   cadences: dict[str, dict[str, Any]] = {}
   measured: dict[str, dict[str, Any]] = {}
   for node, (_, groups) in zip(nodes, small, strict=True):
-    rows = cadences if isinstance(node, CadenceState) else measured
+    rows = cadences if isinstance(node, State) else measured
     for group, names in node.regions.names.items():
       for i, name in enumerate(names):
         # Of two cadences on one parameter the second gets a number.
@@ -100,7 +102,7 @@ def metrics(state: Any, by: Literal["region", "group"] = "region") -> dict[str, 
   return values
 
 
-def _by_group(nodes: list[CadenceState], state: Any) -> dict[str, Any]:
+def _by_group(nodes: list[State], state: Any) -> dict[str, Any]:
   if not nodes:
     raise ValueError(f"metrics: expected a cadence in the state, found {_checks.shown(state)}")
   rows: dict[str, dict[str, Any]] = {}
