@@ -110,15 +110,14 @@ def apart(fn: Callable[[Any, Any], Any], carry: Any, consts: Any, count: jax.Arr
   copies the array where it is reshaped on the way. The means is a loop that always runs
   once, which the compiler cannot know: `count` is an int32 scalar that is never negative.
   """
-  fn = functools.partial(_typed, fn)
   if not is_traced((carry, consts)):
-    return fn(carry, consts)
+    return _typed(fn, carry, consts)
   return jax.lax.platform_dependent(
     carry,
     consts,
     count,
     cpu=lambda carry, consts, count: maybe(count >= 0, fn, carry, consts),
-    default=lambda carry, consts, _: fn(carry, consts),
+    default=lambda carry, consts, _: _typed(fn, carry, consts),
   )
 
 
@@ -189,7 +188,9 @@ def _typed(fn: Callable[[Any, Any], Any], carry: Any, consts: Any) -> Any:
 
 def _strong(x: Any, dtype: Any = None) -> jax.Array:
   """The array in a dtype, its own by default, that no promotion takes for a Python number's."""
-  x = jnp.asarray(x)
+  x = x if isinstance(x, jax.Array) else jnp.asarray(x)
+  if not x.weak_type and (dtype is None or x.dtype == dtype):
+    return x
   if jnp.issubdtype(x.dtype, jax.dtypes.extended):
     return x
   return jax.lax.convert_element_type(x, x.dtype if dtype is None else dtype)

@@ -215,7 +215,7 @@ def fire(
     if window.by_region:
       unchanged = before if call.in_place and before else [jnp.zeros_like(x) for x in results]
       for i, (x, old) in enumerate(zip(results, unchanged, strict=True)):
-        results[i] = jnp.where(length[i] > 0, x, old)
+        results[i] = jnp.where(_window.item(length, i) > 0, x, old)
     leaves = write(True, leaves, group, results, direct, micro_step)
     for i, x in enumerate(results):
       if not direct[i]:

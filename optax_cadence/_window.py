@@ -56,13 +56,14 @@ class Window(NamedTuple):
     """What the sum of region i is divided by for the mean; 1 where the window is empty."""
     if self.weights is None:
       return jnp.maximum(item(self.length, i), 1)
-    return jnp.where(self.weights[i] > 0, self.weights[i], 1)
+    weight = item(self.weights, i)
+    return jnp.where(weight > 0, weight, 1)
 
   def reduced(self, i: int, dtype: Any, as_sum: bool = False) -> jax.Array:
     """The mean of region i in this dtype, or its sum; zero where nothing is in its window."""
     x, reduce = self.sums[i], sum_of if as_sum else mean_of
     if self.by_region:
-      x = jnp.where(self.length[i] > 0, x, jnp.zeros_like(x))
+      x = jnp.where(item(self.length, i) > 0, x, jnp.zeros_like(x))
     return reduce(x, self.total_weight(i), dtype, self.single)
 
 
@@ -131,7 +132,7 @@ def accumulate(
   if weights is not None:
     counts = weights > 0 if counts is None else counts & (weights > 0)
   new = jnp.int32(1) if counts is None else counts.astype(jnp.int32)
-  flags = None if counts is None else list(counts)
+  flags = None if counts is None else [item(counts, i) for i in range(counts.size)]
   if window.single:
     return Window(list(tensors), new, skipped, flags, weights=weights, single=True)
   sums, length, total_weight = [], window.length + new, None
@@ -240,7 +241,10 @@ def told(state: Any, length: Any) -> Any:
 
 def item(x: jax.Array, i: int) -> jax.Array:
   """The number of region i, where there is one for each region or one for all."""
-  return x[i] if x.ndim else x
+  if not x.ndim:
+    return x
+  # Outside of a program to cut a number out of an array takes longer than to compute with it.
+  return x[i] if _control.is_traced(x) else np.asarray(x)[i]
 
 
 def all_finite(x: jax.Array) -> jax.Array:
