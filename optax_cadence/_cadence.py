@@ -432,6 +432,17 @@ class Cadence:
       masks = entries.stand_in(self.inner.any, placeholder, self.accumulate != "latest")
     return groups, masks
 
+  def plain(self, state: Any, params: Any) -> State:
+    """The state in the containers that `init` makes; raises `ValueError` if it is no such state."""
+    state = plain(self.init, state, params)
+    if not isinstance(state, State):
+      raise ValueError(
+        f"state: expected a CadenceState, found {_checks.shown(state)}; the order is"
+        " update(grads, state, params), apply(params, state, grads), flush(state, params), and of"
+        " a training_step step(params, state, *args)"
+      )
+    return state
+
   def update(
     self,
     grads: optax.Updates,
@@ -442,7 +453,7 @@ class Cadence:
     weight: Any = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, State]:
-    state = plain(self.init, state, grads if params is None else params)
+    state = self.plain(state, grads if params is None else params)
     call = self._prepare(grads, state, params, extra_args)
     leaves, zeros = layouts.leaves_of(grads), {}
     call = self._counted(call, weight, leaves, params)
@@ -462,8 +473,8 @@ class Cadence:
   ) -> tuple[optax.Params, State]:
     if params is None and jax.tree.leaves(grads):
       raise ValueError("apply needs the parameters: expected params, found None")
-    state = plain(self.init, state, params)
-    if not isinstance(state, State) or _dtypes(params) != _dtypes(grads):
+    state = self.plain(state, params)
+    if _dtypes(params) != _dtypes(grads):
       _check_order(params, state, grads)
     call = self._prepare(grads, state, params, extra_args, in_place=True)
     given, targets = layouts.leaves_of(grads), layouts.leaves_of(params)
@@ -485,7 +496,7 @@ class Cadence:
     `differentiate` returns a value that is passed on, the gradient of every leaf, and `given` and
     `summed` of a `Call`.
     """
-    state = plain(self.init, state, params)
+    state = self.plain(state, params)
     call = self._prepare(params, state, params, extra_args, in_place=True)
     value, grads, given, summed = differentiate(call, state)
     call = dataclasses.replace(call, given=given, summed=summed)
@@ -499,7 +510,7 @@ class Cadence:
     trains = not isinstance(state, State) or any(state.regions.names.values())
     if params is None and trains:
       raise ValueError("flush needs the parameters: expected params, found None")
-    state = plain(self.init, state, params)
+    state = self.plain(state, params)
     call = self._prepare(params, state, params, extra_args)
     zeros = {i: jnp.zeros_like(p) for i, p in layouts.leaves_of(params).items()}
     updates, state = _step.flush(call, state, zeros)
@@ -623,10 +634,8 @@ class Cadence:
     counting = _weights.Counting(weights, usable, self.skips_nonfinite, entries)
     return dataclasses.replace(call, counting=counting)
 
-  def _check_state(self, layout: layouts.Layout, state: Any) -> None:
+  def _check_state(self, layout: layouts.Layout, state: State) -> None:
     """Raises unless the state has the groups of this tree."""
-    if not isinstance(state, State):
-      raise ValueError(f"state: expected a CadenceState, found {type(state).__name__}")
     names = list(map(operator.attrgetter("name"), layout.groups))
     if set(names) != set(state.groups):
       traced = any(name.startswith("traced") for name in names)
@@ -673,20 +682,36 @@ def _one_of(name: str, value: Any, options: tuple[str, ...]) -> None:
 
 def _check_float(name: str, dtype: Any) -> None:
   try:
-    known = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    known = dtype is None or _is_wide_enough(jnp.dtype(dtype), jnp.floating)
   except (TypeError, ValueError):
     known = False
   if not known:
-    raise ValueError(f"{name} must be a float dtype, found {_checks.shown(dtype)}")
+    raise ValueError(
+      f"{name} must be a float dtype of at least 16 bits, found {_checks.shown(dtype)}"
+    )
+
+
+def _is_wide_enough(dtype: Any, kind: Any) -> bool:
+  # JAX promotes no float of eight bits, so that none can be added to anything wider.
+  return jnp.issubdtype(dtype, kind) and dtype.itemsize > 1
 
 
 def _check_trainable(what: str, tree: Any) -> None:
-  """Raises `ValueError` for a leaf that no gradient descends on: integers, truth values, keys."""
+  """Raises `ValueError` for a leaf that no gradient descends on: integers, truth values, keys.
+
+  Floats of eight bits are refused, too.
+  """
   leaves = jax.tree.leaves(tree)
   for i, x in enumerate(leaves):
     dtype = x.dtype if hasattr(x, "dtype") else jax.dtypes.result_type(x)
-    if not jnp.issubdtype(dtype, jnp.inexact):
+    if not _is_wide_enough(dtype, jnp.inexact):
       name = _paths.names(path for path, _ in _paths.flatten_with_paths(tree))[i]
+      if jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(
+          f"{what} {name!r}: expected a dtype of at least 16 bits, found {dtype}, which JAX"
+          " promotes to none; keep parameters in a wider one and cast them in the loss, and cast"
+          " gradients in front of the cadence"
+        )
       kind = "float0" if dtype == jax.dtypes.float0 else dtype
       raise ValueError(
         f"{what} {name!r}: expected a dtype of real or complex numbers, found {kind} (JAX gives"
@@ -695,13 +720,8 @@ def _check_trainable(what: str, tree: Any) -> None:
       )
 
 
-def _check_order(params: Any, state: Any, grads: Any) -> None:
+def _check_order(params: Any, state: State, grads: Any) -> None:
   """Raises `ValueError` where `apply` is called in the order of `update`, if one can tell."""
-  if not isinstance(state, State):
-    raise ValueError(
-      "apply takes (params, state, grads): expected a CadenceState as the state, found"
-      f" {_checks.shown(state)}"
-    )
   known = state.regions.dtypes
 
   def fit(tree: Any) -> bool:
@@ -775,10 +795,16 @@ class Chain:
       )
     return (*before, self.last.init(params))
 
+  def plain(self, state: Any, params: Any) -> tuple[Any, ...]:
+    """The state in the containers that `init` makes; raises `ValueError` if it is no such state."""
+    state = plain(self.init, state, params)
+    self._check(state)
+    return state
+
   def update(
     self, grads: Any, state: Any, params: Any = None, **extra_args: Any
   ) -> tuple[Any, tuple[Any, ...]]:
-    state = plain(self.init, state, grads if params is None else params)
+    state = self.plain(state, grads if params is None else params)
     grads, done = self._through(grads, state, params, extra_args)
     updates, last_state = self.last.update(grads, state[-1], params, **extra_args)
     return updates, (*done, last_state)
@@ -786,14 +812,13 @@ class Chain:
   def apply(
     self, params: Any, state: Any, grads: Any, phase: int | Phase | None = None, **extra_args: Any
   ) -> tuple[Any, tuple[Any, ...]]:
-    state = plain(self.init, state, params)
+    state = self.plain(state, params)
     grads, done = self._through(grads, state, params, extra_args)
     params, last_state = self.last.apply(params, state[-1], grads, phase, **extra_args)
     return params, (*done, last_state)
 
   def flush(self, state: Any, params: Any, **extra_args: Any) -> tuple[Any, tuple[Any, ...]]:
-    state = plain(self.init, state, params)
-    self._check(state)
+    state = self.plain(state, params)
     updates, last_state = self.last.flush(state[-1], params, **extra_args)
     return updates, (*state[:-1], last_state)
 
@@ -808,7 +833,6 @@ class Chain:
   def _through(
     self, grads: Any, states: Any, params: Any, extra_args: dict[str, Any]
   ) -> tuple[Any, list[Any]]:
-    self._check(states)
     done = []
     for tx, state in zip(self.before, states, strict=False):
       grads, state = tx.update(grads, state, params, **extra_args)

@@ -143,7 +143,7 @@ def filled(inner: optax.GradientTransformation, state: optax.OptState, tensors: 
   Raises:
     ValueError: If the state does not follow the parameters.
   """
-  flags = dict(_paths.flatten_with_paths(tensors))
+  flags = _paths.by_path(tensors)
   any_filled = jnp.stack(list(flags.values())).any()
 
   def in_place(part: Any) -> Any:

@@ -26,7 +26,7 @@ class ScaleByCadenceState(NamedTuple):
   def with_window(self, lengths: Any) -> "ScaleByCadenceState":
     """The state with the lengths of the windows: an int32 scalar, or a tree of them."""
     paths = [path for path, _ in _paths.flatten_with_paths(self.lengths)]
-    known = dict(_paths.flatten_with_paths(lengths))
+    known = _paths.by_path(lengths)
     if () in known:
       known = dict.fromkeys(paths, known[()])
     if not known.keys() >= set(paths):

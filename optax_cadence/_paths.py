@@ -6,7 +6,7 @@ Nothing here looks at the values of the leaves.
 """
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -107,6 +107,28 @@ def flatten_with_paths(tree: Any, is_leaf: Any = None) -> list[tuple[Path, Any]]
   for path, leaf in flat:
     rows.append((tuple(map(_name, path[:-1] if path[:-1] in wrapped else path)), leaf))
   return rows
+
+
+def by_path(tree: Any, is_leaf: Any = None) -> dict[Path, Any]:
+  """Every leaf of a tree, by its path."""
+  return dict(flatten_with_paths(tree, is_leaf))
+
+
+def nested(leaves: Mapping[Path, Any]) -> Any:
+  """The leaves in dicts of dicts, a level for each name in a path, which `by_path` undoes.
+
+  What the tree was kept in does not matter then, nor what is written into a name. The leaf of a
+  tree that is a single leaf is in no dict.
+  """
+  if () in leaves:
+    return leaves[()]
+  tree: dict[str, Any] = {}
+  for (*names, last), x in leaves.items():
+    node = tree
+    for name in names:
+      node = node.setdefault(name, {})
+    node[last] = x
+  return tree
 
 
 def map_with_paths(fn: Callable[[Path, Any], Any], tree: Any) -> Any:

@@ -91,7 +91,8 @@ def training_step(
   from optax_cadence import _backward
 
   cadence = _cadence.of(tx, "oc.training_step(loss, tx)")
-  alone, apply = _cadence.chain_of(tx) is None, tx.apply
+  chain, apply = _cadence.chain_of(tx), tx.apply
+  alone, owner = chain is None, chain or cadence
   if not callable(loss):
     raise ValueError(f"loss must be a function, found {_checks.shown(loss)}")
 
@@ -104,6 +105,8 @@ def training_step(
     **extra_args: Any,
   ) -> tuple[optax.Params, Any, Any]:
     check_extra_args(loss, 1 + len(args), extra_args)
+    # Before the loss is traced, which could only say that it has got something else.
+    state = owner.plain(state, params)
 
     def loss_of(leaves: layouts.Leaves) -> Any:
       given = layouts.with_leaves(params, leaves)

@@ -100,7 +100,7 @@ def _spread(
   Raises:
     ValueError: If it has nothing for a leaf, or something for none.
   """
-  given, found, used = dict(_paths.flatten_with_paths(tree)), {}, set()
+  given, found, used = _paths.by_path(tree), {}, set()
   for path, x in given.items():
     name = _paths.join(path)
     check(f"{what} of {name!r}" if name else what, x)

@@ -76,52 +76,6 @@ def optimized_programs(monkeypatch):
   jax.config.update("jax_disable_most_optimizations", FAST)
 
 
-# Of tests that many cases share, the cases that take longest, by a part of their names.
-LONG_CASES = """
-  test_any_bands[8]
-  test_benchmarks.py::test_every_case_names_variants_that_it_has[growth
-  test_benchmarks.py::test_every_case_names_variants_that_it_has[step-linen
-  test_benchmarks.py::test_every_case_names_variants_that_it_has[step-nnx
-  test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[bands]
-  test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[latest]
-  test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[mask and skip]
-  test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[mask as vectors]
-  test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[noise, masked away]
-  test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[pieces]
-  test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[policies]
-  test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[policies and skip]
-  test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[pruned in pieces]
-  test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[pruned, bools]
-  test_checkpoint.py::test_a_state_saved_in_mid_window_runs_on_bit_for_bit[pruned, memory]
-  test_describe.py::test_metrics_of_many_states_are_those_of_each[grid]
-  test_describe.py::test_metrics_of_many_states_are_those_of_each[policy]
-  test_docs.py::test_the_code_runs[docs/
-  test_dtypes.py::test_no_leaf_of_a_state_changes_its_dtype[contrib.
-  test_extending.py::test_a_kind_of_region_of_ones_own[Rows-periods4]
-  test_extending.py::test_a_kind_of_region_of_ones_own[Near-periods5]
-  test_extending.py::test_a_kind_of_region_of_ones_own[NearInOnePass-periods6]
-  test_flax.py::test_an_nnx_optimizer_is_saved_in_mid_window[pruning]
-  test_flax.py::test_the_state_of_an_nnx_optimizer_is_taken_as_it_is[chain]
-  test_flax.py::test_the_state_of_an_nnx_optimizer_is_taken_as_it_is[pruning]
-  test_flax.py::test_the_state_of_an_nnx_optimizer_is_taken_as_it_is[quadrants]
-  test_growth_docs.py::test_recipes_run
-  test_masks.py::test_groups_share_what_is_updated_entry_by_entry[adagrad]
-  test_masks.py::test_groups_share_what_is_updated_entry_by_entry[adamw with a schedule]
-  test_masks.py::test_groups_share_what_is_updated_entry_by_entry[clipped by value]
-  test_masks.py::test_groups_share_what_is_updated_entry_by_entry[compiled by itself]
-  test_masks.py::test_groups_share_what_is_updated_entry_by_entry[lion]
-  test_masks.py::test_groups_share_what_is_updated_entry_by_entry[rmsprop]
-  test_optimizers.py::test_any_inner_optimizer_follows_the_oracle[contrib.
-  test_optimizers.py::test_every_way_of_any_family_follows_the_oracle[contrib.
-  test_sharding.py::test_on_several_devices[scans
-  test_sparse_training.py::test_a_row_of_the_table_does_what_the_rule_of_jaxpruner_does
-  test_training_step.py::test_no_gradient_of_layers_with_their_own_periods_is_held[0]
-  test_training_step.py::test_no_gradient_of_layers_with_their_own_periods_is_held[1]
-  test_wrappers_property.py::test_known_pitfalls[by rank under a mask
-  test_wrappers_property.py::test_known_pitfalls[finite or not]
-""".strip().splitlines()
-
-
 def pytest_addoption(parser):
   parser.addoption(
     "--few", type=int, metavar="N", help="N cases at most of each test, which lie far apart"
@@ -130,9 +84,6 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-  for item in items:
-    if any(name.strip() in item.nodeid for name in LONG_CASES):
-      item.add_marker(pytest.mark.ci)
   few = config.getoption("--few")
   if few:
     cases = collections.defaultdict(list)

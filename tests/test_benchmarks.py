@@ -96,10 +96,16 @@ def test_mean_bytes_over_a_cycle():
 # ---------------------------------------------------------------------------------- cases
 
 
+LONG = ("growth", "step-linen", "step-nnx")
+
+
 # An accelerator makes a difference to the cases of one module alone.
 @pytest.mark.parametrize(
   ("name", "accelerator"),
-  [(name, False) for name in command.all_cases(TINY, False)]
+  [
+    pytest.param(name, False, marks=[pytest.mark.ci] * name.startswith(LONG))
+    for name in command.all_cases(TINY, False)
+  ]
   + [(name, True) for name in cases.all_cases(TINY, True)],
 )
 def test_every_case_names_variants_that_it_has(name, accelerator):

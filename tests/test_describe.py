@@ -99,7 +99,13 @@ MEASURED = {
 }
 
 
-@pytest.mark.parametrize(("every", "options"), MEASURED.values(), ids=MEASURED)
+@pytest.mark.parametrize(
+  ("every", "options"),
+  [
+    pytest.param(*case, id=name, marks=[pytest.mark.ci] * (name in ("grid", "policy")))
+    for name, case in MEASURED.items()
+  ],
+)
 def test_metrics_of_many_states_are_those_of_each(every, options):
   params = jax.tree.map(lambda p: p.astype(jnp.float32), PARAMS)
   tx = optax.chain(oc.noise_scale(2), oc.cadence(optax.sgd(0.1), every, **options))

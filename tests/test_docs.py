@@ -14,7 +14,9 @@ FRAGMENTS = ("before", "each_layer", "cubic", "growth")
 PAGES = ("README.md", "docs/training.md", "docs/from_multisteps.md", "docs/inside.md")
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+  "page", [pytest.param(page, marks=[pytest.mark.ci] * page.startswith("docs/")) for page in PAGES]
+)
 def test_the_code_runs(page):
   blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
   whole = blocks

@@ -205,7 +205,7 @@ def dtype_cases():
       yield pytest.param(
         *(name, *pair, calls if of_a_family else [(phase, way)]),
         id="-".join((name, *pair)),
-        marks=[] if of_a_family else pytest.mark.ci,
+        marks=[] if of_a_family and not name.startswith("contrib.") else pytest.mark.ci,
       )
 
 

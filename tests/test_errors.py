@@ -552,6 +552,36 @@ def test_what_is_no_state(tx, state):
   check(lambda: tx.flush(state, PARAMS), "state", "expected", "found")
 
 
+def unused_loss(params, x):
+  raise AssertionError("the loss is traced before the state is looked at")
+
+
+# What stands first is a state with integers in it, which as gradients would be refused as such.
+@pytest.mark.parametrize("tx", [CADENCE, CHAIN], ids=["cadence", "chain"])
+@pytest.mark.parametrize(
+  "call",
+  [
+    lambda tx, state: tx.update(state, PARAMS, PARAMS),
+    lambda tx, state: tx.apply(state, PARAMS, PARAMS),
+    lambda tx, state: tx.flush(PARAMS, state),
+    lambda tx, state: oc.training_step(unused_loss, tx)(state, PARAMS, 1.0),
+  ],
+  ids=["update", "apply", "flush", "training_step"],
+)
+def test_arguments_that_changed_places(call, tx):
+  check(lambda: call(tx, tx.init(PARAMS)), "state", "expected", "found", "dict", without=["float0"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_floats_of_eight_bits(dtype):
+  narrow = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+  name = jnp.dtype(dtype).name
+  check(lambda: CADENCE.init(narrow), "parameter 'blk/b'", "16 bits", f"found {name}", "cast")
+  state = CADENCE.init(PARAMS)
+  check(lambda: CADENCE.update(narrow, state, PARAMS), "gradient of 'blk/b'", f"found {name}")
+  check(lambda: oc.cadence(SGD, 2, accumulator_dtype=dtype), "accumulator_dtype", "16 bits", name)
+
+
 @pytest.mark.parametrize("tx", [CADENCE, oc.chain(CADENCE)], ids=["cadence", "chain"])
 def test_apply_and_flush_need_parameters(tx):
   state = tx.init(PARAMS)

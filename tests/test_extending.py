@@ -78,7 +78,9 @@ def run(every, steps=4):
 
 
 OF_TWO_PERIODS = [(kind, (1, 2)) for kind in (Rows, Near, NearInOnePass, Mixed)]
-OF_ONE_PERIOD = [(kind, (2, 2)) for kind in (Rows, Near, NearInOnePass)]
+OF_ONE_PERIOD = [
+  pytest.param(kind, (2, 2), marks=pytest.mark.ci) for kind in (Rows, Near, NearInOnePass)
+]
 
 
 @pytest.mark.parametrize(("kind", "periods"), OF_TWO_PERIODS + OF_ONE_PERIOD)

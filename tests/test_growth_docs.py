@@ -55,16 +55,14 @@ PRINTED = {
   "Stacking": "(6, 8, 16)",
   "A mixture of experts": "(4, 8, 16)",
 }
-LONG = {"Stacking", "New tokens", "A mixture of experts", "Heads"}
 new_flax = pytest.mark.skipif(
   not hasattr(nnx, "List"), reason="the page is written for Flax 0.12, which has nnx.List"
 )
 
 
+@pytest.mark.ci
 @new_flax
-@pytest.mark.parametrize(
-  "recipe", [pytest.param(name, marks=[pytest.mark.ci] * (name in LONG)) for name in RECIPES]
-)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_run(recipe, capsys):
   (beginning,), code = BLOCKS["Recipes"], "\n".join(BLOCKS[recipe])
   names = {"__name__": "page"}

@@ -112,7 +112,24 @@ APART = {
 }
 
 
-@pytest.mark.parametrize("inner", SHARED.values(), ids=SHARED)
+# To the proof they are as Adam is.
+ALIKE = {
+  "adagrad",
+  "adamw with a schedule",
+  "clipped by value",
+  "compiled by itself",
+  "lion",
+  "rmsprop",
+}
+
+
+@pytest.mark.parametrize(
+  "inner",
+  [
+    pytest.param(inner, id=name, marks=[pytest.mark.ci] * (name in ALIKE))
+    for name, inner in SHARED.items()
+  ],
+)
 def test_groups_share_what_is_updated_entry_by_entry(inner):
   assert masked_leaves(cadence(inner).init(random(RNG))) == 2
   follow(inner, ways=())

@@ -109,8 +109,14 @@ def by_static_phase(tx, extra):
 deprecated = pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated")
 
 
+def contributed_in_ci(names):
+  return [
+    pytest.param(name, marks=[pytest.mark.ci] * name.startswith("contrib.")) for name in names
+  ]
+
+
 @deprecated
-@pytest.mark.parametrize("name", optax_exports.NAMES)
+@pytest.mark.parametrize("name", contributed_in_ci(optax_exports.NAMES))
 def test_any_inner_optimizer_follows_the_oracle(name):
   follow(name, lambda rng: SMALL)
 
@@ -131,7 +137,7 @@ FAMILIES = {
 
 
 @deprecated
-@pytest.mark.parametrize("name", sorted(FAMILIES & set(optax_exports.NAMES)))
+@pytest.mark.parametrize("name", contributed_in_ci(sorted(FAMILIES & set(optax_exports.NAMES))))
 def test_every_way_of_any_family_follows_the_oracle(name):
   follow(name, random_case, [by_apply, by_static_phase])
 

@@ -57,7 +57,8 @@ def test_bands_are_cut_as_array_split_does(periods, axis):
   expect(cut(oc.channels(periods, axis=axis), shape), pieces, shape)
 
 
-@pytest.mark.parametrize("examples", [8, pytest.param(40, marks=pytest.mark.ci)])
+@pytest.mark.ci
+@pytest.mark.parametrize("examples", [8, 40])
 def test_any_bands(examples):
   @settings(max_examples=examples)
   @given(st.lists(st.sampled_from([1, 2, 3]), min_size=1, max_size=24), st.integers(24, 60))

@@ -35,7 +35,7 @@ def on_devices(program, names=()):
   ("program", "names", "at_least"),
   [
     ("eager", [], 30),
-    ("scans", FEW, len(FEW)),
+    pytest.param("scans", FEW, len(FEW), marks=pytest.mark.ci),
     pytest.param("training_steps", [], 12, marks=pytest.mark.ci),
     pytest.param("weights", [], 4, marks=pytest.mark.ci),
     pytest.param("scans", [], 30, marks=pytest.mark.ci),

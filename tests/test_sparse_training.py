@@ -171,6 +171,7 @@ def test_the_table_has_a_row_for_each_rule():
   assert set(ROWS) == set(PEERS)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", PEERS)
 def test_a_row_of_the_table_does_what_the_rule_of_jaxpruner_does(name):
   row = eval(ROWS[name], {"oc": oc, "optax": optax, "pruning": pruning})

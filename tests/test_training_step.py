@@ -615,7 +615,7 @@ def test_layers_that_are_leaves_take_no_more(phase):
 
 @needs_references
 @pytest.mark.usefixtures("optimized_programs")
-@pytest.mark.parametrize("phase", [None, 1, 0])
+@pytest.mark.parametrize("phase", [None, *(pytest.param(t, marks=pytest.mark.ci) for t in (1, 0))])
 def test_no_gradient_of_layers_with_their_own_periods_is_held(phase):
   params = {"w": jax.ShapeDtypeStruct((48, 64, 64), jnp.float32)}
   every = {"w": oc.stacked([8] * 24 + [4] * 16 + [2] * 8)}

@@ -107,7 +107,7 @@ def grow_linen(net):
   grown = plan.apply(variables, nets.fresh)
   gated = growth.gated(new.apply, plan, old=old.apply)
   assert _trees.shapes(_trees.remove(grown, plan.alpha)) == _trees.shapes(linen_variables(new, net))
-  trainable = {path for path in _trees.leaves(grown) if path[0] == "params"}
+  trainable = {path for path in _paths.by_path(grown) if path[0] == "params"}
   return Grown(plan, (old.apply, variables), (gated, grown), new.apply, trainable)
 
 
@@ -129,7 +129,7 @@ def grow_nnx(net, inputs):
   merged = nnx.clone(model)
   growth.nnx.set_alpha(merged, 1.0)
   growth.merge(merged)
-  trainable = set(_trees.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
+  trainable = set(_paths.by_path(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
   return Grown(plan, before, as_function(model), as_function(merged)[0], trainable)
 
 
@@ -194,14 +194,14 @@ def trains_while_the_gate_opens_and_the_state_follows(net, grown):
 
   def parameters(tree):
     return _trees.rearranged(
-      tree, {path: leaf for path, leaf in _trees.leaves(tree).items() if path in grown.trainable}
+      tree, {path: leaf for path, leaf in _paths.by_path(tree).items() if path in grown.trainable}
     )
 
   def step(forward):
     @jax.jit
     def run(params, state, tree):
       def loss(params):
-        outputs = forward(_trees.with_leaves(tree, _trees.leaves(params)), *net.inputs)
+        outputs = forward(_trees.with_leaves(tree, _paths.by_path(params)), *net.inputs)
         return sum(jnp.mean((x - 1) ** 2) for x in jax.tree.leaves(outputs))
 
       value, grads = jax.value_and_grad(loss)(params)
@@ -227,12 +227,12 @@ def trains_while_the_gate_opens_and_the_state_follows(net, grown):
   for _ in range(3):
     bigger, bigger_state, value = run(bigger, bigger_state, new)
     losses.append(float(value))
-  leaves = _trees.leaves(bigger)
+  leaves = _paths.by_path(bigger)
   assert float(leaves[plan.alpha]) == 1 and np.isfinite(losses).all()
   for change in grows.changes:
     entries = np.ones(change.after, bool)
     entries[change.index] = False
-    started = _trees.leaves(fresh)[change.path]
+    started = _paths.by_path(fresh)[change.path]
     assert (leaves[change.path] != started)[entries].any(), change.path
 
 

@@ -363,7 +363,7 @@ def check_closed(larger: Network, plan: Plan) -> None:
   if not known or not plan.grows or not any(change.scaled for change in plan.changes):
     return
   gated = _gate.gated(larger.forward, plan)
-  leaves = _trees.leaves(larger.variables)
+  leaves = _paths.by_path(larger.variables)
   others = {}
   for change in plan.changes:
     leaf = leaves[change.path]
@@ -373,7 +373,7 @@ def check_closed(larger: Network, plan: Plan) -> None:
 
   @jax.jit
   def run(variables: Any) -> list[Any]:
-    found = _trees.leaves(gated(variables, *inputs, **larger.settings))
+    found = _paths.by_path(gated(variables, *inputs, **larger.settings))
     n = len(larger.output)
     return [x for path, x in found.items() if path[:n] == larger.output]
 

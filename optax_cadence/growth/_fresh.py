@@ -41,7 +41,7 @@ def copies(variables: Any, plan: Plan, fresh: Any, key: jax.Array, *, noise: flo
   References:
     Chen et al. 2015, arXiv:1511.05641.
   """
-  old = _trees.leaves(variables)
+  old = _paths.by_path(variables)
   rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
   along: dict[tuple[_paths.Path, int], list[tuple[np.ndarray, int, int, np.ndarray]]] = {}
   for dimension, more in plan.dimensions:
@@ -144,7 +144,7 @@ def given(plan: Plan, fresh: Any, values: Mapping[str, Any]) -> Fresh:
 
 def _value(fresh: Any, path: _paths.Path, shape: tuple[int, ...], dtype: Any) -> Any:
   """Fresh values of a leaf, of a function or tree."""
-  value = fresh(path, shape, dtype) if callable(fresh) else _trees.leaves(fresh)[path]
+  value = fresh(path, shape, dtype) if callable(fresh) else _paths.by_path(fresh)[path]
   return jnp.asarray(value, dtype)
 
 
@@ -208,7 +208,7 @@ def outer_product(
   shapes = _trees.shapes(variables)
   before, after = _trees.find(shapes, producer), _trees.find(shapes, consumer)
   traced = _graph.trace(loss, variables, *args)
-  leaves = _trees.leaves(variables)
+  leaves = _paths.by_path(variables)
   inputs = [*leaves.items(), *((None, x) for x in traced.arrays)]
   sizes: list[tuple[int, int]] = []  # of the virtual matrix, for each pair of products
 

@@ -70,7 +70,7 @@ def gated(
     alpha, variables = _without_gate(variables, plan)
     changed = [c for c in plan.changes if c.positions and not c.layers]
     if not changed:
-      leaves = _trees.leaves(variables)
+      leaves = _paths.by_path(variables)
       scaled = {c.path: _scaled(c, leaves[c.path], alpha) for c in plan.changes if c.scaled}
       return fn(_trees.with_leaves(variables, scaled), *args, **kwargs)
     if len(changed) < len(plan.changes):
@@ -94,7 +94,7 @@ def _scaled(change: LeafChange, leaf: Any, alpha: Any) -> Any:
 
 def _without_gate(variables: Any, plan: Plan) -> tuple[Any, Any]:
   """The gate's value, and the other variables."""
-  leaves = _trees.leaves(variables)
+  leaves = _paths.by_path(variables)
   if plan.alpha not in leaves:
     raise ValueError(f"no gate at {_paths.join(plan.alpha)!r}: apply the plan first, or call fn")
   variables = _trees.remove(variables, plan.alpha)
@@ -104,7 +104,7 @@ def _without_gate(variables: Any, plan: Plan) -> tuple[Any, Any]:
 
 def _run(fn: Any, old: Any, plan: Plan, alpha: Any, variables: Any, args: Any, kwargs: Any) -> Any:
   """Runs the forward pass at the new size, beside the program of that at the old one."""
-  leaves, changes = _trees.leaves(variables), plan.by_path
+  leaves, changes = _paths.by_path(variables), plan.by_path
   small = {
     path: _trees.smaller(leaves[path], change.before or ()) for path, change in changes.items()
   }
@@ -184,7 +184,7 @@ def merge(variables: Any, plan: Plan) -> Any:
       f"the gate at {_paths.join(plan.alpha)!r} is {alpha:g} and multiplies more than weights"
       " (statistics of a norm, a product of two activations, a weight used both ways): expected 1"
     )
-  leaves = _trees.leaves(variables)
+  leaves = _paths.by_path(variables)
   folded = {
     c.path: leaves[c.path] * _factor(c, alpha, leaves[c.path])
     for c in plan.changes
@@ -195,7 +195,7 @@ def merge(variables: Any, plan: Plan) -> Any:
 
 def undo(variables: Any, plan: Plan) -> Any:
   """The tree as it was before it grew; see `growth.undo`."""
-  if plan.gate and plan.alpha in _trees.leaves(variables):
+  if plan.gate and plan.alpha in _paths.by_path(variables):
     variables = _trees.remove(variables, plan.alpha)
   return plan.inverse().apply(variables)
 

@@ -12,7 +12,6 @@ from flax import nnx
 
 from optax_cadence import _paths
 from optax_cadence.growth import _nnx_model
-from optax_cadence.growth import _trees
 from optax_cadence.growth._fresh import Fresh
 from optax_cadence.growth._plan import Plan
 
@@ -67,7 +66,7 @@ def default_init(model: nnx.Module, rngs: nnx.Rngs | jax.Array | None = None) ->
     A function `(path, shape, dtype) -> array` for `Plan.apply`; it raises a `ValueError` that
     names a leaf for which nothing is known and which has no mean.
   """
-  modules, old = _nnx_model.parts(model).modules, _trees.leaves(_nnx_model.variables(model))
+  modules, old = _nnx_model.parts(model).modules, _paths.by_path(_nnx_model.variables(model))
   source = rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(0 if rngs is None else rngs)
 
   def read(path: _paths.Path, shape: tuple[int, ...], dtype: Any) -> Any:

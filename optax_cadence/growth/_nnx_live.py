@@ -131,7 +131,7 @@ def put(
   """
   plan, tree, alpha = grown.plan, grown.variables, None
   if plan.gate:
-    alpha = _trees.leaves(tree)[plan.alpha]
+    alpha = _paths.by_path(tree)[plan.alpha]
     tree = _trees.remove(tree, plan.alpha)
 
   def resize(model: nnx.Module) -> tuple[dict[Any, Any], Any]:
@@ -202,7 +202,7 @@ def _opt_state_of(
   """The state of an optimizer for a model that has changed by a plan."""
   before, after = (nnx.state(m, optimizer.wrt) for m in (model, changed))
   has_gate = _nnx_gate.mark_of(changed) is not None
-  if has_gate and plan.alpha not in _trees.leaves(after):
+  if has_gate and plan.alpha not in _paths.by_path(after):
     raise ValueError(
       f"optimizer: its wrt, {optimizer.wrt}, leaves out the gate {_paths.join(plan.alpha)!r}, which"
       " so would never open: expected one that takes it in, such as nnx.Any(..., nnx.PathContains"

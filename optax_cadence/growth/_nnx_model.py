@@ -9,7 +9,6 @@ import numpy as np
 from flax import nnx
 
 from optax_cadence import _paths
-from optax_cadence.growth import _trees
 from optax_cadence.growth._plan import LeafChange
 from optax_cadence.growth._plan import Plan
 
@@ -109,7 +108,7 @@ def is_object(x: Any) -> bool:
 
 def filled(state: Any, tree: Any) -> Any:
   """The state with the arrays of a nested dict; what is not there stays."""
-  leaves = _trees.leaves(tree)
+  leaves = _paths.by_path(tree)
   values = [leaves.get(path, leaf) for path, leaf in _paths.flatten_with_paths(state)]
   return jax.tree.unflatten(jax.tree.structure(state), values)
 

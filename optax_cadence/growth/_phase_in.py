@@ -14,7 +14,6 @@ from optax_cadence._state import is_stand_in
 from optax_cadence.growth import _trees
 from optax_cadence.growth._plan import Plan
 from optax_cadence.growth._plan import plan_for
-from optax_cadence.pruning import masking
 
 
 class PhaseInState(NamedTuple):
@@ -96,7 +95,7 @@ def phase_in(
 
   def gate_of(params: optax.Params) -> Any:
     """The gate in the parameters; None if there is none."""
-    gate: Any = _trees.leaves(params).get(path)
+    gate: Any = _paths.by_path(params).get(path)
     if np.shape(gate) != ():
       raise ValueError(
         f"phase_in: expected the gate, a scalar, at {alpha!r}, found a parameter of shape"
@@ -137,7 +136,7 @@ def phase_in(
 
 def _at(tree: Any, path: _paths.Path, fn: Callable[[Any], Any]) -> Any:
   """The tree with `fn` of the leaf at a path in its place, if there is one."""
-  leaves = _trees.leaves(tree)
+  leaves = _paths.by_path(tree)
   return _trees.with_leaves(tree, {path: fn(leaves[path])}) if path in leaves else tree
 
 
@@ -172,4 +171,4 @@ def periods(plan: Plan, params: Any, *, old: Any, new: Any = 1) -> dict[str, Any
       value = np.full(np.shape(leaf), new)
       value[change.index] = old
     cadences[path] = value
-  return masking.nested(cadences)
+  return _paths.nested(cadences)

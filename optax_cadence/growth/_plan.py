@@ -199,7 +199,7 @@ class Plan:
     """
     self.check(variables, "before")
     _trees.check_concrete("apply", variables)
-    leaves = _trees.leaves(variables)
+    leaves = _paths.by_path(variables)
     if not self.grows:
       back = {new: path for path, new in self.moved.items()}
       smaller = {c.path: _smaller(c, leaves[c.path]) for c in self.changes if c.after is not None}
@@ -306,7 +306,7 @@ def _added(change: LeafChange) -> int:
 
 def _reader(fresh: Any, old: Mapping[_paths.Path, Any]) -> Callable[..., Any]:
   """Fresh values of a tree, as a function `(path, shape, dtype) -> array`."""
-  leaves = _trees.leaves(fresh)
+  leaves = _paths.by_path(fresh)
 
   def read(path: _paths.Path, shape: Shape, dtype: Any) -> Any:
     leaf = leaves.get(path)

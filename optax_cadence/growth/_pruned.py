@@ -45,7 +45,7 @@ def pruned_units(variables: Any, units: Dimension) -> jax.Array:
   >>> print(growth.pruned_units(params, units))
   [ True False]
   """
-  leaves = _trees.leaves(variables)
+  leaves = _paths.by_path(variables)
   makers = [m for m in units.members if m.role == "incoming" and m.path in leaves]
   if not makers:
     raise ValueError(
@@ -86,11 +86,11 @@ def follow_pruned(
     if params is None:
       raise ValueError("follow_pruned needs the parameters: expected params, found None")
     updates, state = extended.update(updates, state, params, **extra_args)
-    weights = _trees.leaves(params)
+    weights = _paths.by_path(params)
     with jax.numpy_dtype_promotion("standard"):
       after = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), params, updates)
     gone, before = pruned_units(after, units), pruned_units(params, units)
-    moves = _trees.leaves(updates)
+    moves = _paths.by_path(updates)
     for member in units.members:
       if member.role == "follows" and member.path in weights:
         update, param = moves[member.path], weights[member.path]
@@ -136,7 +136,7 @@ def fold_pruned(fn: Callable[..., Any], variables: Any, units: Dimension, *args:
       "expected nothing but products with weights to sum over the units, found something else, as"
       " the statistics of a norm are"
     )
-  gone, leaves = pruned_units(variables, units), _trees.leaves(variables)
+  gone, leaves = pruned_units(variables, units), _paths.by_path(variables)
   if not gone.any():
     return variables
   alone = {}
@@ -202,7 +202,7 @@ def _constants(
   def constant(numbers: tuple[Any, ...]) -> Any:
     return None, numbers[0], None
 
-  leaves = _trees.leaves(variables).items()
+  leaves = _paths.by_path(variables).items()
   inputs: list[Any] = [(("leaf", path), x, alone.get(path)) for path, x in leaves]
   inputs += [(None, x, None) for x in traced.arrays]
   reading.walk([traced.program], inputs, operation, constant)

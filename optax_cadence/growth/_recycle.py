@@ -28,7 +28,6 @@ from optax_cadence.growth._dimension import entries
 from optax_cadence.growth._hidden import Layer
 from optax_cadence.growth._hidden import Taker
 from optax_cadence.pruning import filling
-from optax_cadence.pruning import masking
 
 
 class Recycle(NamedTuple):
@@ -294,13 +293,13 @@ class _Recycling:
         update = moves[path]
         move = after[path].astype(update.dtype) - leaf.astype(update.dtype)
         moves[path] = jnp.where(new[path], move, update)
-      nothing = {path: jnp.zeros(x.shape, bool) for path, x in _trees.leaves(params).items()}
+      nothing = {path: jnp.zeros(x.shape, bool) for path, x in _paths.by_path(params).items()}
       trees = _trees.with_leaves(params, after), _trees.with_leaves(params, nothing | new)
       return moves, _restart.restarted(self.inner, inner_state, *trees)
 
-    by_path = _trees.leaves(updates)
+    by_path = _paths.by_path(updates)
     biases = {taker.bias for layer in self.layers.values() for taker in layer.takers}
-    changing = leaves | {path: x for path, x in _trees.leaves(params).items() if path in biases}
+    changing = leaves | {path: x for path, x in _paths.by_path(params).items() if path in biases}
     wide = {path: filling.as_wide(by_path[path], leaf) for path, leaf in changing.items()}
     any_gone = jnp.stack([units.any() for units in gone.values()]).any()
     wide, inner_state = _control.maybe(any_gone, replaced, (wide, inner_state), (gone, means))
@@ -384,7 +383,7 @@ class _Recycling:
     Raises:
       ValueError: If weights that make units, or read them, are not among them.
     """
-    leaves, found = _trees.leaves(params), {}
+    leaves, found = _paths.by_path(params), {}
     for layer in self.layers.values():
       for member in layer.units.members:
         shape = np.shape(leaves[member.path]) if member.path in leaves else None
@@ -427,7 +426,7 @@ class _Recycling:
     """Fresh parameters."""
     if self.fresh is None:
       return filling.weights(self.fill, state, step, dict(leaves))
-    fresh = _trees.leaves(self.fresh(filling.key_at(self.fill, state, step)))
+    fresh = _paths.by_path(self.fresh(filling.key_at(self.fill, state, step)))
     for path, leaf in leaves.items():
       found = np.shape(fresh[path]) if path in fresh else None
       if found != leaf.shape:
@@ -448,7 +447,7 @@ def _newborn(layer: Layer) -> UnitsState:
 
 def _nested(states: Mapping[str, UnitsState]) -> Any:
   by_path: dict[_paths.Path, Any] = {tuple(name.split("/")): x for name, x in states.items()}
-  return masking.nested(by_path)
+  return _paths.nested(by_path)
 
 
 def _by_name(layers: Any) -> dict[str, UnitsState]:

@@ -102,7 +102,7 @@ def stacking(
 
 def _stacked(variables: Any, layers: str | Sequence[str]) -> dict[_paths.Path, Any]:
   """The leaves of a stack, by path, which all have as many layers."""
-  leaves = _trees.leaves(variables)
+  leaves = _paths.by_path(variables)
   stack: dict[_paths.Path, Any] = {}
   for name in [layers] if isinstance(layers, str) else layers:
     under = _trees.under(leaves, name)

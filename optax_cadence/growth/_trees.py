@@ -16,11 +16,6 @@ def shapes(tree: Any) -> dict[_paths.Path, tuple[int, ...]]:
   return {path: tuple(np.shape(leaf)) for path, leaf in _paths.flatten_with_paths(tree)}
 
 
-def leaves(tree: Any) -> dict[_paths.Path, Any]:
-  """Every leaf, by path."""
-  return dict(_paths.flatten_with_paths(tree))
-
-
 def with_leaves(tree: Any, new: Mapping[_paths.Path, Any]) -> Any:
   """The tree with the leaves of some paths replaced."""
   flat = [new.get(path, leaf) for path, leaf in _paths.flatten_with_paths(tree)]

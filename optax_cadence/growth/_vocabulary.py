@@ -95,7 +95,7 @@ def mean_tokens(variables: Any, plan: Plan, given: Mapping[str, Any] | None = No
   Raises:
     ValueError: If a path is not in the plan, or given entries have another shape.
   """
-  leaves, changes = _trees.leaves(variables), plan.by_path
+  leaves, changes = _paths.by_path(variables), plan.by_path
   values = {_trees.find(changes, name): value for name, value in (given or {}).items()}
 
   def read(path: _paths.Path, shape: tuple[int, ...], dtype: Any) -> Any:

@@ -169,7 +169,7 @@ def _features(mlp: Any, stacked: int) -> int:
   tree = _nnx_model.variables(mlp)
   one = {  # without the axes in front
     path: jax.eval_shape(lambda x: x[(0,) * stacked], leaf)
-    for path, leaf in _trees.leaves(tree).items()
+    for path, leaf in _paths.by_path(tree).items()
   }
   sizes = sorted({leaf.shape[-2] for leaf in one.values() if len(leaf.shape) > 1})
   network = _driver.Network(_nnx_model.forward(mlp), _trees.with_leaves(tree, one))

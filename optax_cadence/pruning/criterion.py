@@ -185,7 +185,7 @@ def given(
       f" update(grads, state, params, {name}=...), found"
       f" {', '.join(map(repr, extra_args)) or 'no extra argument'}"
     )
-  found = dict(_paths.flatten_with_paths(extra_args[name]))
+  found = _paths.by_path(extra_args[name])
   missing = [path for path in params if path not in found]
   if missing:
     raise ValueError(

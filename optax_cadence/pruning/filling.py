@@ -87,7 +87,7 @@ def init(fill: Fill, leaves: masking.Leaves) -> Any:
       numbers = x.astype(jnp.float32) if x.size else jnp.zeros(1, jnp.float32)
       mean[path], deviation[path] = numbers.mean(), numbers.std()
   return FillState(
-    jax.random.key_data(criteria.as_key(fill.key)), masking.nested(mean), masking.nested(deviation)
+    jax.random.key_data(criteria.as_key(fill.key)), _paths.nested(mean), _paths.nested(deviation)
   )
 
 
@@ -113,7 +113,7 @@ def weights(fill: Fill, state: Any, step: jax.Array, leaves: masking.Arrays) -> 
   if fill.fresh == 0:
     return {path: jnp.asarray(fill.keep, x.dtype) * x for path, x in leaves.items()}
   key = key_at(fill, state, step)
-  mean, deviation = masking.by_path(state.mean), masking.by_path(state.deviation)
+  mean, deviation = _paths.by_path(state.mean), _paths.by_path(state.deviation)
   initializers, new = initializers_of(fill, leaves), {}
   for i, (path, x) in enumerate(leaves.items()):
     key_of_leaf, wide = jax.random.fold_in(key, i), _window.wider(x.dtype, jnp.float32)
@@ -147,7 +147,7 @@ def initializers_of(fill: Fill, leaves: masking.Arrays) -> dict[_paths.Path, Any
   """The initializer of each leaf, by path; empty where weights are drawn from a normal."""
   if fill.initializer is None:
     return {}
-  prefixes = dict(_paths.flatten_with_paths(fill.initializer, is_leaf=callable))
+  prefixes = _paths.by_path(fill.initializer, is_leaf=callable)
   found = {}
   for path in leaves:
     prefix = _paths.prefix_of(path, prefixes)

@@ -38,28 +38,6 @@ Leaves = dict[_paths.Path, jax.Array]
 Arrays = Mapping[_paths.Path, jax.Array]
 
 
-def nested(leaves: Leaves) -> Any:
-  """The arrays in dicts of dicts, a level for each name in a path, as a state keeps masks.
-
-  What the parameters are kept in does not matter then, nor what is written into a name. The array
-  of parameters that are a single array is in no dict.
-  """
-  if () in leaves:
-    return leaves[()]
-  tree: dict[str, Any] = {}
-  for (*names, last), x in leaves.items():
-    node = tree
-    for name in names:
-      node = node.setdefault(name, {})
-    node[last] = x
-  return tree
-
-
-def by_path(tree: Any) -> Leaves:
-  """Undoes `nested`; the same of any tree."""
-  return dict(_paths.flatten_with_paths(tree))
-
-
 def load(path: _paths.Path, stored: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """The mask that is stored for a leaf of this shape.
 

@@ -181,7 +181,7 @@ def prune(
     memory = {}
     if criterion.remembers:
       memory = _paths.map_with_paths(lambda path, _: _no_memory(leaves.get(path)), params)
-    masks = masking.nested(first_masks(masker, leaves)) if hold else {}
+    masks = _paths.nested(first_masks(masker, leaves)) if hold else {}
     drawing = () if hold else filling.init(filler, leaves)
     return PruneState(jnp.int32(0), masks, memory, inner_state, drawing)
 
@@ -210,7 +210,7 @@ def prune(
     masker = settings.on(params, leaves)
 
     # The gradients are read before the inner optimizer turns them into updates.
-    grads, memory = {}, masking.by_path(state.memory)
+    grads, memory = {}, _paths.by_path(state.memory)
     if optimizer is not None:
       grads = {path: g for path, g in _by_path(updates).items() if path in leaves}
       memory = {
@@ -233,7 +233,7 @@ def prune(
   ) -> tuple[optax.Updates, PruneState]:
     """The updates under masks that hold: new ones where they are due, else the old ones."""
     leaves, due = micro_step.params, times.due(micro_step.step)
-    old = masking.by_path(state.masks)
+    old = _paths.by_path(state.masks)
     if set(old) != set(leaves):
       raise ValueError(
         f"state: expected masks of {_paths.listed(leaves)}, found {_paths.listed(old)}"
@@ -260,7 +260,7 @@ def prune(
     if straight_through:
       updates, after = _after(updates, leaves)
       masks = masker.next(old, due, micro_step._replace(params=after))
-      return updates, state._replace(masks=masking.nested(masks))
+      return updates, state._replace(masks=_paths.nested(masks))
 
     # The update makes pruned weights zero.
     by_path = _by_path(updates)
@@ -268,7 +268,7 @@ def prune(
       update = filling.as_wide(by_path[path], leaves[path])
       by_path[path] = jnp.where(mask, update, -leaves[path].astype(update.dtype))
     updates = jax.tree.unflatten(jax.tree.structure(updates), by_path.values())
-    return updates, state._replace(masks=masking.nested(masks))
+    return updates, state._replace(masks=_paths.nested(masks))
 
   def shocked(
     updates: optax.Updates,

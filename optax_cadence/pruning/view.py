@@ -34,7 +34,7 @@ def by_path(params: Any, state: Any) -> masking.Leaves:
   shapes = {path: jnp.shape(x) for path, x in _paths.flatten_with_paths(params)}
   found: masking.Leaves = {}
   for node in find(state):
-    for path, stored in masking.by_path(node.masks).items():
+    for path, stored in _paths.by_path(node.masks).items():
       if path not in shapes:
         raise ValueError(
           f"params: expected the parameters that the state has masks of, among them"
@@ -73,10 +73,10 @@ def with_masks(state: Any, new: Any, params: Any = None) -> Any:
     ValueError: If there is no mask for a leaf that is pruned, one that prunes a leaf that is not,
       or one that is no mask of the leaf.
   """
-  masks = masking.by_path(new)
+  masks = _paths.by_path(new)
   pruned: set[_paths.Path] = set()
   for node in find(state):
-    for path, old in masking.by_path(node.masks).items():
+    for path, old in _paths.by_path(node.masks).items():
       pruned.add(path)
       if path not in masks:
         raise ValueError(
@@ -105,10 +105,10 @@ def with_masks(state: Any, new: Any, params: Any = None) -> Any:
       return node
     stored = {
       path: masks[path] if old.dtype == jnp.bool_ else packing.pack(masks[path])
-      for path, old in masking.by_path(node.masks).items()
+      for path, old in _paths.by_path(node.masks).items()
     }
     # In the containers they were in, which are variables in an `nnx.Optimizer`.
-    arrays = jax.tree.leaves(masking.nested(stored))
+    arrays = jax.tree.leaves(_paths.nested(stored))
     return node._replace(masks=jax.tree.unflatten(jax.tree.structure(node.masks), arrays))
 
   return jax.tree.map(replace, state, is_leaf=lambda node: isinstance(node, PruneState))

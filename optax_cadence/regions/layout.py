@@ -219,7 +219,7 @@ def cadences_of(every: Any) -> Cadences | None:
       return None
     given: list[tuple[_paths.Path, str, Any]] = [((), place, c) for place, c in every.cadences]
   else:
-    by_path = dict(_paths.flatten_with_paths(every))
+    by_path = _paths.by_path(every)
     given = [
       (path, place, cadence)
       for (path, cadence), place in zip(by_path.items(), _paths.names(by_path), strict=True)
