@@ -2,8 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 import jax

@@ -249,7 +249,7 @@ def where_filled(
   length = consts[0]
   inner_state, filled = old, call.layout.tree(group, list(length > 0))
   if group.in_pieces:
-    inner_state = _inner.restored(call.inner.any, old, call.layout.tree(group, sums))
+    inner_state = _inner.restored(inner_of(call, group), old, call.layout.tree(group, sums))
   flags = _inner.like(_inner.filled(call.inner.any, inner_state, filled), old)
   return _control.keep((True, True, flags), compute, carry, consts)
 
