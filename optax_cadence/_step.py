@@ -369,8 +369,12 @@ def updated(call: Call, inner: Any, grads: Any, state: Any, params: Any) -> tupl
 
 def applied(params: Any, updates: Any) -> Any:
   """The parameters with their updates, added before they are rounded once."""
-  with jax.numpy_dtype_promotion("standard"):
-    return optax.apply_updates(params, updates)
+
+  def added(p: jax.Array, u: jax.Array) -> jax.Array:
+    dtype = _window.wider(p.dtype, u.dtype)
+    return (p.astype(dtype) + u.astype(dtype)).astype(p.dtype)
+
+  return jax.tree.map(added, params, updates)
 
 
 def inner_of(
