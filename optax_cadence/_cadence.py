@@ -558,6 +558,12 @@ class Cadence:
     in_place: bool = False,
   ) -> _step.Call:
     """Checks what a call is given, and puts together what its micro-step needs."""
+    if not isinstance(state, State):
+      raise ValueError(
+        f"state: expected a CadenceState, found a {type(state).__name__}; it is the second argument"
+        " of update(grads, state, params) and apply(params, state, grads), and the first of"
+        " flush(state, params)"
+      )
     _check_trainable("gradient of", grads)
     if params is not None:
       _paths.check_same("gradient", "as the parameters have", params, grads)
@@ -567,6 +573,12 @@ class Cadence:
     if params is None:
       known = state.regions.dtypes
       dtypes = [known.get(path, x) for path, x in zip(layout.paths, dtypes, strict=True)]
+    for i, (of_grad, of_param) in enumerate(zip(_dtypes(grads), dtypes, strict=True)):
+      if of_grad.kind == "c" and of_param.kind != "c":
+        raise ValueError(
+          f"gradient of {layout.name(i)!r}: expected real numbers, as the parameter has, found"
+          f" {of_grad}, whose imaginary part would be lost"
+        )
     if layout.scattered:
       from optax_cadence.entrywise import choice
 

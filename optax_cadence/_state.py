@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 import jax
@@ -197,9 +197,48 @@ class CadenceState(NamedTuple):
 class _Elsewhere(NamedTuple):
   """Stands where a part was taken out that follows the parameters."""
 
+  def __repr__(self) -> str:
+    return "<in FoundState.like_parameters; FoundState.groups and masks have it in its place>"
+
 
 def _is_elsewhere(node: Any) -> bool:
   return isinstance(node, _Elsewhere)
+
+
+def _is_found(node: Any) -> bool:
+  return isinstance(node, FoundState)
+
+
+def _is_end(node: Any) -> bool:
+  return _is_found(node) or _is_elsewhere(node)
+
+
+def _is_place(node: Any) -> bool:
+  """Whether a part was taken out here.
+
+  Of the state of a cadence inside, which has such places of its own, the parts that it took out are
+  one part.
+  """
+  return _is_elsewhere(node.like_parameters if _is_found(node) else node)
+
+
+def _without_places(node: Any) -> bool:
+  """Whether nothing was taken out of a tree."""
+  return not any(map(_is_place, jax.tree.leaves(node, is_leaf=_is_end)))
+
+
+def _put_back(node: Any, parts: Iterator[Any]) -> Any:
+  """A tree with the next parts in its places.
+
+  What has none in it is the same object: what is set in a dict of it, such as the hyperparameters
+  of `optax.inject_hyperparams`, is set in the state.
+  """
+  if _is_place(node):
+    part = next(parts)
+    return node._replace(like_parameters=part) if _is_found(node) else part
+  if _without_places(node):
+    return node
+  return jax.tree.map(lambda x: _put_back(x, parts), node, is_leaf=lambda x: x is not node)
 
 
 class _Parts(NamedTuple):
@@ -244,12 +283,15 @@ class FoundState(_Parts):
 
   @functools.cached_property
   def _whole(self) -> tuple[dict[str, GroupState], MaskState | None]:
-    parts = iter(self.like_parameters)
-
-    def whole(node: Any) -> Any:
-      return next(parts) if _is_elsewhere(node) else node
-
-    return jax.tree.map(whole, self.others, is_leaf=_is_elsewhere)
+    ends = jax.tree.leaves(self.others, is_leaf=_is_end)
+    places = sum(map(_is_place, ends))
+    if places != len(self.like_parameters):
+      raise ValueError(
+        f"FoundState: expected {len(self.like_parameters)} places for what follows the parameters,"
+        f" found {places}; optax.tree_utils.tree_set can set numbers in it, but no moments: do so"
+        " in its groups, state._replace(groups=...), or give the cadence a tree of cadences"
+      )
+    return _put_back(self.others, iter(self.like_parameters))
 
   @property
   def groups(self) -> dict[str, GroupState]:
@@ -267,13 +309,14 @@ class FoundState(_Parts):
       return super()._replace(**fields)
     parts = []
 
-    def taken(old: Any, part: Any) -> Any:
-      if _is_elsewhere(old):
-        parts.append(part)
-      return old if _is_elsewhere(old) else part
+    def taken(place: Any, node: Any) -> Any:
+      if not _is_place(place):
+        return node
+      parts.append(node.like_parameters if _is_found(place) else node)
+      return node._replace(like_parameters=_Elsewhere()) if _is_found(place) else place
 
     held = fields.pop("groups", self.groups), fields.pop("masks", self.masks)
-    others = jax.tree.map(taken, self.others, held, is_leaf=_is_elsewhere)
+    others = jax.tree.map(taken, self.others, held, is_leaf=_is_end)
     return super()._replace(like_parameters=tuple(parts), others=others, **fields)
 
 
@@ -281,16 +324,13 @@ class FoundState(_Parts):
 State = CadenceState | FoundState
 
 
-def _is_found(node: Any) -> bool:
-  return isinstance(node, FoundState)
-
-
 def opened(state: Any) -> Any:
   """The state of an optimizer, with a `CadenceState` in the place of each `FoundState`."""
 
   def one(node: Any) -> Any:
     if _is_found(node):
-      return CadenceState(node.micro_step, node.groups, node.regions, node.masks)
+      groups, masks = opened((node.groups, node.masks))
+      return CadenceState(node.micro_step, groups, node.regions, masks)
     return node
 
   return jax.tree.map(one, state, is_leaf=_is_found)
@@ -300,7 +340,10 @@ def closed(state: Any, like: Any) -> Any:
   """An opened state, with a `FoundState` again where there is one in the state that it is like."""
 
   def one(node: Any, part: Any) -> Any:
-    return node._replace(**part._asdict()) if _is_found(node) else part
+    if not _is_found(node):
+      return part
+    groups, masks = closed((part.groups, part.masks), (node.groups, node.masks))
+    return node._replace(**part._asdict() | {"groups": groups, "masks": masks})
 
   return jax.tree.map(one, like, state, is_leaf=_is_found)
 

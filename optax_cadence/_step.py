@@ -249,7 +249,7 @@ def where_filled(
   length = consts[0]
   inner_state, filled = old, call.layout.tree(group, list(length > 0))
   if group.in_pieces:
-    inner_state = _inner.restored(call.inner.any, old, call.layout.tree(group, sums))
+    inner_state = _inner.restored(inner_of(call, group), old, call.layout.tree(group, sums))
   flags = _inner.like(_inner.filled(call.inner.any, inner_state, filled), old)
   return _control.keep((True, True, flags), compute, carry, consts)
 
@@ -369,8 +369,12 @@ def updated(call: Call, inner: Any, grads: Any, state: Any, params: Any) -> tupl
 
 def applied(params: Any, updates: Any) -> Any:
   """The parameters with their updates, added before they are rounded once."""
-  with jax.numpy_dtype_promotion("standard"):
-    return optax.apply_updates(params, updates)
+
+  def added(p: jax.Array, u: jax.Array) -> jax.Array:
+    dtype = _window.wider(p.dtype, u.dtype)
+    return (p.astype(dtype) + u.astype(dtype)).astype(p.dtype)
+
+  return jax.tree.map(added, params, updates)
 
 
 def inner_of(

@@ -69,8 +69,16 @@ class Window(NamedTuple):
 
 def wider(*dtypes: Any) -> np.dtype:
   """The dtype that holds the values of all of these."""
+  given = list(map(jnp.dtype, dtypes))
+  if any(dtype != given[0] for dtype in given):
+    # JAX promotes no floats of 8 bits and fewer; all of them fit into bfloat16.
+    given = [jnp.dtype(jnp.bfloat16) if _is_below_half(dtype) else dtype for dtype in given]
   with jax.numpy_dtype_promotion("standard"):
-    return functools.reduce(jnp.promote_types, dtypes)
+    return functools.reduce(jnp.promote_types, given)
+
+
+def _is_below_half(dtype: np.dtype) -> bool:
+  return dtype.itemsize < 2 and bool(jnp.issubdtype(dtype, jnp.floating))
 
 
 def accumulator_dtype(dtype: Any, asked: Any | None) -> np.dtype:

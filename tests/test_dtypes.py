@@ -315,3 +315,27 @@ def test_random_gradients_do_not_drift_in_a_running_mean():
   # Each of 64 roundings is half a unit in the last place, here 1/256, at most.
   assert np.abs(np.asarray(-params) - np.asarray(grads.mean(0))).max() < 32 / 256
   assert abs(float(-params.mean()) - float(grads.mean())) < 1 / 256
+
+
+@pytest.mark.parametrize("narrow", ["gradients", "accumulators", "parameters"])
+def test_floats_of_eight_bits(narrow):
+  """JAX promotes none of them; what is computed with them is computed in a wider dtype."""
+  eight = "float8_e4m3fn"
+  every = {"bands": oc.quadrants([[1, 2], [2, 1]]), "mixed": MASK, "plain": 2}
+  tx = oc.cadence(
+    optax.sgd(0.5),
+    every,
+    accumulator_dtype=eight if narrow == "accumulators" else None,
+    nonfinite="skip",
+  )
+  params = {k: jnp.ones(SHAPE, eight if narrow == "parameters" else "float32") for k in every}
+  grads = {k: jnp.full(SHAPE, 0.5, eight if narrow == "gradients" else "float32") for k in every}
+  state, apply, expected = tx.init(params), jax.jit(tx.apply), params
+  for _ in range(2):
+    updates, _ = tx.update(grads, state, params)
+    assert {u.dtype for u in updates.values()} == {jnp.dtype("float32")}
+    params, state = apply(params, state, grads)
+  for name, x in params.items():
+    assert x.dtype == expected[name].dtype
+    found = np.unique(np.asarray(x).astype(np.float32)).tolist()
+    assert found == {"bands": [0.5, 0.75], "mixed": [0.5, 0.75, 1.0], "plain": [0.75]}[name]

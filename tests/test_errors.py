@@ -605,3 +605,34 @@ def test_a_state_that_another_optimizer_has_made_is_named():
   # Of a state without the field that it reads, Adam itself raises an AttributeError.
   with pytest.raises(ValueError, match="state of the inner optimizer, '0/count'"):
     adam.update(params, oc.cadence(optax.sgd(1.0), 1).init(params), params)
+
+
+@pytest.mark.parametrize(
+  ("call", "says"),
+  [
+    (lambda tx, step, state, p: tx.update(p, p, state), "found a dict; .* update.grads, state"),
+    (lambda tx, step, state, p: tx.flush(p, state), "found a dict; .* flush.state, params"),
+    (lambda tx, step, state, p: step(state, p), "expected parameters first, found the state"),
+  ],
+  ids=["update", "flush", "step"],
+)
+def test_a_state_in_another_place_is_told_where_it_belongs(call, says):
+  tx, params = oc.cadence(optax.sgd(1.0), 2), {"w": jnp.ones(3)}
+  step = oc.training_step(lambda params: params["w"].sum(), tx)
+  with pytest.raises(ValueError, match=says):
+    call(tx, step, tx.init(params), params)
+
+
+@pytest.mark.parametrize("way", ["update", "apply", "without parameters"])
+def test_a_complex_gradient_of_a_real_parameter_is_refused(way):
+  """Its imaginary part would go with no more than a warning of JAX."""
+  tx, params = oc.cadence(optax.sgd(1.0), 2), {"w": jnp.ones(3)}
+  grads, state = {"w": jnp.ones(3, jnp.complex64)}, tx.init(params)
+  arguments = {
+    "apply": {"params": params, "state": state, "grads": grads},
+    "update": {"grads": grads, "state": state, "params": params},
+    "without parameters": {"grads": grads, "state": state},
+  }[way]
+  call = tx.apply if way == "apply" else tx.update
+  with pytest.raises(ValueError, match="gradient of 'w': expected real numbers.*complex64"):
+    call(**arguments)

@@ -12,6 +12,7 @@ import oracle
 import orbax.checkpoint
 import pytest
 from flax import nnx
+from small_tree import assert_close
 from small_tree import assert_identical
 from small_tree import BATCHES
 from small_tree import EVERY
@@ -20,6 +21,8 @@ from small_tree import scanned
 from states import groups
 
 import optax_cadence as oc
+from optax_cadence._state import closed
+from optax_cadence._state import opened
 
 MASK = {"body": {"bias": 4, "kernel": 2 ** (np.indices((4, 6)).sum(0) % 3)}, "head": 1}
 POLICIES = {"body": oc.until_certain(1.0, 2, 4), "head": oc.as_settled(2, 4)}
@@ -133,6 +136,43 @@ def test_an_inner_optimizer_that_cannot_be_mapped_is_trained_as_ever():
   tx = oc.cadence(optax.GradientTransformation(init, update), lambda _: 2)
   assert type(tx.init(PARAMS)) is oc.CadenceState
   after(tx)
+
+
+def test_one_inside_another():
+  outer, inner = {"body": 2, "head": 1}, {"body": {"bias": 1, "kernel": 2}, "head": 2}
+  nested = lambda of: oc.cadence(oc.cadence(oracle.relaxed(optax.adam(0.1)), of(inner)), of(outer))
+  by_function, by_tree = nested(lambda every: lambda _: every), nested(lambda every: every)
+  # The cadence inside sees a part of the tree, so that its cadences are a function of that.
+  by_part = oc.cadence(
+    oc.cadence(oracle.relaxed(optax.adam(0.1)), lambda tree: inner), lambda _: outer
+  )
+  found, known = after(by_function), after(by_tree)
+  assert_identical(after(by_part), found)
+  flat = lambda state: [np.asarray(x).tolist() for x in jax.tree.leaves(fields(opened(state)))]
+  assert flat(found) == flat(known)
+  mapped = map_params(by_function, lambda x: jnp.full_like(x, 7), found)
+  assert jax.tree.structure(mapped) == jax.tree.structure(found)
+  assert flat(mapped) == flat(map_params(by_tree, lambda x: jnp.full_like(x, 7), known))
+  assert_identical(closed(opened(found), found), found)
+
+
+@pytest.mark.parametrize("every", [lambda _: 2, 2], ids=["function", "tree"])
+def test_what_is_set_in_its_hyperparameters_is_set(every):
+  tx = oc.cadence(optax.inject_hyperparams(optax.sgd)(learning_rate=1.0), every)
+  _, state = tx.update(BATCHES[0], tx.init(PARAMS), PARAMS)
+  state.groups["2"].inner_state.hyperparams["learning_rate"] = jnp.float32(0.25)
+  updates, _ = jax.jit(tx.update)(BATCHES[1], state, PARAMS)
+  expected = jax.tree.map(lambda a, b: -0.25 * (a + b) / 2, *BATCHES[:2])
+  assert_close(updates, expected)
+
+
+def test_a_moment_that_tree_set_puts_in_its_place_is_refused():
+  tx = oc.cadence(optax.adam(0.1), lambda _: 2)
+  state = tx.init(PARAMS)
+  assert "FoundState.groups" in repr(optax.tree_utils.tree_get(state, "mu"))
+  broken = optax.tree_utils.tree_set(state, mu=PARAMS)
+  with pytest.raises(ValueError, match="no moments"):
+    tx.update(BATCHES[0], broken, PARAMS)
 
 
 @pytest.mark.parametrize("name", ["grid", "mask", "policies"])

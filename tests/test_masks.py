@@ -467,3 +467,34 @@ def test_a_held_micro_step_reaches_neither_parameters_nor_moments():
   compiled = program(1, (2, 4, 8, 16))
   assert len(large(compiled, "fusion")) <= 1
   assert compiled.cost_analysis()["bytes accessed"] <= 1.01 * (12 + 1) * WIDTH**2
+
+
+def test_a_flush_under_a_limit_takes_counts_of_some_groups_and_weights_of_others():
+  """A group of period 1 has no accumulators and so no weights, the others have."""
+  mask = np.array([[1, 2, 3], [3, 1, 2]])
+  tx = oc.cadence(optax.sgd(1.0), mask, weighted=True, clip_norm=10.0)
+  params = jnp.zeros((2, 3))
+  _, state = tx.update(jnp.ones((2, 3)), tx.init(params), params, weight=2.0)
+  for flush in (tx.flush, jax.jit(tx.flush)):
+    np.testing.assert_array_equal(flush(state, params)[0], -1.0 * (mask > 1))
+
+
+def test_skipping_finds_the_state_of_leaves_in_pieces_beside_entries_with_a_count_each():
+  def init(params):
+    return jax.tree.map(lambda _: jnp.int32(0), params)
+
+  def update(grads, counts, params=None):
+    counts = jax.tree.map(lambda n: n + 1, counts)
+    return jax.tree.map(lambda g, n: -g * n.astype(g.dtype), grads, counts), counts
+
+  every = {"cells": oc.quadrants([[1, 2], [2, 1]]), "mixed": np.array([[1, 2, 2], [2, 1, 2]])}
+  tx = oc.cadence(optax.GradientTransformation(init, update), every, nonfinite="skip")
+  params = {"cells": jnp.zeros((2, 2)), "mixed": jnp.zeros((2, 3))}
+  state, step = tx.init(params), jax.jit(tx.update)
+  assert state.masks.accumulators is not None
+  for t in range(1, 5):
+    grads = jax.tree.map(jnp.ones_like, params)
+    grads["cells"] = grads["cells"].at[0, 1].set(jnp.nan if t < 3 else 1.0)
+    updates, state = step(grads, state, params)
+  np.testing.assert_array_equal(updates["cells"], [[-4.0, -1.0], [-2.0, -4.0]])
+  np.testing.assert_array_equal(updates["mixed"], [[-4.0, -2, -2], [-2, -4, -2]])

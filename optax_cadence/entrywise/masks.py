@@ -69,9 +69,13 @@ class Mask:
     return (codes & functools.reduce(jnp.bitwise_or, bits)) != 0
 
   def look_up(self, codes: jax.Array, like: jax.Array, numbers: Sequence[Any]) -> jax.Array:
-    """The number of its group for every entry, in an array of this shape."""
-    *others, last = numbers
-    result = jnp.full_like(like, last, dtype=last.dtype)
+    """The number of its group for every entry, in an array of this shape.
+
+    Counts of some groups may stand beside weights of others: all are of the wider dtype.
+    """
+    dtype = _window.wider(*(x.dtype for x in numbers))
+    *others, last = (x if x.dtype == dtype else x.astype(dtype) for x in numbers)
+    result = jnp.full_like(like, last, dtype=dtype)
     for bit, x in zip(self.bits.values(), others, strict=False):
       if x is not last and not _equal(x, last):
         result = jnp.where(codes == bit, x, result)
