@@ -558,12 +558,6 @@ class Cadence:
     in_place: bool = False,
   ) -> _step.Call:
     """Checks what a call is given, and puts together what its micro-step needs."""
-    if not isinstance(state, State):
-      raise ValueError(
-        f"state: expected a CadenceState, found a {type(state).__name__}; it is the second argument"
-        " of update(grads, state, params) and apply(params, state, grads), and the first of"
-        " flush(state, params)"
-      )
     _check_trainable("gradient of", grads)
     if params is not None:
       _paths.check_same("gradient", "as the parameters have", params, grads)
@@ -694,36 +688,20 @@ def _one_of(name: str, value: Any, options: tuple[str, ...]) -> None:
 
 def _check_float(name: str, dtype: Any) -> None:
   try:
-    known = dtype is None or _is_wide_enough(jnp.dtype(dtype), jnp.floating)
+    known = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
   except (TypeError, ValueError):
     known = False
   if not known:
-    raise ValueError(
-      f"{name} must be a float dtype of at least 16 bits, found {_checks.shown(dtype)}"
-    )
-
-
-def _is_wide_enough(dtype: Any, kind: Any) -> bool:
-  # JAX promotes no float of eight bits, so that none can be added to anything wider.
-  return jnp.issubdtype(dtype, kind) and dtype.itemsize > 1
+    raise ValueError(f"{name} must be a float dtype, found {_checks.shown(dtype)}")
 
 
 def _check_trainable(what: str, tree: Any) -> None:
-  """Raises `ValueError` for a leaf that no gradient descends on: integers, truth values, keys.
-
-  Floats of eight bits are refused, too.
-  """
+  """Raises `ValueError` for a leaf that no gradient descends on: integers, truth values, keys."""
   leaves = jax.tree.leaves(tree)
   for i, x in enumerate(leaves):
     dtype = x.dtype if hasattr(x, "dtype") else jax.dtypes.result_type(x)
-    if not _is_wide_enough(dtype, jnp.inexact):
+    if not jnp.issubdtype(dtype, jnp.inexact):
       name = _paths.names(path for path, _ in _paths.flatten_with_paths(tree))[i]
-      if jnp.issubdtype(dtype, jnp.inexact):
-        raise ValueError(
-          f"{what} {name!r}: expected a dtype of at least 16 bits, found {dtype}, which JAX"
-          " promotes to none; keep parameters in a wider one and cast them in the loss, and cast"
-          " gradients in front of the cadence"
-        )
       kind = "float0" if dtype == jax.dtypes.float0 else dtype
       raise ValueError(
         f"{what} {name!r}: expected a dtype of real or complex numbers, found {kind} (JAX gives"

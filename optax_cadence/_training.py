@@ -104,10 +104,6 @@ def training_step(
     weight: Any = None,
     **extra_args: Any,
   ) -> tuple[optax.Params, Any, Any]:
-    if cadence_states(params):
-      raise ValueError(
-        "step takes (params, state, *args): expected parameters first, found the state of a cadence"
-      )
     check_extra_args(loss, 1 + len(args), extra_args)
     # Before the loss is traced, which could only say that it has got something else.
     state = owner.plain(state, params)

@@ -572,16 +572,6 @@ def test_arguments_that_changed_places(call, tx):
   check(lambda: call(tx, tx.init(PARAMS)), "state", "expected", "found", "dict", without=["float0"])
 
 
-@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
-def test_floats_of_eight_bits(dtype):
-  narrow = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
-  name = jnp.dtype(dtype).name
-  check(lambda: CADENCE.init(narrow), "parameter 'blk/b'", "16 bits", f"found {name}", "cast")
-  state = CADENCE.init(PARAMS)
-  check(lambda: CADENCE.update(narrow, state, PARAMS), "gradient of 'blk/b'", f"found {name}")
-  check(lambda: oc.cadence(SGD, 2, accumulator_dtype=dtype), "accumulator_dtype", "16 bits", name)
-
-
 @pytest.mark.parametrize("tx", [CADENCE, oc.chain(CADENCE)], ids=["cadence", "chain"])
 def test_apply_and_flush_need_parameters(tx):
   state = tx.init(PARAMS)
@@ -605,22 +595,6 @@ def test_a_state_that_another_optimizer_has_made_is_named():
   # Of a state without the field that it reads, Adam itself raises an AttributeError.
   with pytest.raises(ValueError, match="state of the inner optimizer, '0/count'"):
     adam.update(params, oc.cadence(optax.sgd(1.0), 1).init(params), params)
-
-
-@pytest.mark.parametrize(
-  ("call", "says"),
-  [
-    (lambda tx, step, state, p: tx.update(p, p, state), "found a dict; .* update.grads, state"),
-    (lambda tx, step, state, p: tx.flush(p, state), "found a dict; .* flush.state, params"),
-    (lambda tx, step, state, p: step(state, p), "expected parameters first, found the state"),
-  ],
-  ids=["update", "flush", "step"],
-)
-def test_a_state_in_another_place_is_told_where_it_belongs(call, says):
-  tx, params = oc.cadence(optax.sgd(1.0), 2), {"w": jnp.ones(3)}
-  step = oc.training_step(lambda params: params["w"].sum(), tx)
-  with pytest.raises(ValueError, match=says):
-    call(tx, step, tx.init(params), params)
 
 
 @pytest.mark.parametrize("way", ["update", "apply", "without parameters"])
