@@ -78,7 +78,8 @@ def of_leaves(weight: Any, layout: Layout, grads: Leaves) -> dict[int, jax.Array
   for i, given in found.items():
     x = jnp.asarray(given).astype(jnp.float32)
     missing = _sharding.axes_of(x) - _sharding.axes_of(grads[i])
-    found[i] = jax.lax.psum(x, tuple(missing)) if missing else x
+    # In one order, so that all processes of a run compile the same program.
+    found[i] = jax.lax.psum(x, _sharding.in_order(missing)) if missing else x
   return found
 
 
