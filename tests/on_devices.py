@@ -4,6 +4,7 @@
 printed for each thing checked, and one for each that is wrong.
 """
 
+import contextlib
 import functools
 import hashlib
 import re
@@ -321,6 +322,33 @@ def pruning():
     if differences(found, jax.jit(fn)(*shard)):
       print("wrong: shard_map", name)
     print("checked shard_map", name)
+
+
+def conversions():
+  """A converted state holds what it holds on one device, and lies as one that `init` makes."""
+  adam = oracle.relaxed(optax.adam(0.1))
+  old = oc.cadence(adam, {"a": oc.stacked([1, 2, 2, 1] * 2), "b": 1})
+  params = {"a": jnp.ones(SHAPE), "b": jnp.ones(16)}
+  specs = {"a": P(None, "x"), "b": P("x")}
+  for name, every in {"whole": 2, "bands": {"a": oc.channels([1, 2], axis=1), "b": 2}}.items():
+    to, results = oc.cadence(adam, every), []
+    for mesh in (None, automatic(), explicit()):
+      with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        given = params
+        if mesh is not None:
+          given = jax.device_put(params, {k: NamedSharding(mesh, s) for k, s in specs.items()})
+        state = old.init(given)
+        for _ in range(2):
+          _, state = jax.jit(old.update)(given, state, given)
+        results.append(oc.convert(state, old, given, to=to, counters="most"))
+        pairs = zip(*map(jax.tree.leaves, (results[-1], to.init(given))), strict=True)
+        if mesh is not None and any(
+          x.ndim and not x.sharding.is_equivalent_to(like.sharding, x.ndim) for x, like in pairs
+        ):
+          print("wrong: lies elsewhere", name)
+      if differences(results[-1], results[0]):
+        print("wrong:", name)
+      print("checked", name)
 
 
 def refused():

@@ -38,6 +38,7 @@ def on_devices(program, names=(), **flags):
     ("scans", FEW, len(FEW)),
     pytest.param("training_steps", [], 12, marks=pytest.mark.ci),
     pytest.param("weights", [], 4, marks=pytest.mark.ci),
+    ("conversions", [], 6),
     ("pruning", ["regrown"], 3),
     pytest.param("pruning", [], 21, marks=pytest.mark.ci),
     pytest.param("scans", [], 30, marks=pytest.mark.ci),
