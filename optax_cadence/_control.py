@@ -163,7 +163,7 @@ def choose(when: bool | jax.Array, then: jax.Array, otherwise: jax.Array) -> jax
 
 
 def cast_like(tree: Any, like: Any) -> Any:
-  """`tree` with the types of `like`, none of them weak: dtypes, and the axes that it varies over.
+  """`tree` with the types of `like`, none of them weak: dtypes, where it lies, what it varies over.
 
   Raises:
     ValueError: If the trees differ in structure or in the shape of a leaf.
@@ -176,7 +176,9 @@ def cast_like(tree: Any, like: Any) -> Any:
         f" found {jnp.shape(x)}"
       )
     x = _strong(x, old.dtype)
-    return x if jax.typeof(x) == jax.typeof(old) else _varying_as(x, old)
+    if jax.typeof(x) == jax.typeof(old):
+      return x
+    return _varying_as(_sharding.lying_as(x, old), old)
 
   return jax.tree.map(cast, tree, like)
 

@@ -6,7 +6,7 @@ Everywhere else, and in versions of JAX without these types, nothing here does a
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -46,6 +46,23 @@ def lying_as(x: jax.Array, like: jax.Array) -> jax.Array:
   return jax.sharding.reshard(x, jax.sharding.PartitionSpec(*(wanted or ())))
 
 
+def automatically(fn: Callable[..., Any], args: Sequence[Any], specs: Any) -> Any:
+  """`fn(*args)` as on a mesh with automatic axes, where operands need not lie alike.
+
+  Args:
+    fn: A function of trees of arrays, which closes over none that say how they lie.
+    args: Its arguments.
+    specs: How the result is to lie: a tree like it of what `spec_of` says.
+  """
+  if not any(map(spec_of, jax.tree.leaves(args))):
+    return fn(*args)
+  is_spec = lambda node: node is None or isinstance(node, tuple)  # noqa: E731
+  wanted = jax.tree.map(
+    lambda spec: jax.sharding.PartitionSpec(*(spec or ())), specs, is_leaf=is_spec
+  )
+  return jax.sharding.auto_axes(fn, out_sharding=wanted)(*args)
+
+
 def axes_of(tree: Any) -> frozenset[Any]:
   """The axes of `jax.shard_map` that any array, or type of one, in a tree varies over."""
   found: frozenset[Any] = frozenset()
@@ -56,11 +73,16 @@ def axes_of(tree: Any) -> frozenset[Any]:
   return found
 
 
+def in_order(axes: Iterable[Any]) -> tuple[Any, ...]:
+  """The axes by name: that of a set differs from process to process."""
+  return tuple(sorted(axes, key=str))
+
+
 def varying(tree: Any, axes: frozenset[Any]) -> Any:
   """The tree, with arrays that all vary over these axes; they keep their values."""
 
   def cast(x: Any) -> Any:
-    missing = tuple(axes - axes_of(x))
+    missing = in_order(axes - axes_of(x))
     if not missing:
       return x
     if hasattr(jax.lax, "pcast"):

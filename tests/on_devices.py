@@ -4,7 +4,9 @@
 printed for each thing checked, and one for each that is wrong.
 """
 
+import contextlib
 import functools
+import hashlib
 import re
 import sys
 import warnings
@@ -135,7 +137,10 @@ def scans():
   """A scan over micro-steps on a mesh with explicit axes gives what it gives on one device."""
   sharding = NamedSharding(explicit(), P(None, "x"))
   params, grads = jnp.ones(SHAPE), gradients()
-  for name, tx in configurations():
+  # Its state does not lie as its parameters do, but what it makes of it does.
+  moving = optax.GradientTransformation(lambda p: jnp.zeros(SHAPE), lambda g, s, p: (s - g, g))
+  more = [("moving", oc.cadence(moving, 2))]
+  for name, tx in [*configurations(), *(x for x in more if not CHOSEN or x[0] in CHOSEN)]:
     expected = jax.jit(lambda p, g, tx=tx: trained(tx, p, g))(params, grads)
     with jax.set_mesh(sharding.mesh):
       there = jax.device_put(params, sharding)
@@ -260,6 +265,115 @@ def weights():
     if differences(jax.jit(jitted)(params, *sharded), expected):
       print("wrong: sharded", name)
     print("checked sharded", name)
+
+
+def pruning():
+  """Pruning on meshes gives what it gives on one device, in `shard_map` what it gives a shard."""
+  where, adam = lambda path, x: x.ndim > 1, optax.adam(0.1)
+  ways = {
+    "held": optax.chain(adam, oc.prune(0.5, every=2, where=where)),
+    "bools": optax.chain(adam, oc.prune(0.5, every=2, where=where, packed=False)),
+    "movement": oc.prune(0.5, every=2, where=where, criterion=oc.pruning.movement(), inner=adam),
+    "regrown": oc.prune(
+      0.5, every=2, where=where, regrow=oc.pruning.by_gradient(stop=9), inner=adam
+    ),
+    "shocks": oc.prune(0.5, every=2, where=where, hold=False, fill="init", inner=adam),
+    "NM": optax.chain(adam, oc.prune(every=2, where=where, structure=oc.pruning.NM(2, 4))),
+    "in a cadence": oc.cadence(oc.prune(0.5, every=1, where=where, inner=adam), 2),
+  }
+  rng = np.random.default_rng(0)
+  # Of the bytes of masks as many as there are shards, fewer, and none that stand for one axis.
+  shapes = {"a": (64, 3), "b": (8, 16), "c": (5, 8, 3), "d": (5,)}
+  specs = {"a": P("x"), "b": P("x"), "c": P(None, "x"), "d": P()}
+  params = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+  grads = {k: jnp.asarray(rng.normal(size=(5, *s)), jnp.float32) for k, s in shapes.items()}
+
+  def train(tx, params, grads):
+    def turn(carry, g):
+      updates, state = tx.update(g, carry[1], carry[0])
+      return (optax.apply_updates(carry[0], updates), state), None
+
+    return jax.lax.scan(turn, (params, tx.init(params)), grads)[0][0]
+
+  for name, tx in ways.items():
+    if CHOSEN and name not in CHOSEN:
+      continue
+    tx = oracle.relaxed(tx)
+    fn = functools.partial(train, tx)
+    expected = jax.jit(fn)(params, grads)
+    for kind, mesh in (("automatic", automatic()), ("explicit", explicit())):
+      with jax.set_mesh(mesh):
+        there = {k: NamedSharding(mesh, spec) for k, spec in specs.items()}
+        theirs = {k: NamedSharding(mesh, P(None, *spec)) for k, spec in specs.items()}
+        given = jax.device_put(params, there), jax.device_put(grads, theirs)
+        if differences(jax.jit(fn)(*given), expected):
+          print("wrong:", kind, name)
+        for x in jax.tree.leaves(tx.init(given[0])):
+          if x.size >= 64 and x.sharding.is_fully_replicated:
+            print("wrong:", kind, name, "lies whole", x.shape)
+      print("checked", kind, name)
+    alone = {k: params[k] for k in "ab"}, {k: grads[k] for k in "ab"}
+    mapped = jax.shard_map(fn, mesh=automatic(), in_specs=(P("x"), P(None, "x")), out_specs=P("x"))
+    found = jax.tree.map(lambda x: x[: len(x) // 8], jax.jit(mapped)(*alone))
+    shard = [
+      jax.tree.map(lambda x, a=a: x.take(jnp.arange(x.shape[a] // 8), a), tree)
+      for a, tree in enumerate(alone)
+    ]
+    if differences(found, jax.jit(fn)(*shard)):
+      print("wrong: shard_map", name)
+    print("checked shard_map", name)
+
+
+def conversions():
+  """A converted state holds what it holds on one device, and lies as one that `init` makes."""
+  adam = oracle.relaxed(optax.adam(0.1))
+  old = oc.cadence(adam, {"a": oc.stacked([1, 2, 2, 1] * 2), "b": 1})
+  params = {"a": jnp.ones(SHAPE), "b": jnp.ones(16)}
+  specs = {"a": P(None, "x"), "b": P("x")}
+  for name, every in {"whole": 2, "bands": {"a": oc.channels([1, 2], axis=1), "b": 2}}.items():
+    to, results = oc.cadence(adam, every), []
+    for mesh in (None, automatic(), explicit()):
+      with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        given = params
+        if mesh is not None:
+          given = jax.device_put(params, {k: NamedSharding(mesh, s) for k, s in specs.items()})
+        state = old.init(given)
+        for _ in range(2):
+          _, state = jax.jit(old.update)(given, state, given)
+        results.append(oc.convert(state, old, given, to=to, counters="most"))
+        pairs = zip(*map(jax.tree.leaves, (results[-1], to.init(given))), strict=True)
+        if mesh is not None and any(
+          x.ndim and not x.sharding.is_equivalent_to(like.sharding, x.ndim) for x, like in pairs
+        ):
+          print("wrong: lies elsewhere", name)
+      if differences(results[-1], results[0]):
+        print("wrong:", name)
+      print("checked", name)
+
+
+def refused():
+  """What is said where shards cannot agree."""
+  tx = oc.prune(0.5, every=1, allocation="global", where=lambda path, x: True)
+  params = {"a": jnp.ones((8, 4)), "b": jnp.ones((8, 4))}
+  specs = {"a": P("x"), "b": P()}
+  fn = lambda p: tx.update(p, tx.init(p), p)[0]
+  try:
+    jax.jit(jax.shard_map(fn, mesh=automatic(), in_specs=(specs,), out_specs=specs))(params)
+  except ValueError as error:
+    print(error)
+
+
+def text():
+  """A hash of a program with sums over several axes."""
+  mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  tx, params = oc.cadence(optax.sgd(0.1), 2, weighted=True, skip=lambda g, p: False), jnp.ones(3)
+
+  def fn(params, weight):
+    return tx.update(params, tx.init(params), params, weight=weight[0, 0])[0]
+
+  mapped = jax.shard_map(fn, mesh=mesh, in_specs=(P(), P("data", "model")), out_specs=P())
+  lowered = jax.jit(mapped).lower(params, jnp.ones((4, 2)))
+  print(hashlib.md5(lowered.as_text().encode()).hexdigest())
 
 
 def eager():

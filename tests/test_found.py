@@ -79,6 +79,16 @@ def test_tree_map_params_maps_what_follows_the_parameters_alone(name):
   jax.jit(by_function.flush)(mapped, PARAMS)  # it is a state like any other
 
 
+def test_a_function_may_return_a_builder():
+  builder = oc.by_path({"head": 1, "body": 3})
+  by_function, by_builder = [
+    oc.cadence(oracle.relaxed(optax.adamw(0.1)), given) for given in (lambda _: builder, builder)
+  ]
+  assert_identical(fields(after(by_function)), fields(after(by_builder)))
+  with pytest.raises(ValueError, match=r"one schedule for the whole tree is Every\(schedule\)"):
+    oc.cadence(optax.sgd(0.1), lambda _: lambda t: 1 + t // 2).init(PARAMS)
+
+
 def test_one_transformation_maps_the_states_of_different_parameters():
   tx = oc.cadence(
     oracle.relaxed(optax.adam(0.1)), lambda params: {k: {"a": 2, "b": 3}[k] for k in params}

@@ -194,7 +194,7 @@ class Merged:
     if x is not None and x.dtype == dtype and is_mean == was_mean:
       return x
     if not length:  # of no meaning
-      return jnp.zeros(old.shape, dtype)
+      return jnp.zeros_like(old.take(self._leaves[old.leaf]), dtype)
     if _window.wider(x.dtype, dtype) != dtype:
       raise ValueError(
         f"convert: the window of {old.name!r} is kept in {x.dtype}, expected an accumulator that"

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from optax_cadence import _checks
 from optax_cadence import _control
 from optax_cadence import _paths
+from optax_cadence import _sharding
 from optax_cadence.pruning import allocation as allocations
 from optax_cadence.pruning import packing
 from optax_cadence.pruning import selection
@@ -38,20 +39,24 @@ Leaves = dict[_paths.Path, jax.Array]
 Arrays = Mapping[_paths.Path, jax.Array]
 
 
-def load(path: _paths.Path, stored: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """The mask that is stored for a leaf of this shape.
+def load(path: _paths.Path, stored: jax.Array, leaf: Any) -> jax.Array:
+  """The mask that is stored for a leaf, lying as it does.
 
   Raises:
     ValueError: If it is the mask of another shape.
   """
-  packed = stored.dtype == jnp.uint8
+  packed, shape = stored.dtype == jnp.uint8, jnp.shape(leaf)
   expected = packing.packed_shape(shape) if packed else shape
   if stored.shape != expected:
     raise ValueError(
       f"mask of {_paths.join(path)!r}: expected shape {expected}, found {stored.shape}; after"
       " growth give the state its masks with pruning.with_masks"
     )
-  return packing.unpack(stored, shape) if packed else stored
+  if not packed:
+    return stored
+  unpack = functools.partial(packing.unpack, shape=shape)
+  mask = _sharding.automatically(unpack, [stored], _sharding.spec_of(leaf))
+  return _sharding.lying_as(mask, leaf)  # bytes may lie whole where they divide by no shards
 
 
 class MicroStep(NamedTuple):
@@ -167,7 +172,7 @@ class Masker:
 
   def dense(self, params: Mapping[_paths.Path, Any]) -> Leaves:
     """Stored masks that keep everything."""
-    return {path: self._store(jnp.ones(jnp.shape(x), bool)) for path, x in params.items()}
+    return {path: self._store(jnp.ones_like(x, bool)) for path, x in params.items()}
 
   def _store(self, mask: jax.Array) -> jax.Array:
     return packing.pack(mask) if self.packed else mask
@@ -187,7 +192,7 @@ class Masker:
 
     def renew_stored(stored: Leaves, micro_step: MicroStep) -> Leaves:
       step, *arrays = micro_step
-      old = {p: load(p, x, micro_step.params[p].shape) for p, x in stored.items()}
+      old = {p: load(p, x, micro_step.params[p]) for p, x in stored.items()}
       sparsities = {
         part: s(step) if callable(s) else s
         for p, s in self.sparsities.items()
@@ -197,7 +202,11 @@ class Masker:
       masks = self._joined(renew(old_parts, sparsities, MicroStep(step, *others)))
       return {p: self._store(mask) for p, mask in masks.items()}
 
-    return _control.maybe(due, renew_stored, stored, micro_step)
+    def renew_lying_as_they_do(stored: Leaves, micro_step: MicroStep) -> Leaves:
+      specs = jax.tree.map(_sharding.spec_of, stored)
+      return _sharding.automatically(renew_stored, [stored, micro_step], specs)
+
+    return _control.maybe(due, renew_lying_as_they_do, stored, micro_step)
 
   def _joined(self, masks: Leaves) -> Leaves:
     """The masks of leaves from those of their parts."""
@@ -332,9 +341,41 @@ def _largest(
   keys: Mapping[_paths.Path, selection.Keys], pools: list[list[_paths.Path]], kept: list[Any]
 ) -> dict[_paths.Path, selection.Keys]:
   """For each leaf a function that makes the mask of the units that its pool keeps."""
-  masks = selection.largest([[keys[path] for path in pool] for pool in pools], kept)
-  return {
-    path: mask
-    for pool, of_pool in zip(pools, masks, strict=True)
-    for path, mask in zip(pool, of_pool, strict=True)
-  }
+  found: dict[_paths.Path, selection.Keys] = {}
+  for alike in _by_axes(keys, pools):
+    masks = selection.largest(
+      [[keys[path] for path in pools[g]] for g in alike], [kept[g] for g in alike]
+    )
+    for g, of_pool in zip(alike, masks, strict=True):
+      found |= zip(pools[g], of_pool, strict=True)
+  return found
+
+
+def _by_axes(
+  keys: Mapping[_paths.Path, selection.Keys], pools: list[list[_paths.Path]]
+) -> list[list[int]]:
+  """The pools, by position, that are searched together.
+
+  In `jax.shard_map` these are pools that vary over the same axes: a leaf that is the same on all
+  shards, searched together with one that is not, would vary as that does.
+
+  Raises:
+    ValueError: If some leaves of a pool vary over axes that others do not.
+  """
+  together: dict[frozenset[Any], list[int]] = {}
+  for g, pool in enumerate(pools):
+    axes = {path: _sharding.axes_of(jax.make_jaxpr(keys[path])().out_avals) for path in pool}
+    first, *others = axes
+    for path in others:
+      if axes[path] != axes[first]:
+        shown = [
+          f"{_paths.join(p)!r} over {', '.join(sorted(map(str, axes[p]))) or 'none'}"
+          for p in (first, path)
+        ]
+        raise ValueError(
+          "allocation 'global': expected leaves that vary over the same axes of jax.shard_map,"
+          f" found {' and '.join(shown)}: every shard has a threshold of its own; take"
+          " allocation='uniform', or shard with jax.jit alone"
+        )
+    together.setdefault(axes[first], []).append(g)
+  return list(together.values())

@@ -43,7 +43,7 @@ def updates(
   if rests is False:
     return update(grads, state)
   like, _ = jax.eval_shape(update, grads, state)
-  nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+  nothing = jax.tree.map(lambda x, grad: jnp.zeros_like(grad, x.dtype), like, grads)
   # Gradients are handed in, so that they are read only where it does not rest.
   return _control.maybe(
     jnp.logical_not(rests), lambda carry, grads: update(grads, carry[1]), (nothing, state), grads

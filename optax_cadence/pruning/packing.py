@@ -5,6 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from optax_cadence import _sharding
+
 
 def _axis(shape: tuple[int, ...]) -> int | None:
   """The axis along which eight bits become a byte: the first with a multiple of eight entries.
@@ -24,7 +26,16 @@ def packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def pack(mask: jax.Array) -> jax.Array:
-  """Packs a bool mask; uint8 of shape `packed_shape(mask.shape)`."""
+  """Packs a bool mask; uint8 of shape `packed_shape(mask.shape)`, lying as the mask does."""
+  spec, axis = _sharding.spec_of(mask), _axis(mask.shape)
+  if axis is None:
+    spec = None
+  elif spec is not None and mask.shape[axis] // 8 % _sharding.shards_of(mask)[axis]:
+    spec = (*spec[:axis], None, *spec[axis + 1 :])
+  return _sharding.automatically(_pack, [mask], spec)
+
+
+def _pack(mask: jax.Array) -> jax.Array:
   axis = _axis(mask.shape)
   if axis is None:
     mask = jnp.pad(mask.reshape(-1), (0, -mask.size % 8))
@@ -36,7 +47,7 @@ def pack(mask: jax.Array) -> jax.Array:
 
 
 def unpack(packed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Undoes `pack`; `shape` is that of the mask."""
+  """Undoes `pack`; `shape` is that of the mask, which lies as on automatic axes."""
   axis = _axis(shape)
   after = 1 if axis is None else axis + 1
   wide = (*packed.shape[:after], 8, *packed.shape[after:])

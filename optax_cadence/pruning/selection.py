@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_cadence import _control
+from optax_cadence import _sharding
 
 # A function that makes keys, int32 or int64 of any shape. It is called inside the passes, so that
 # cheap keys are computed from the data in the pass that counts them and are never stored.
@@ -96,7 +97,8 @@ def largest(pools: Sequence[Sequence[Keys]], kept: Sequence[int | jax.Array]) ->
   """Masks of the largest keys of every pool; among equal ones those of the lower index.
 
   Args:
-    pools: For each array of each pool, a function that makes its keys, all of the same dtype.
+    pools: For each array of each pool, a function that makes its keys, all of the same dtype. In
+      `jax.shard_map` all keys vary over the same axes: every shard searches among its own.
       Indices run through the arrays in order, and through each in row-major order.
     kept: How many entries of each pool are kept, at most its size: int32 scalars.
 
@@ -260,9 +262,9 @@ def _search(
   all_keys, shapes, consts = _hoisted(pools)
   everything = jax.tree.map(row_sizes, shapes)
   nothing = jax.tree.map(jnp.zeros_like, everything)
-  low, _, reached, above = jax.lax.while_loop(
-    unfinished, one_pass, (low, high, everything, nothing)
-  )
+  axes = _sharding.axes_of((consts, low, high, kept))
+  start = _sharding.varying((low, high, everything, nothing), axes)
+  low, _, reached, above = jax.lax.while_loop(unfinished, one_pass, start)
   larger = jnp.stack([sum(x.sum(dtype=jnp.int32) for x in pool) for pool in above])
   return low, larger, jax.tree.map(jnp.subtract, reached, above)
 

@@ -10,6 +10,7 @@ import optax
 from optax_cadence import _checks
 from optax_cadence import _control
 from optax_cadence import _paths
+from optax_cadence import _sharding
 from optax_cadence._state import is_stand_in
 from optax_cadence.pruning import allocation as allocations
 from optax_cadence.pruning import criterion as criteria
@@ -170,6 +171,9 @@ def prune(
       return PruneState(jnp.int32(0), jnp.int32(0) if hold else {}, memory, inner_state, drawing)
     leaves = _pruned_leaves(params, where)
     masker = settings.on(params, leaves)
+    if restarts and (regrow is not None or not hold):
+      # Where masks say what it forgets, so does what they vary over in `jax.shard_map`.
+      inner_state = _sharding.varying(inner_state, _sharding.axes_of(leaves))
     asked = masker.sparsities
     # Of leaves with the same sparsity the first stands for all.
     for path in {id(asked[path]): path for path in reversed(leaves)}.values():
@@ -309,7 +313,7 @@ def prune(
 
 def loaded(masks: masking.Leaves, leaves: masking.Arrays) -> masking.Leaves:
   """The stored masks of leaves."""
-  return {path: masking.load(path, mask, leaves[path].shape) for path, mask in masks.items()}
+  return {path: masking.load(path, mask, leaves[path]) for path, mask in masks.items()}
 
 
 def _check_choices(
@@ -389,7 +393,7 @@ def _no_memory(leaf: jax.Array | None) -> Any:
   """What a criterion remembers of a leaf to begin with; nothing of one that is not pruned."""
   if leaf is None:
     return optax.MaskedNode()
-  return jnp.zeros(leaf.shape, jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32)
+  return jnp.zeros_like(leaf, jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32)
 
 
 def _after(updates: Any, leaves: masking.Arrays) -> tuple[Any, masking.Leaves]:

@@ -31,16 +31,16 @@ def by_path(params: Any, state: Any) -> masking.Leaves:
   Raises:
     ValueError: If a mask is that of another shape.
   """
-  shapes = {path: jnp.shape(x) for path, x in _paths.flatten_with_paths(params)}
+  leaves = _paths.by_path(params)
   found: masking.Leaves = {}
   for node in find(state):
     for path, stored in _paths.by_path(node.masks).items():
-      if path not in shapes:
+      if path not in leaves:
         raise ValueError(
           f"params: expected the parameters that the state has masks of, among them"
-          f" {_paths.join(path)!r}, found {_paths.listed(shapes)}"
+          f" {_paths.join(path)!r}, found {_paths.listed(leaves)}"
         )
-      mask = masking.load(path, stored, shapes[path])
+      mask = masking.load(path, stored, leaves[path])
       found[path] = found[path] & mask if path in found else mask
   return found
 

@@ -197,6 +197,7 @@ class Bands:
     if view.ndim > tensor.ndim:
       box = self._box(view.shape)
       return box.put(view, tensor.reshape([stop - start for start, stop in box.intervals]))
+    tensor = lying_as(tensor, view)
     if len(self.intervals) > _MAX_SLICES:
       return view.at[self._at()].set(tensor, **_SORTED)
     done = 0

@@ -354,13 +354,15 @@ def check_cuts(layout: Layout) -> None:
 
 
 def _called(every: Callable[[Any], Any], tree: Any) -> Any:
+  """The cadences that a function of the parameters returns, or a function that it returns."""
   try:
-    return every(tree)
+    found = every(tree)
   except TypeError as error:
     raise ValueError(
       "every, when callable, must be a function of the parameters; one schedule for the whole"
       f" tree is Every(schedule). Found {_checks.shown(every)}, which failed with: {error}"
     ) from error
+  return _called(found, tree) if callable(found) else found
 
 
 def named(error: Exception | str, name: str, what: str = "") -> ValueError:
