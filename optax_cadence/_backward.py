@@ -209,7 +209,7 @@ def _where_it_counts(
   totals: Sequence[jax.Array | None],
   weight: jax.Array,
 ) -> Any:
-  """What is differentiated where the weight is above 0; else the value, and no gradient.
+  """What is differentiated where the weight is not 0; else the value, and no gradient.
 
   Of a weight of 0 times a gradient that is not finite, something would come into the sums.
   """
@@ -223,9 +223,10 @@ def _where_it_counts(
     pairs = zip(carry[-1], totals, strict=True)
     return differentiated(*inputs, [None if total is None else x for x, total in pairs], weight)
 
-  carry = _control.maybe(weight > 0, counted, carry, (inputs, weight))
+  nothing = weight <= 0
+  carry = _control.maybe(~nothing, counted, carry, (inputs, weight))
   result = _control.maybe(
-    ~(weight > 0), lambda _, inputs: evaluate(*inputs), (carry[0], carry[1]), inputs
+    nothing, lambda _, inputs: evaluate(*inputs), (carry[0], carry[1]), inputs
   )
   return *result, *carry[2:]
 

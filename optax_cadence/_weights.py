@@ -27,7 +27,7 @@ class Counting(NamedTuple):
   Attributes:
     weights: How much it counts for each leaf; None where all count alike.
     usable: Whether it is to be used for each leaf; None where it is for all.
-    skips: Whether it is left out of a region where its gradient is not finite.
+    skips: Whether it is left out of a region where its gradient or weight is not finite.
     entries: Whether the entries that a group has of its leaves under masks are finite, by the name
       of the group.
   """
@@ -44,14 +44,15 @@ class Counting(NamedTuple):
 
     The weights are float32 [R]; None stands for all, and for 1 in all.
     """
-    counts = None
+    counts, weights = None, None if self.weights is None else of_regions(self.weights, group)
     if self.skips:
       entries = self.entries.get(group.name, ())
       counts = jnp.stack([*map(_window.all_finite, tensors), *entries])
+      counts = counts if weights is None else counts & jnp.isfinite(weights)
     if self.usable is not None:
       usable = of_regions(self.usable, group)
       counts = usable if counts is None else counts & usable
-    return counts, None if self.weights is None else of_regions(self.weights, group)
+    return counts, weights
 
 
 def of_leaves(weight: Any, layout: Layout, grads: Leaves) -> dict[int, jax.Array]:
@@ -78,7 +79,8 @@ def of_leaves(weight: Any, layout: Layout, grads: Leaves) -> dict[int, jax.Array
   for i, given in found.items():
     x = jnp.asarray(given).astype(jnp.float32)
     missing = _sharding.axes_of(x) - _sharding.axes_of(grads[i])
-    found[i] = jax.lax.psum(x, tuple(missing)) if missing else x
+    # In one order, so that all processes of a run compile the same program.
+    found[i] = jax.lax.psum(x, _sharding.in_order(missing)) if missing else x
   return found
 
 

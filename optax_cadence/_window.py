@@ -134,11 +134,12 @@ def accumulate(
     weights: How much the micro-batch counts in each region: float32 [R]. None for 1 in all.
   """
   skipped = window.skipped
+  weighs = None if weights is None else ~(weights <= 0)  # a NaN does, and reaches the mean
   if counts is not None and skipped is not None:
-    left_out = ~counts if weights is None else ~counts & (weights > 0)
+    left_out = ~counts if weighs is None else ~counts & weighs
     skipped = skipped + left_out.astype(jnp.int32)
-  if weights is not None:
-    counts = weights > 0 if counts is None else counts & (weights > 0)
+  if weighs is not None:
+    counts = weighs if counts is None else counts & weighs
   new = jnp.int32(1) if counts is None else counts.astype(jnp.int32)
   flags = None if counts is None else [item(counts, i) for i in range(counts.size)]
   if window.single:

@@ -124,6 +124,22 @@ def test_a_micro_batch_of_no_weight_is_not_counted_as_left_out():
   assert state.groups["2"].skipped.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_a_weight_that_is_not_a_number_counts_as_such_a_gradient_does(nonfinite):
+  tx = descent(2, nonfinite=nonfinite)
+  loss = lambda params: jnp.vdot(params["a"], params["a"]) + jnp.vdot(params["b"], params["b"])
+  step, apply = jax.jit(oc.training_step(loss, tx)), jax.jit(tx.apply)
+  fast = slow = PARAMS, tx.init(PARAMS)
+  for weight in (jnp.nan, 2.0, 1.0, 3.0):
+    *fast, _ = step(*fast, weight=weight)
+    slow = apply(*slow, jax.grad(loss)(slow[0]), weight=weight)
+  jax.tree.map(np.testing.assert_array_equal, tuple(fast), slow)
+  params, state = slow
+  assert np.isnan(params["a"]).all() == (nonfinite == "propagate")
+  if nonfinite == "skip":
+    assert state.groups["2"].skipped.tolist() == [1, 1]
+
+
 def test_weights_follow_a_chain_a_partition_and_a_wrapper():
   def chained(tx):
     return oc.chain(oc.noise_scale(2, weighted=True), optax.clip(10.0), tx)
