@@ -137,7 +137,8 @@ def cadence(
       scalar, or a tree prefix of the parameters with a scalar for each (the tokens of a
       micro-batch, those that an expert saw). The mean of a window is Σ w g / Σ w, its sum Σ w g. A
       micro-batch of weight 0 does not count, whatever its gradient holds, and a window of total
-      weight 0 does not fire. A NaN is to its window what a NaN in the gradient is. Needs an `inner` as `nonfinite="skip"` does.
+      weight 0 does not fire. A NaN is to its window what a NaN in the gradient is. Needs an `inner`
+      as `nonfinite="skip"` does.
     skip: A function `(grads, params) -> bool` that says whether a micro-batch is left out, besides
       those that `nonfinite` leaves out and in the same way; what it returns may be a tree prefix of
       the parameters that says it for each.

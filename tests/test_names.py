@@ -102,13 +102,16 @@ def test_forward_order_places_both():
     oc.forward_order(lambda p, x: x @ p["a"]["b"].T, PARAMS, jnp.ones((5, 4)))
 
 
+TWO = oc.cadence(SGD, 2)
+
+
 @pytest.mark.parametrize(
   "call",
   [
     lambda: oc.cadence(SGD, {"a": 1, "a/b": oc.stacked([1])}).init(PARAMS),
     lambda: oc.cadence(SGD, {"a": {"b": 1}, "a/b": 0}),
     lambda: oc.cadence(SGD, {"a": 1}).init(PARAMS),
-    lambda: oc.cadence(SGD, 2).update(PARAMS | {"a/b": jnp.ones(3)}, None, PARAMS),
+    lambda: TWO.update(PARAMS | {"a/b": jnp.ones(3)}, TWO.init(PARAMS), PARAMS),
     lambda: oc.by_depth({"a": {"b": 1}, "a/b": 0.5}),
     lambda: oc.noise_scale({"a": {"b": 2}, "a/b": 1}).init(PARAMS),
   ],
