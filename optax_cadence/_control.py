@@ -191,9 +191,9 @@ def _typed(fn: Callable[[Any, Any], Any], carry: Any, consts: Any) -> Any:
 def _strong(x: Any, dtype: Any = None) -> jax.Array:
   """The array in a dtype, its own by default, that no promotion takes for a Python number's."""
   x = x if isinstance(x, jax.Array) else jnp.asarray(x)
-  if not x.weak_type and (dtype is None or x.dtype == dtype):
-    return x
   if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+    return x
+  if not x.weak_type and (dtype is None or x.dtype == dtype):
     return x
   return jax.lax.convert_element_type(x, x.dtype if dtype is None else dtype)
 
