@@ -131,9 +131,7 @@ def first_part_first(
   it does. What both need is computed twice, so that it is `maybe` where there is more in it than
   passes over memory (products of matrices, say). The carry is a tuple; `count` is as in `apart`.
   """
-  if not is_traced((carry, consts)) or jax.default_backend() != "cpu":
-    return maybe(when, fn, carry, consts)
-  if not reading.primitive_names(jax.make_jaxpr(fn)(carry, consts)) <= primitives.ONE_PASS:
+  if not is_one_pass(fn, carry, consts):
     return maybe(when, fn, carry, consts)
 
   def first_loop(loop: Any, consts: Any) -> Any:
@@ -145,6 +143,13 @@ def first_part_first(
   when = count >= 0 if when is True else when
   part, done = maybe(when, first_loop, (carry[0], jnp.zeros((), bool)), (carry[1:], consts))
   return part, *maybe(done, second_loop, carry[1:], (carry[0], consts))
+
+
+def is_one_pass(fn: Callable[..., Any], carry: Any, consts: Any) -> bool:
+  """Whether, in a program for CPUs, there is nothing in `fn` but passes over memory."""
+  if not is_traced((carry, consts)) or jax.default_backend() != "cpu":
+    return False
+  return reading.primitive_names(jax.make_jaxpr(fn)(carry, consts)) <= primitives.ONE_PASS
 
 
 def is_traced(tree: Any) -> bool:

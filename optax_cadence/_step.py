@@ -89,6 +89,8 @@ class Turn(NamedTuple):
     due: Whether it is due.
     fires: Whether it fires, the same for all but some policies.
     decision: What its policy has decided; None without one.
+    before: The sums of its window without them, where they can be added later; None elsewhere.
+    add: Adds them to such sums.
   """
 
   state: GroupState
@@ -96,6 +98,8 @@ class Turn(NamedTuple):
   due: bool | jax.Array
   fires: bool | jax.Array
   decision: Any = None
+  before: list[jax.Array] | None = None
+  add: Any = None
 
 
 def advance(
@@ -165,7 +169,13 @@ def accumulate(
     decision = deciding.decide(call, group, old, window, targets)
     return Turn(decision.state, window, decision.due, decision.fires, decision)
   due = is_due(group, old, phase)
-  return Turn(old, window, due, due)
+  if counts is not None or any(summed) or window.single:
+    return Turn(old, window, due, due)
+
+  def add(sums: list[jax.Array]) -> list[jax.Array]:
+    return _window.accumulate(before._replace(sums=sums), tensors).sums
+
+  return Turn(old, window, due, due, before=before.sums, add=add)
 
 
 def is_due(group: Group, state: GroupState, phase: Phase | None) -> bool | jax.Array:
@@ -224,12 +234,17 @@ def fire(
 
   waits = list(map(operator.not_, direct))
   run = runner(when, group, waits, micro_step)
-  if call.in_place and all(direct) and not call.widened.isdisjoint(group.leaves):
-    # Parameters step by what is not rounded yet, out of moments that are then overwritten.
-    run = functools.partial(_control.first_part_first, when, count=micro_step)
   body = functools.partial(where_filled, call, group, compute) if window.by_region else compute
   carry = leaves, window.sums, state.inner_state
   consts = window.length, window.weights, read, micro_step
+  if call.in_place and all(direct) and not call.widened.isdisjoint(group.leaves):
+    # Parameters step by what is not rounded yet, out of moments that are then overwritten.
+    run = functools.partial(_control.first_part_first, when, count=micro_step)
+    if turn.add is not None and _control.is_one_pass(body, carry, consts):
+      # Nor is a sum written that is read for the last time: it is computed where it is read.
+      held = not when if isinstance(when, bool) else ~when
+      sums = _control.maybe(held, lambda sums, _: turn.add(sums), turn.before, None)
+      body, carry = functools.partial(where_added, turn.add, body), (leaves, sums, carry[-1])
   leaves, sums, inner_state = run(body, carry, consts)
   targets = write(when, targets | leaves, group, sums, waits, micro_step)
   state = state._replace(
@@ -239,6 +254,15 @@ def fire(
     sums = jax.tree.unflatten(jax.tree.structure(state.accumulators), sums)
     state = state._replace(accumulators=sums)
   return targets, state
+
+
+def where_added(
+  add: Callable[[Any], Any], compute: Callable[[Any, Any], Any], carry: Any, consts: Any
+) -> Any:
+  """What `fire` computes, of sums to which the last gradients are yet to be added."""
+  leaves, sums, inner_state = carry
+  leaves, _, inner_state = compute((leaves, add(sums), inner_state), consts)
+  return leaves, sums, inner_state
 
 
 def where_filled(

@@ -108,6 +108,15 @@ def test_moments_that_are_rounded_are_not_copied(every, options, phase):
   assert temporaries(compiled) < params["w"].nbytes / 4
 
 
+@selects_in_place
+@pytest.mark.parametrize(("phase", "most"), [(0, 34), (1, 10)])
+def test_a_sum_that_is_read_for_the_last_time_is_not_written(phase, most):
+  """Bytes of an entry: three loops read what they need of sum 4, gradient, moments, parameter 2."""
+  params = {"w": jnp.full((512, 512), 0.5, jnp.bfloat16)}
+  compiled = apply_program(transformation(8), params, phase).compile()
+  assert compiled.cost_analysis()["bytes accessed"] <= 1.01 * most * params["w"].size
+
+
 def test_an_optimizer_with_products_runs_once_where_its_moments_are_rounded():
   params = {"w": jnp.full((SIZE, SIZE), 0.5, jnp.bfloat16)}
   tx = oc.cadence(oracle.relaxed(optax.contrib.muon(1e-3)), 4)
