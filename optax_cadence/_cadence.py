@@ -416,9 +416,7 @@ class Cadence:
     """The state with a stand-in for the parameters, as `tree_map_params` asks for it."""
     if self.cadences is None:
       return FoundState(0, placeholder, 0, Regions({}))
-    names, cadences = self.cadences.names, self.cadences.everys
-    everys = {names[key]: every for key, every in cadences.items()}
-    groups, masks = self._stand_ins(everys, self.cadences.has_masks, placeholder)
+    groups, masks = self._stand_ins(self.cadences.by_name, self.cadences.has_masks, placeholder)
     return CadenceState(jnp.int32(0), groups, Regions({}), masks)
 
   def _stand_ins(self, everys: Mapping[str, Every], has_masks: bool, placeholder: Any) -> Any:
@@ -494,10 +492,9 @@ class Cadence:
   ) -> tuple[optax.Params, State, Any]:
     """`apply` of gradients that are worked out on the way; see `_training.training_step`.
 
-    `differentiate` returns a value that is passed on, the gradient of every leaf, and `given` and
-    `summed` of a `Call`.
+    The state is one that `plain` gives. `differentiate` returns a value that is passed on, the
+    gradient of every leaf, and `given` and `summed` of a `Call`.
     """
-    state = self.plain(state, params)
     call = self._prepare(params, state, params, extra_args, in_place=True)
     value, grads, given, summed = differentiate(call, state)
     call = dataclasses.replace(call, given=given, summed=summed)

@@ -124,15 +124,13 @@ def apart(fn: Callable[[Any, Any], Any], carry: Any, consts: Any, count: jax.Arr
 def first_part_first(
   when: bool | jax.Array, fn: Callable[..., Any], carry: Any, consts: Any, count: jax.Array
 ) -> Any:
-  """As `maybe`; on CPUs the first part of the carry is written before the rest is computed.
+  """As `maybe`; but the first part of the carry is written before the rest is computed.
 
-  Where that part is computed from what the rest overwrites, XLA would copy the rest: which of two
-  operations in one loop comes first it does not know, of two loops where one waits for the other
-  it does. What both need is computed twice, so that it is `maybe` where there is more in it than
-  passes over memory (products of matrices, say). The carry is a tuple; `count` is as in `apart`.
+  Where that part is computed from what the rest overwrites, XLA on CPUs would copy the rest: which
+  of two operations in one loop comes first it does not know, of two loops where one waits for the
+  other it does. What both need is computed twice: so it is for what `is_one_pass`. The carry is a
+  tuple; `count` is as in `apart`.
   """
-  if not is_one_pass(fn, carry, consts):
-    return maybe(when, fn, carry, consts)
 
   def first_loop(loop: Any, consts: Any) -> Any:
     return fn((loop[0], *consts[0]), consts[1])[0], jnp.ones((), bool)
@@ -146,7 +144,10 @@ def first_part_first(
 
 
 def is_one_pass(fn: Callable[..., Any], carry: Any, consts: Any) -> bool:
-  """Whether, in a program for CPUs, there is nothing in `fn` but passes over memory."""
+  """Whether, in a program for CPUs, there is nothing in `fn` but passes over memory.
+
+  Products of matrices, say, are more than that.
+  """
   if not is_traced((carry, consts)) or jax.default_backend() != "cpu":
     return False
   return reading.primitive_names(jax.make_jaxpr(fn)(carry, consts)) <= primitives.ONE_PASS

@@ -89,8 +89,8 @@ class Turn(NamedTuple):
     due: Whether it is due.
     fires: Whether it fires, the same for all but some policies.
     decision: What its policy has decided; None without one.
-    before: The sums of its window without them, where they can be added later; None elsewhere.
-    add: Adds them to such sums.
+    before: The sums of its window without these gradients, and what adds them to such sums. None
+      where some of them do not count, or are added already.
   """
 
   state: GroupState
@@ -98,8 +98,7 @@ class Turn(NamedTuple):
   due: bool | jax.Array
   fires: bool | jax.Array
   decision: Any = None
-  before: list[jax.Array] | None = None
-  add: Any = None
+  before: tuple[list[jax.Array], Callable[[Any], Any]] | None = None
 
 
 def advance(
@@ -175,7 +174,7 @@ def accumulate(
   def add(sums: list[jax.Array]) -> list[jax.Array]:
     return _window.accumulate(before._replace(sums=sums), tensors).sums
 
-  return Turn(old, window, due, due, before=before.sums, add=add)
+  return Turn(old, window, due, due, before=(before.sums, add))
 
 
 def is_due(group: Group, state: GroupState, phase: Phase | None) -> bool | jax.Array:
@@ -237,14 +236,15 @@ def fire(
   body = functools.partial(where_filled, call, group, compute) if window.by_region else compute
   carry = leaves, window.sums, state.inner_state
   consts = window.length, window.weights, read, micro_step
-  if call.in_place and all(direct) and not call.widened.isdisjoint(group.leaves):
+  narrow = call.in_place and all(direct) and not call.widened.isdisjoint(group.leaves)
+  if narrow and _control.is_one_pass(body, carry, consts):
     # Parameters step by what is not rounded yet, out of moments that are then overwritten.
     run = functools.partial(_control.first_part_first, when, count=micro_step)
-    if turn.add is not None and _control.is_one_pass(body, carry, consts):
+    if turn.before is not None:
       # Nor is a sum written that is read for the last time: it is computed where it is read.
-      held = not when if isinstance(when, bool) else ~when
-      sums = _control.maybe(held, lambda sums, _: turn.add(sums), turn.before, None)
-      body, carry = functools.partial(where_added, turn.add, body), (leaves, sums, carry[-1])
+      (sums, add), held = turn.before, not when if isinstance(when, bool) else ~when
+      sums = _control.maybe(held, lambda sums, _: add(sums), sums, None)
+      body, carry = functools.partial(where_added, add, body), (leaves, sums, state.inner_state)
   leaves, sums, inner_state = run(body, carry, consts)
   targets = write(when, targets | leaves, group, sums, waits, micro_step)
   state = state._replace(

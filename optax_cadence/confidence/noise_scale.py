@@ -124,8 +124,8 @@ def noise_scale(
           "tree_map_params asks what groups noise_scale has without parameters: expected every as a"
           f" tree or by_path, found {_checks.shown(every)}; give the tree that it returns"
         )
-      for key, name in known.names.items():
-        groups[name] = init_group(known.everys[key], 0, params)
+      for name, window in known.by_name.items():
+        groups[name] = init_group(window, 0, params)
       return NoiseScaleState(jnp.int32(0), groups, Regions({}))
     layout = layout_of(params)
     for group in layout.groups:

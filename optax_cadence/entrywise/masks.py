@@ -419,7 +419,8 @@ def _fire(
 
   when = _any(fires)
   param = None if call.in_place or call.params is None else call.params[mask.leaf]
-  if call.dtypes[mask.leaf] != call.param_dtypes[mask.leaf]:
+  narrow = call.dtypes[mask.leaf] != call.param_dtypes[mask.leaf]
+  if narrow and _control.is_one_pass(fire, carry, param):
     return _control.first_part_first(when, fire, carry, param, micro_step)
   return _control.maybe(when, fire, carry, param)
 

@@ -202,6 +202,11 @@ class Cadences(NamedTuple):
   names: dict[Hashable, str]
   has_masks: bool
 
+  @property
+  def by_name(self) -> dict[str, Every]:
+    """Every cadence, by the name of its group."""
+    return {self.names[key]: every for key, every in self.everys.items()}
+
 
 def cadences_of(every: Any) -> Cadences | None:
   """All cadences that `every` has, whatever the parameters.
